@@ -1,0 +1,53 @@
+# Each target makes its own environment in .venv first; a repeat is instant while pyproject.toml and constraints.txt are unchanged.
+# Another interpreter: make demo PYTHON=python3.12
+PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3; do command -v $$p >/dev/null 2>&1 && { echo $$p; break; }; done)
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+
+export RAY_USAGE_STATS_ENABLED := 0
+
+.PHONY: help demo serve stop test lint format
+.DEFAULT_GOAL := help
+
+help:
+	@echo "make demo    eight experts, router, serving and the measured table, on this machine; continues where it was cut off"
+	@echo "make serve   the demo's model behind http://127.0.0.1:8000, in the background"
+	@echo "make stop    ends what make demo or make serve left running"
+	@echo "make test    all tests"
+	@echo "make lint    ruff and mypy"
+	@echo "make format  ruff's own layout"
+
+$(STAMP): pyproject.toml constraints.txt
+	@test -n "$(PYTHON)" || { echo "No Python found: install 3.11, 3.12 or 3.13, or name one: make PYTHON=/path/to/python3.12" >&2; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' || { \
+	  echo "$(PYTHON) is $$($(PYTHON) --version 2>&1), but 3.11, 3.12 or 3.13 is needed; name one: make PYTHON=python3.12" >&2; exit 1; }
+	@$(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv $(VENV)
+	@$(BIN)/python -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' || { \
+	  echo "$(VENV) was made with another Python; delete it and run this again" >&2; exit 1; }
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check uv
+	$(BIN)/uv pip install --quiet --python $(BIN)/python -c constraints.txt -e '.[demo,dev]'
+	@touch $@
+
+# exec: the demo's parent is then make itself, and it notices when make is killed.
+demo: $(STAMP)
+	@exec $(BIN)/python -m jobs.demo --end-with-parent
+
+serve: $(STAMP)
+	@exec $(BIN)/python -m jobs.serve
+
+# No environment, nothing of ours can be running.
+stop:
+	@test ! -x $(BIN)/python || exec $(BIN)/python -m jobs.serve --stop
+
+test: $(STAMP)
+	@exec $(BIN)/python -m pytest
+
+lint: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(STAMP)
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .

@@ -1,0 +1,1 @@
+"""One module per stage, each for ``ray job submit -- python -m jobs.NAME --config …``."""

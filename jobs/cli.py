@@ -1,0 +1,219 @@
+"""What all job scripts share: arguments, errors in one line, the dry run, the stage's lock, the connection to Ray."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import secrets
+import sys
+from collections.abc import Callable, Sequence
+
+from paris_ray import config as configs
+from paris_ray import stages
+from paris_ray.config import ConfigError, FolderSource, RunConfig
+from paris_ray.diffusion.routing import Routing
+from paris_ray.manifest import Lock, LockedError, StaleError, Status
+from paris_ray.storage import Folder
+
+CONFIG = "config.yaml"
+USER_ERROR = 2
+
+Action = Callable[[RunConfig, argparse.Namespace], int | None]
+"""What a job does; returns its exit code, ``None`` for 0."""
+
+
+def run(parser: argparse.ArgumentParser, action: Action, argv: Sequence[str] | None, stage: str | Callable[[argparse.Namespace], str]) -> int:
+    """The body of a job script: ``return cli.run(parser, action, argv, stage="embed")``.
+
+    Adds the arguments of :func:`paris_ray.config.add_arguments`, loads the config, answers ``--dry-run``, checks that the stage's parents are
+    there, writes ``RUN/config.yaml``, takes the stage's lock, clears the stage's folders if ``--rebuild`` names it, and calls
+    ``action(config, args)``. A wrong config, a stale or locked folder or a missing parent is one message on stderr and exit code 2; any other
+    error keeps its traceback.
+
+    Args:
+        parser: with the job's own arguments, if any.
+        action: the work.
+        argv: arguments without the program's name; ``None`` takes the process's.
+        stage: the stage's name (:mod:`paris_ray.stages`), or how to tell it from the arguments.
+    """
+    configs.add_arguments(parser)
+    args = parser.parse_args(argv)
+    name = stage if isinstance(stage, str) else stage(args)
+    try:
+        config = load(args, [name])
+        if args.dry_run:
+            print_plan(config)
+            return 0
+        check_parents(config, name)
+        write_config(config, args.rebuild)
+        with Lock(stages.folder(config, name), f"the stage {name}"):
+            if name in args.rebuild:
+                clear(config, name)
+            return action(config, args) or 0
+    except (ConfigError, StaleError, LockedError, MissingParentError) as error:
+        return complain(parser, error)
+
+
+class MissingParentError(FileNotFoundError):
+    """A stage that this one reads from has not been run."""
+
+
+def complain(parser: argparse.ArgumentParser, error: Exception) -> int:
+    """Print a user's error, without a traceback; returns the exit code 2."""
+    print(f"{parser.prog}: {error}", file=sys.stderr)
+    return USER_ERROR
+
+
+def load(args: argparse.Namespace, stages_named: Sequence[str] = ()) -> RunConfig:
+    """The run's config from the arguments, with local paths made absolute: workers have another working directory.
+
+    Raises:
+        ConfigError: also for a stage, in ``stages_named`` or ``--rebuild``, that the run does not have.
+    """
+    config = configs.load(args.config, args.sets)
+    tree = config.model_dump(mode="json")
+    try:
+        tree["run_dir"] = Folder(config.run_dir).uri
+    except (ValueError, ImportError, OSError) as error:
+        raise ConfigError(
+            f"run_dir: {config.run_dir!r} cannot be opened: {error}; give a local folder, or a URI whose file system is installed"
+        ) from None
+    try:
+        Routing.parse(config.sampling.routing, config.num_experts)
+    except ValueError as error:
+        raise ConfigError(f"sampling.{error}") from None
+    data = tree["data"]
+    for part, key in ((data["source"], "uri"), (data["codec"], "source"), (data["text"], "source"), (data["embedding"], "weights")):
+        value = part.get(key)
+        if value and "://" not in value and os.path.exists(os.path.expanduser(value)):
+            part[key] = os.path.abspath(os.path.expanduser(value))
+    config = configs.build(tree)
+    allowed = [*stages.names(config), "evaluate"]
+    for name in [*stages_named, *args.rebuild]:
+        if name not in allowed:
+            raise ConfigError(f"{name!r} is not a stage of this run; its stages are {', '.join(allowed)}")
+    return config
+
+
+def check_source(config: RunConfig) -> None:
+    """Raise ConfigError when the folder of images is not there."""
+    source = config.data.source
+    if isinstance(source, FolderSource) and not Folder(source.uri).exists():
+        raise ConfigError(
+            f"data.source.uri: the folder {source.uri} does not exist; name one that holds images and captions, --set data.source.uri=…"
+        )
+
+
+def check_parents(config: RunConfig, name: str) -> None:
+    """Raise MissingParentError when a stage cannot start yet; the message says what to run first."""
+    if name == "embed":
+        return check_source(config)
+    try:
+        stages.stage(config, name)
+    except FileNotFoundError as error:
+        raise MissingParentError(str(error)) from None
+    return None
+
+
+# -- the plan -----------------------------------------------------------------------------------------------------------
+
+
+def parts(config: RunConfig, name: str) -> list[str]:
+    """The manifests that a job writes, in their order: ``embed`` fits the encoders first, ``partition`` writes a shard per expert."""
+    if name == "embed":
+        return ["encoders", "embed"]
+    if name == "partition":
+        return [*(f"shard-{k}" for k in range(config.num_experts)), "partition"]
+    return [name]
+
+
+def status(config: RunConfig, name: str) -> Status:
+    """What a job would do now: :func:`paris_ray.stages.status` over all manifests that it writes."""
+    found = [stages.status(config, part) for part in parts(config, name)]
+    for state in ("damaged", "stale"):
+        bad = [(part, one) for part, one in zip(parts(config, name), found, strict=True) if one.state == state]
+        if bad:
+            return Status(state, tuple(f"{part}: {reason}" for part, one in bad for reason in one.reasons), found[-1].manifest)
+    states = {one.state for one in found}
+    if name == "embed" and found[0].state == "absent":
+        return Status("absent")
+    if len(states) == 1:
+        return found[-1]
+    return Status("partial", (), found[-1].manifest)
+
+
+PLAN = {"absent": "run", "partial": "resume", "valid": "skip", "stale": "refuse", "damaged": "refuse", "waiting": "run after its parents"}
+
+
+def print_plan(config: RunConfig) -> None:
+    """Print the resolved config, and what each stage would do."""
+    print(configs.dump(config))
+    print(f"{'stage':<16}{'found':<10}would")
+    for name in [*stages.names(config), "evaluate"]:
+        found = status(config, name)
+        print(f"{name:<16}{found.state:<10}{PLAN[found.state]}")
+        if found.state in ("stale", "damaged"):
+            print("".join(f"    {reason}\n" for reason in found.reasons), end="")
+
+
+def refused(config: RunConfig, rebuild: Sequence[str] = ()) -> dict[str, Status]:
+    """The stages that are stale or damaged and that ``--rebuild`` does not name."""
+    found = {name: status(config, name) for name in [*stages.names(config), "evaluate"] if name not in rebuild}
+    return {name: one for name, one in found.items() if one.state in ("stale", "damaged")}
+
+
+def write_config(config: RunConfig, rebuild: Sequence[str] = ()) -> None:
+    """Write ``RUN/config.yaml``; one that says something else is replaced only when no stage was made from what differs.
+
+    Raises:
+        StaleError: a stage was; the message lists which and what.
+    """
+    run, text = Folder(config.run_dir), configs.dump(config).encode()
+    try:
+        if run.read_bytes(CONFIG) == text:
+            return
+    except FileNotFoundError:
+        pass
+    if bad := refused(config, rebuild):
+        raise StaleError(refusal(config, bad))
+    run.write_bytes(CONFIG, text)
+
+
+def refusal(config: RunConfig, bad: dict[str, Status]) -> str:
+    """Why a run does not start, and what can be done about it."""
+    lines = [f"{Folder(config.run_dir).uri} holds stages that were made from other inputs or are damaged; nothing was started."]
+    for name, found in bad.items():
+        lines.append(f"  {name} ({found.state}):")
+        lines += [f"    {reason}" for reason in found.reasons[:8]]
+        lines += [f"    … and {len(found.reasons) - 8} more"] if len(found.reasons) > 8 else []
+    flags = " ".join(f"--rebuild {name}" for name in bad)
+    lines.append(f"Put back what changed, choose another run_dir, or pass {flags} to delete them and make them anew.")
+    return "\n".join(lines)
+
+
+def clear(config: RunConfig, name: str) -> None:
+    """Delete what a job made, except its lock."""
+    for part in parts(config, name):
+        stages.folder(config, part).delete_all(keep=("_lock.json",))
+    if name == "embed":
+        (Folder(config.run_dir) / "rejected").delete_all()
+
+
+# -- Ray ----------------------------------------------------------------------------------------------------------------
+
+
+def connect() -> None:
+    """Connect to the cluster that ``RAY_ADDRESS`` names (a submitted job has it), or start Ray in this process."""
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    address = os.environ.get("RAY_ADDRESS")
+    if not address and "RAY_AUTH_MODE" not in os.environ:
+        # Left unset, a new local cluster would write a token to the home folder and change how later clusters start.
+        os.environ["RAY_AUTH_MODE"] = "token"
+        os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
+    import ray
+
+    if ray.is_initialized():
+        return
+    own = {} if address else {"num_cpus": max(2, os.cpu_count() or 2), "include_dashboard": False}
+    ray.init(address=address, logging_level=logging.WARNING, **own)

@@ -1,0 +1,27 @@
+"""Cluster the corpus and cut one shard per expert: ``python -m jobs.partition --config RUN/config.yaml``."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+from jobs import cli
+from paris_ray.config import RunConfig
+
+
+def _partition(config: RunConfig, args: argparse.Namespace) -> None:
+    from paris_ray.data.partition import partition
+
+    cli.connect()
+    partition(config)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the stage ``partition``; returns the exit code."""
+    parser = argparse.ArgumentParser(prog="partition", description="Fit the clusters, label all rows, write one shard per expert and a report page.")
+    return cli.run(parser, _partition, argv, stage="partition")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,150 @@
+"""Run all stages of a run as Ray jobs and follow them.
+
+python -m jobs.run_all --config demo
+python -m jobs.run_all --config RUN/config.yaml --address http://head:8265
+
+Without an address a Ray cluster is started on this machine for as long as the run takes. The same command again skips what is done, follows what is
+running and resumes what was cut off.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shlex
+import sys
+from collections.abc import Sequence
+from contextlib import ExitStack
+from typing import Any
+
+from jobs import cli
+from jobs.local_cluster import PROJECT, ClusterError, LocalCluster, exit_on_signals
+from jobs.runner import ClusterLostError, Runner
+from paris_ray import config as configs
+from paris_ray import stages
+from paris_ray.config import ConfigError, RunConfig
+from paris_ray.manifest import Lock, LockedError, StaleError
+from paris_ray.storage import Folder
+
+INTERRUPTED = 130
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run it; returns the exit code: 0 all valid, 1 something failed, 2 wrong input, 130 interrupted."""
+    parser = argparse.ArgumentParser(prog="run_all", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    configs.add_arguments(parser)
+    parser.add_argument("--address", help="URL of a Ray dashboard, http://HOST:8265; default: a cluster of our own on this machine")
+    parser.add_argument("--retries", type=int, default=1, metavar="N", help="how often a failed job is tried again (default 1)")
+    parser.add_argument("--detach", action="store_true", help="on Ctrl-C leave the jobs running; the same command follows them again")
+    args = parser.parse_args(argv)
+    exit_on_signals()
+    try:
+        config = cli.load(args)
+        if args.dry_run:
+            cli.print_plan(config)
+            return 0
+        with Lock(Folder(config.run_dir), "run_all"):
+            prepare(config, args.rebuild)
+            if not args.rebuild and finished(config):
+                print(f"{config.name}: all stages are done, nothing to do; the model is in {stages.folder(config, 'assemble').uri}")
+                return 0
+            return _run(config, args)
+    except (ConfigError, StaleError, LockedError) as error:
+        return cli.complain(parser, error)
+    except (ClusterError, ClusterLostError) as error:
+        print(f"{parser.prog}: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        return INTERRUPTED
+
+
+def _run(config: RunConfig, args: argparse.Namespace) -> int:
+    with ExitStack() as stack:
+        cluster = None
+        if args.address is None:
+            folder = local_folder(config)
+            cluster = LocalCluster.find(folder) or LocalCluster(folder).start()
+            if cluster.ours:
+                stack.callback(cluster.stop)
+        runner = make_runner(config, cluster or args.address, retries=args.retries, rebuild=args.rebuild)
+        try:
+            if not follow(runner, stages.names(config), detach=args.detach):
+                return 1
+        except KeyboardInterrupt:
+            if args.detach:
+                stack.pop_all()  # the jobs go on, so their cluster does
+            raise
+    print(f"{config.name}: all stages are done; the model is in {stages.folder(config, 'assemble').uri}")
+    return 0
+
+
+def prepare(config: RunConfig, rebuild: Sequence[str] = ()) -> None:
+    """Check that the run can start, and write ``RUN/config.yaml``.
+
+    Raises:
+        ConfigError: the folder of images is missing.
+        StaleError: a stage was made from other inputs, or a rebuild would make one so.
+    """
+    if "embed" in rebuild or cli.status(config, "embed").state != "valid":
+        cli.check_source(config)
+    if bad := cli.refused(config, rebuild):
+        raise StaleError(cli.refusal(config, bad))
+    every = [*stages.names(config), "evaluate"]
+    below = {name for name in every if _descends(config, name, rebuild)} - set(rebuild)
+    if kept := [name for name in every if name in below and cli.status(config, name).state not in ("absent", "waiting")]:
+        flags = " ".join(f"--rebuild {name}" for name in [*rebuild, *kept])
+        raise StaleError(f"{', '.join(kept)} would no longer fit what --rebuild makes anew; nothing was started. Pass {flags}, or none of them.")
+    cli.write_config(config, rebuild)
+
+
+def _descends(config: RunConfig, name: str, ancestors: Sequence[str]) -> bool:
+    return any(parent in ancestors or _descends(config, parent, ancestors) for parent in stages.parents(config, name))
+
+
+def finished(config: RunConfig) -> bool:
+    """Whether all stages are valid."""
+    return all(cli.status(config, name).state == "valid" for name in stages.names(config))
+
+
+def local_folder(config: RunConfig) -> str:
+    """Where the state of a local cluster goes: the run directory, or a local stand-in for one in an object store."""
+    run = Folder(config.run_dir)
+    return run.path if run.is_local else os.path.join("runs", config.name)
+
+
+def make_runner(config: RunConfig, where: LocalCluster | str, **options: Any) -> Runner:
+    """A runner on our own cluster, or on the one whose dashboard is at a URL."""
+    if isinstance(where, LocalCluster):
+        where.use()
+    elif (PROJECT / "pyproject.toml").exists():
+        # Somebody's cluster: it has its own Python and does not see this project's files.
+        options["runtime_env"] = {"working_dir": str(PROJECT), "excludes": [".git", ".venv", "runs", "tests", "benchmarks", "docs", ".*_cache"]}
+    from ray.exceptions import AuthenticationError
+    from ray.job_submission import JobSubmissionClient
+
+    address = where.address if isinstance(where, LocalCluster) else where
+    try:
+        client = JobSubmissionClient(address)
+    except AuthenticationError as error:
+        raise ConfigError(f"--address: {address} wants its token: RAY_AUTH_MODE=token and RAY_AUTH_TOKEN_PATH=FILE in the environment") from error
+    except (ConnectionError, RuntimeError) as error:
+        raise ConfigError(f"--address: no Ray dashboard answers at {address} ({error}); give the URL that `ray start` printed") from error
+    # Where more than one Ray runs on a machine, a job is told the address of any of them; ours is said again.
+    python = f"RAY_ADDRESS={where.gcs} {shlex.quote(sys.executable)}" if isinstance(where, LocalCluster) else "python"
+    return Runner(config, client, python=python, **options)
+
+
+def follow(runner: Runner, names: Sequence[str], arguments: dict[str, Sequence[str]] | None = None, detach: bool = False) -> bool:
+    """Run stages to their end; on an interruption end their jobs first, unless ``detach``."""
+    try:
+        return runner.run(names, arguments)
+    except KeyboardInterrupt:
+        if detach:
+            runner.board.say("left; the jobs go on, and the same command follows them again")
+        else:
+            runner.stop()
+        raise
+
+
+if __name__ == "__main__":
+    sys.exit(main())

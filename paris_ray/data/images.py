@@ -1,0 +1,112 @@
+"""From untrusted bytes to a square RGB picture."""
+
+from __future__ import annotations
+
+import io
+import warnings
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
+"""Decoders that may run. Others (EPS starts Ghostscript) may not, whatever a file's name says."""
+
+EXTENSIONS = frozenset({".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff"})
+
+# A header that claims more than the limit is an error before anything is decoded, not a line in a log.
+warnings.filterwarnings("error", category=Image.DecompressionBombWarning)
+
+
+class RejectError(ValueError):
+    """A row that cannot be used; the message is its reason, ``kind: detail``."""
+
+
+def open_image(data: bytes, max_pixels: int) -> Image.Image:
+    """Read an image's header; nothing is decoded yet.
+
+    Raises:
+        RejectError: empty, not one of :data:`FORMATS`, or more than ``max_pixels`` pixels.
+    """
+    if not data:
+        raise RejectError("empty file: it has no bytes")
+    Image.MAX_IMAGE_PIXELS = max_pixels
+    try:
+        image = Image.open(io.BytesIO(data), formats=FORMATS)
+    except (Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
+        raise RejectError(f"too many pixels: {error}") from None
+    except UnidentifiedImageError:
+        raise RejectError(f"not an image: the content is none of {', '.join(FORMATS)}") from None
+    except Exception as error:  # decoders of broken headers raise anything: SyntaxError, struct.error, ValueError …
+        raise RejectError(f"broken image: {type(error).__name__}: {error}") from None
+    if image.width * image.height > max_pixels:
+        raise RejectError(f"too many pixels: {image.width} × {image.height}, the limit is {max_pixels}")
+    return image
+
+
+def _oriented(image: Image.Image) -> Image.Image:
+    try:
+        return ImageOps.exif_transpose(image)
+    except Exception:  # a damaged EXIF block says nothing about orientation; the pixels are whole
+        return image
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """Any mode to 8-bit RGB: 16-bit grey is scaled, transparency is laid on white.
+
+    Raises:
+        RejectError: samples whose range nobody knows (floats, 32-bit integers).
+    """
+    if image.mode.startswith("I;16") or image.mode == "I":
+        samples: NDArray[Any] = np.asarray(image).astype(np.int64)
+        if samples.min(initial=0) < 0 or samples.max(initial=0) > 65535:
+            raise RejectError("unknown range: 32-bit samples beyond 0…65535")
+        image = Image.fromarray(((samples * 255 + 32767) // 65535).astype(np.uint8))
+    elif image.mode == "F":
+        raise RejectError("unknown range: floating-point samples")
+    if image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
+        # RGBa and La are premultiplied and convert only to their plain forms.
+        image = image.convert({"La": "LA", "RGBa": "RGBA"}.get(image.mode, image.mode)).convert("RGBA")
+        return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+    return image.convert("RGB")
+
+
+def square(image: Image.Image, side: int) -> NDArray[np.uint8]:
+    """Centre crop to a square, resize with an antialiasing filter: → (side, side, 3) uint8."""
+    short = min(image.size)
+    left, top = (image.width - short) / 2, (image.height - short) / 2
+    box = (left, top, left + short, top + short)
+    return np.asarray(image.resize((side, side), Image.Resampling.LANCZOS, box=box, reducing_gap=3.0))
+
+
+def load_square(data: bytes | Image.Image, side: int, max_pixels: int) -> tuple[NDArray[np.uint8], int, int]:
+    """Decode, orient, flatten to RGB, crop and resize.
+
+    Args:
+        data: a file's content, or a picture that a source has drawn itself.
+        side: side of the result in pixels.
+        max_pixels: refuse a header that claims more.
+
+    Returns:
+        the picture (side, side, 3) uint8, and width and height before cropping. Of an animation the first frame.
+
+    Raises:
+        RejectError: with the reason.
+    """
+    if isinstance(data, Image.Image):
+        return square(to_rgb(data), side), data.width, data.height
+    image = open_image(data, max_pixels)
+    width, height = image.size
+    try:
+        # JPEG can be decoded at 1/2, 1/4 or 1/8; twice the wanted side leaves the filter enough to work with.
+        image.draft(image.mode, (2 * side, 2 * side))
+        image.load()
+        oriented = _oriented(image)
+        if oriented.size == image.size[::-1] and oriented.size != image.size:
+            width, height = height, width
+        return square(to_rgb(oriented), side), width, height
+    except RejectError:
+        raise
+    except Exception as error:  # as above: a hostile file may make a decoder raise anything, and costs only its own row
+        raise RejectError(f"broken image: {type(error).__name__}: {error}") from None

@@ -1,0 +1,149 @@
+"""Columns of the Parquet files that stages hand each other. Arrow's own fixed-shape tensors, so plain pyarrow reads them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
+
+from paris_ray.storage import Folder
+
+SPLITS = ("train", "validation", "held_out")
+
+REJECTED = pa.schema([("source", pa.string()), ("reason", pa.string())])
+"""Rows that were refused, and why: ``kind: detail``."""
+
+
+def part_name(index: int) -> str:
+    """File name of a part; names sort in the order of their rows."""
+    return f"part-{index:05d}.parquet"
+
+
+def _text(text: Mapping[str, Any], store_text: str) -> pa.Field:
+    length = int(text["max_length"])
+    if store_text == "states":
+        return pa.field("text", pa.fixed_shape_tensor(pa.float16(), (length, int(text["width"]))))
+    return pa.field("token_ids", pa.fixed_shape_tensor(pa.int32(), (length,)))
+
+
+def _latent(codec: Mapping[str, Any]) -> pa.Field:
+    side = int(codec["latent_size"])
+    return pa.field("latent", pa.fixed_shape_tensor(pa.float16(), (int(codec["channels"]), side, side)))
+
+
+def corpus_schema(encoders: Mapping[str, Any], store_text: str) -> pa.Schema:
+    """Schema of ``RUN/corpus/part-*.parquet``.
+
+    Args:
+        encoders: the content of ``RUN/encoders/encoders.json``.
+        store_text: ``states`` (a column ``text``, float16 (T, D)) or ``token_ids`` (int32 (T,)).
+    """
+    return pa.schema(
+        [
+            pa.field("id", pa.string()),
+            pa.field("caption", pa.string()),
+            _text(encoders["text"], store_text),
+            pa.field("text_len", pa.int32()),
+            _latent(encoders["codec"]),
+            pa.field("embedding", pa.fixed_shape_tensor(pa.float16(), (int(encoders["embedding"]["width"]),))),
+            pa.field("split", pa.string()),
+            pa.field("group", pa.string()),
+            pa.field("dup_of", pa.string()),
+            pa.field("source", pa.string()),
+            pa.field("width", pa.int32()),
+            pa.field("height", pa.int32()),
+        ]
+    )
+
+
+def shard_schema(encoders: Mapping[str, Any], store_text: str) -> pa.Schema:
+    """Schema of ``RUN/shards/expert=K/part-*.parquet``; arguments as in :func:`corpus_schema`."""
+    return pa.schema(
+        [
+            pa.field("id", pa.string()),
+            _text(encoders["text"], store_text),
+            pa.field("text_len", pa.int32()),
+            _latent(encoders["codec"]),
+            pa.field("fine", pa.int32()),
+            pa.field("split", pa.string()),
+        ]
+    )
+
+
+def tensor_array(values: NDArray[Any], kind: pa.FixedShapeTensorType) -> pa.ExtensionArray:
+    """Rows of a tensor column: (N, *kind.shape) → an Arrow array of N tensors."""
+    shape = tuple(kind.shape)
+    if values.shape[1:] != shape:
+        raise ValueError(f"rows have the shape {values.shape[1:]}, the column holds {shape}")
+    flat = np.ascontiguousarray(values, dtype=kind.value_type.to_pandas_dtype()).reshape(-1)
+    return pa.ExtensionArray.from_storage(kind, pa.FixedSizeListArray.from_arrays(pa.array(flat), int(np.prod(shape))))
+
+
+def table(schema: pa.Schema, columns: Mapping[str, Any]) -> pa.Table:
+    """A table of the schema from lists and arrays; tensor columns are given as (N, …) arrays.
+
+    Raises:
+        ValueError: a column is missing, too many, or of another shape.
+    """
+    if set(columns) != set(schema.names):
+        raise ValueError(f"columns are {sorted(columns)}, the schema has {sorted(schema.names)}")
+    arrays = [
+        tensor_array(columns[field.name], field.type)
+        if isinstance(field.type, pa.FixedShapeTensorType)
+        else pa.array(columns[field.name], type=field.type)
+        for field in schema
+    ]
+    return pa.Table.from_arrays(arrays, schema=schema)
+
+
+def write_table(folder: Folder, name: str, content: pa.Table) -> None:
+    """Write one Parquet file atomically; equal tables give equal bytes."""
+    with folder.writer(name) as sink:
+        pq.write_table(content, sink, compression="zstd")
+
+
+def parts(folder: Folder) -> list[str]:
+    """Names of the part files directly in a folder, in the order of their rows."""
+    return [entry.name for entry in folder.files() if entry.name.startswith("part-") and entry.name.endswith(".parquet")]
+
+
+def read_table(folder: Folder, name: str, columns: Sequence[str] | None = None) -> pa.Table:
+    """One Parquet file, or some of its columns."""
+    with folder.open(name) as source:
+        return pq.read_table(source, columns=list(columns) if columns is not None else None)
+
+
+def to_numpy(column: pa.ChunkedArray) -> NDArray[Any]:
+    """A column as an array: tensors as (N, …), numbers as they are, strings as objects (null is ``None``)."""
+    if isinstance(column.type, pa.FixedShapeTensorType):
+        if not len(column):
+            return np.empty((0, *column.type.shape), column.type.value_type.to_pandas_dtype())
+        whole = column.combine_chunks()
+        whole = whole.chunk(0) if isinstance(whole, pa.ChunkedArray) else whole
+        return np.asarray(whole.to_numpy_ndarray())
+    return np.asarray(column.to_numpy())
+
+
+def read_columns(folder: Folder, columns: Sequence[str]) -> dict[str, NDArray[Any]]:
+    """Columns over all part files of a folder, in the order of the files' names.
+
+    Args:
+        folder: ``RUN/corpus`` or ``RUN/shards/expert=K``.
+        columns: names; tensors come as (N, …) arrays, strings as object arrays.
+
+    Raises:
+        FileNotFoundError: the folder has no part file.
+    """
+    names = parts(folder)
+    if not names:
+        raise FileNotFoundError(f"{folder.uri} has no part-*.parquet; run the stage that writes it first")
+    pieces: dict[str, list[NDArray[Any]]] = {column: [] for column in columns}
+    for name in names:
+        content = read_table(folder, name, columns)
+        for column in columns:
+            pieces[column].append(to_numpy(content.column(column)))
+    return {column: np.concatenate(arrays) for column, arrays in pieces.items()}

@@ -1,0 +1,1 @@
+"""Paths, ensembles and solvers: the mathematics, in plain torch."""

@@ -1,0 +1,1 @@
+"""Metrics, the comparison table and the report."""

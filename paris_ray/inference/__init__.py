@@ -1,0 +1,1 @@
+"""From experts to pictures: loading, the step-level batching engine."""

@@ -1,0 +1,274 @@
+"""A whole Paris model from its folder: the released layout, with or without our ``paris.json``."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Collection
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from paris_ray.config import ClipText, SamplingConfig, VaeCodec
+from paris_ray.data.codec import build_vae, load_codec
+from paris_ray.data.encoders import local_folder
+from paris_ray.data.text import build_text_encoder, load_text_encoder
+from paris_ray.diffusion.path import Objective
+from paris_ray.inference.strict import EXPERT_FILE, PICKLED, load_expert, load_router, read_config, refuse_pickles
+from paris_ray.models import DiT, Router
+from paris_ray.storage import Folder
+
+if TYPE_CHECKING:
+    from paris_ray.data.codec import Codec
+    from paris_ray.data.text import TextEncoder
+
+INFO = "paris.json"
+NULL_TEXT = "null_text.safetensors"
+FORMAT = 1
+
+
+@dataclass
+class ExpertFiles:
+    """The experts of a model without the rest of it: what a process needs that runs some of them.
+
+    Attributes:
+        folder: where the model's files are.
+        latent_shape: (C, H, W).
+        text_width: of the text states, D.
+        objectives: of each expert, as the model declares them.
+        present: which experts have files.
+        device: where they run.
+        precision: ``fp32`` or ``bf16``; DDPM experts stay in fp32, because near t = 1 their errors are amplified.
+        ignore_tensors: names of tensors that weight files may hold besides.
+    """
+
+    folder: Folder
+    latent_shape: tuple[int, int, int]
+    text_width: int
+    objectives: tuple[str, ...]
+    present: list[bool]
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    precision: str = "fp32"
+    ignore_tensors: Collection[str] = ()
+
+    @property
+    def num_experts(self) -> int:
+        return len(self.objectives)
+
+    def load_expert(self, k: int) -> tuple[DiT, Objective]:
+        """See :meth:`ParisModel.load_expert`."""
+        if not 0 <= k < self.num_experts:
+            raise ValueError(f"expert {k}: there are experts 0…{self.num_experts - 1}")
+        channels, size, _ = self.latent_shape
+        folder = self.folder / f"expert_{k}"
+        module, objective = load_expert(folder, size, self.ignore_tensors, str(self.device))
+        _same(f"{folder.uri}/config.json", in_channels=(module.in_channels, channels), out_channels=(module.out_channels, channels),
+              image_size=(module.image_size, size), text_embed_dim=(module.text_embed_dim, self.text_width))  # fmt: skip
+        if self.objectives[k] != objective.name:
+            raise ValueError(
+                f"{folder.uri}/config.json: objective is {objective.name!r}, {INFO} says {self.objectives[k]!r}; assemble the model again"
+            )
+        return module.to(torch.bfloat16 if self.precision == "bf16" and objective.name == "flow" else torch.float32), objective
+
+
+@dataclass
+class ParisModel:
+    """A model ready to sample from; its experts are loaded one by one, by whoever runs them.
+
+    Attributes:
+        folder: where its files are.
+        info: ``paris.json``; for a released model without one, the same facts from its configs.
+        router: p(cluster | x_t, t[, caption]), float32.
+        codec: latents ↔ pictures.
+        text_encoder: captions → states.
+        null_text: states of the empty caption, (S, D) float32.
+        null_length: its tokens.
+        present: which experts have files.
+        device: where sampling runs.
+        precision: of the experts, ``fp32`` or ``bf16``; DDPM experts stay in fp32, because near t = 1 their errors are amplified.
+        ignore_tensors: names of tensors that weight files may hold besides.
+    """
+
+    folder: Folder
+    info: dict[str, Any]
+    router: Router
+    codec: Codec
+    text_encoder: TextEncoder
+    null_text: Tensor
+    null_length: int
+    present: list[bool]
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    precision: str = "fp32"
+    ignore_tensors: Collection[str] = ()
+
+    @property
+    def num_experts(self) -> int:
+        return int(self.info["num_experts"])
+
+    @property
+    def image_size(self) -> int:
+        """Side of the pictures in pixels."""
+        return int(self.info["image_size"])
+
+    @property
+    def latent_shape(self) -> tuple[int, int, int]:
+        """(C, H, W)."""
+        latent = self.info["latent"]
+        return latent["channels"], latent["size"], latent["size"]
+
+    @property
+    def defaults(self) -> dict[str, Any]:
+        """``steps``, ``guidance_scale``, ``routing`` and ``solver`` of requests that do not say."""
+        return dict(self.info["sampling"])
+
+    @property
+    def router_reads_text(self) -> bool:
+        return self.router.text_embed_dim is not None
+
+    def load_expert(self, k: int) -> tuple[DiT, Objective]:
+        """Expert ``k`` and what its output means, on the model's device.
+
+        Raises:
+            FileNotFoundError: it has no files (yet).
+            ValueError: its files do not fit; see :func:`paris_ray.inference.strict.load_expert`.
+        """
+        objectives = tuple(spec["objective"] for spec in self.info["experts"])
+        files = ExpertFiles(
+            self.folder, self.latent_shape, self.null_text.shape[-1], objectives, self.present, self.device, self.precision, self.ignore_tensors
+        )
+        return files.load_expert(k)
+
+
+def load_model(path: str | os.PathLike[str], device: str = "cpu", precision: str = "fp32", ignore_tensors: Collection[str] = ()) -> ParisModel:
+    """Load a model: router, codec, text encoder and null text; experts follow with :meth:`ParisModel.load_expert`.
+
+    Reads nothing outside ``path``. A released model without ``paris.json`` has flow-matching experts, a VAE, a CLIP text tower and a text-blind
+    router. Experts without files are allowed and reported in ``present``.
+
+    Args:
+        path: folder or URI; from an object store, files are copied to a local cache first.
+        device: torch device of sampling.
+        precision: ``fp32`` or ``bf16``.
+        ignore_tensors: names of tensors that weight files may hold besides.
+
+    Raises:
+        FileNotFoundError: a file that a model must have is missing.
+        ValueError: a setting or a tensor does not fit.
+    """
+    if precision not in ("fp32", "bf16"):
+        raise ValueError(f"precision: {precision!r} is not one of fp32, bf16")
+    if str(path).endswith(PICKLED):
+        refuse_pickles(Folder(os.path.dirname(str(path)) or "."), EXPERT_FILE, [os.path.basename(str(path))])
+    folder = Folder(path)
+    names = {entry.name for entry in folder.files(recursive=True)}
+    if not names:
+        raise FileNotFoundError(f"{folder.uri} holds no model; give the folder that jobs.assemble made, or a released Paris checkpoint")
+    if INFO in names:
+        info = _read_info(folder)
+        codec, text_encoder = load_codec(folder.uri, info["codec"], device), load_text_encoder(folder.uri, info["text"], device)
+    else:
+        codec, text_encoder = _released_encoders(folder, device)
+        info = _released_info(folder, codec, text_encoder)
+    null_text, null_length = _null_text(folder) if NULL_TEXT in names else _encode_nothing(text_encoder)
+    router = load_router(folder / "router", info["latent"]["size"], ignore_tensors, device).float()
+
+    where = f"{folder.uri}/router/config.json"
+    _same(where, num_clusters=(router.num_clusters, info["num_experts"]))
+    if info["router"]["text"] == "pooled":
+        _same(where, text_embed_dim=(router.text_embed_dim, text_encoder.width))
+    else:
+        _same(where, text_embed_dim=(router.text_embed_dim, None))
+    _same(f"{folder.uri}/{NULL_TEXT}", width=(null_text.shape[-1], text_encoder.width))
+    present = [f"expert_{k}/config.json" in names for k in range(info["num_experts"])]
+    for k in (k for k, here in enumerate(present) if here and f"expert_{k}/{EXPERT_FILE}" not in names):
+        refuse_pickles(folder / f"expert_{k}", EXPERT_FILE)
+        raise FileNotFoundError(f"{folder.uri}/expert_{k} has a config.json but no {EXPERT_FILE}; add it, or remove the folder")
+    target = torch.device(device)
+    return ParisModel(folder, info, router, codec, text_encoder, null_text.to(target), null_length, present, target, precision, ignore_tensors)
+
+
+def open_experts(path: str | os.PathLike[str], device: str = "cpu", precision: str = "fp32", ignore_tensors: Collection[str] = ()) -> ExpertFiles:
+    """The experts of a model, without loading router, codec or text encoder; arguments and errors as of :func:`load_model`."""
+    folder = Folder(path)
+    if folder.exists(INFO):
+        info = _read_info(folder)
+        latent, text_width = info["latent"], info["text"]["width"]
+        objectives = tuple(spec["objective"] for spec in info["experts"])
+    else:
+        config = read_config(folder)
+        latent = {"channels": config["num_channels"], "size": config["image_size"]}
+        text_width = (folder / "text_encoder").read_json("config.json")["hidden_size"]
+        objectives = ("flow",) * config["num_experts"]
+    present = [folder.exists(f"expert_{k}/config.json") for k in range(len(objectives))]
+    shape = (latent["channels"], latent["size"], latent["size"])
+    return ExpertFiles(folder, shape, text_width, objectives, present, torch.device(device), precision, ignore_tensors)
+
+
+def _read_info(folder: Folder) -> dict[str, Any]:
+    info: dict[str, Any] = folder.read_json(INFO)
+    where = f"{folder.uri}/{INFO}"
+    if info.get("format") != FORMAT:
+        raise ValueError(f"{where}: format is {info.get('format')!r}, this version reads {FORMAT}; assemble the model again")
+    needed = ("name", "num_experts", "image_size", "latent", "codec", "text", "router", "sampling", "experts")
+    if missing := [key for key in needed if key not in info]:
+        raise ValueError(f"{where}: {', '.join(missing)} missing; assemble the model again")
+    if len(info["experts"]) != info["num_experts"]:
+        raise ValueError(f"{where}: experts lists {len(info['experts'])}, num_experts is {info['num_experts']}; assemble the model again")
+    return info
+
+
+def _released_encoders(folder: Folder, device: str) -> tuple[Codec, TextEncoder]:
+    if absent := [name for name in ("config.json", "vae", "text_encoder") if not folder.exists(name)]:
+        raise FileNotFoundError(f"{folder.uri} has neither {INFO} nor {', '.join(absent)}: it is not a whole model; copy what is missing")
+    length = (folder / "text_encoder").read_json("config.json").get("max_position_embeddings", 77)
+    codec = build_vae(VaeCodec(source=local_folder(folder.uri, "vae")), device)
+    return codec, build_text_encoder(ClipText(source=local_folder(folder.uri, "text_encoder"), max_length=length), device)
+
+
+def _released_info(folder: Folder, codec: Codec, text_encoder: TextEncoder) -> dict[str, Any]:
+    """What ``paris.json`` would say of a released checkpoint (arXiv 2510.03434 and its model card)."""
+    config = read_config(folder)
+    for key, value in {"expert_architecture": "dit", "router_architecture": "dit", "use_latents": True}.items():
+        if config.get(key, value) != value:
+            raise ValueError(f"{folder.uri}/config.json: {key} = {config[key]!r} is not supported; only {value!r} is")
+    if missing := [key for key in ("num_experts", "image_size", "num_channels") if key not in config]:
+        raise ValueError(f"{folder.uri}/config.json: {', '.join(missing)} missing; it is not the config of a released Paris checkpoint")
+    count, size = config["num_experts"], config["image_size"]
+    _same(f"{folder.uri}/vae/config.json", latent_channels=(codec.channels, config["num_channels"]))
+    unknown = dict.fromkeys(("noise_schedule", "cluster_size", "fingerprint", "manifest", "images"))
+    return {
+        "format": FORMAT,
+        "name": config.get("model_name", "Paris"),
+        "num_experts": count,
+        "image_size": size * codec.downsampling,
+        "latent": {"channels": codec.channels, "size": size},
+        "codec": codec.meta(),
+        "text": text_encoder.meta(),
+        "router": {"text": "none"},
+        "sampling": SamplingConfig().model_dump(mode="json"),
+        "experts": [{"index": k, "objective": "flow", **unknown} for k in range(count)],
+        "attribution": None,
+        "model_fingerprint": None,
+    }
+
+
+def _null_text(folder: Folder) -> tuple[Tensor, int]:
+    from safetensors.torch import load_file
+
+    tensors = load_file(folder.local_copy(NULL_TEXT))
+    if missing := {"states", "length"} - tensors.keys():
+        raise ValueError(f"{folder.uri}/{NULL_TEXT}: tensor {', '.join(sorted(missing))} is missing; assemble the model again")
+    return tensors["states"].float(), int(tensors["length"][0])
+
+
+def _encode_nothing(encoder: TextEncoder) -> tuple[Tensor, int]:
+    ids, lengths = encoder.tokenize([""])
+    with torch.inference_mode():
+        return encoder.encode(torch.as_tensor(ids), torch.as_tensor(lengths))[0].float(), int(lengths[0])
+
+
+def _same(where: str, **pairs: tuple[Any, Any]) -> None:
+    for key, (found, wanted) in pairs.items():
+        if found != wanted:
+            raise ValueError(f"{where}: {key} is {found}, the rest of the model has {wanted}; take all parts from one model")

@@ -1,0 +1,309 @@
+"""Stage manifests and the one rule for skip, resume and refuse.
+
+A stage writes ``_started.json`` first and ``_manifest.json`` last. The manifest names every file with size and checksum, the part of the
+config that the stage depends on, and the fingerprints of its parents' manifests. From these two files alone follows what a stage does:
+
+=========  ==============================================  =====================================
+status     found                                           done
+=========  ==============================================  =====================================
+``absent``  nothing                                        run
+``partial`` started with the same inputs, not finished     resume
+``valid``   manifest with the same inputs, files in place  skip
+``stale``   started or finished with other inputs          refuse, say what changed (``--rebuild``)
+``damaged`` manifest whose files are missing or altered    refuse, say which (``--rebuild``)
+=========  ==============================================  =====================================
+"""
+
+from __future__ import annotations
+
+import datetime
+import hashlib
+import importlib.metadata
+import json
+import os
+import platform
+import socket
+import threading
+import time
+import uuid
+from dataclasses import dataclass, field
+from typing import Any
+
+import psutil
+
+from paris_ray.storage import Folder
+
+STARTED = "_started.json"
+MANIFEST = "_manifest.json"
+LOCK = "_lock.json"
+FORMAT = 1
+
+LEASE_SECONDS = 120.0
+"""A lock written on another host counts as abandoned when its owner has not renewed it for this long."""
+
+
+class StaleError(ValueError):
+    """What is in a stage's folder was made from other inputs, or is damaged."""
+
+
+class LockedError(RuntimeError):
+    """Somebody else is writing in the folder."""
+
+
+def fingerprint(value: Any) -> str:
+    """Fingerprint of a JSON value: 32 hex digits of SHA-256 over its canonical form."""
+    text = json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False)
+    return hashlib.sha256(text.encode()).hexdigest()[:32]
+
+
+@dataclass(frozen=True)
+class Status:
+    """State of a stage's folder: ``absent``, ``partial``, ``valid``, ``stale`` or ``damaged``, and why."""
+
+    state: str
+    reasons: tuple[str, ...] = ()
+    manifest: dict[str, Any] | None = field(default=None, repr=False)
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A stage's folder together with all that its result depends on.
+
+    Args:
+        name: the stage, as the user knows it (``embed``, ``expert-3`` …).
+        folder: where its files go.
+        config: the part of the config that decides the result, as JSON.
+        parents: fingerprints of the manifests it reads from, by name.
+    """
+
+    name: str
+    folder: Folder
+    config: dict[str, Any]
+    parents: dict[str, str]
+
+    @property
+    def inputs(self) -> dict[str, Any]:
+        return {"format": FORMAT, "stage": self.name, "config": self.config, "parents": self.parents}
+
+    def status(self, verify: bool = False) -> Status:
+        """Look at the folder.
+
+        Args:
+            verify: compare checksums too, not only presence and size.
+        """
+        manifest = _read(self.folder, MANIFEST)
+        started = _read(self.folder, STARTED)
+        found = manifest or started
+        if found is None:
+            return Status("absent")
+        changes = tuple(differences(found["inputs"], self.inputs))
+        if changes:
+            return Status("stale", changes, manifest)
+        if manifest is None:
+            return Status("partial")
+        broken = tuple(damage(self.folder, manifest, verify))
+        return Status("damaged", broken, manifest) if broken else Status("valid", (), manifest)
+
+    def begin(self, rebuild: bool = False) -> Status:
+        """Decide what to do and mark the stage as started.
+
+        Returns:
+            the status found; ``valid`` means that there is nothing to do.
+
+        Raises:
+            StaleError: the folder holds something made from other inputs, or damaged, and ``rebuild`` is off.
+        """
+        status = self.status()
+        if status.state in ("stale", "damaged") and not rebuild:
+            what = "was made from other inputs" if status.state == "stale" else "is damaged"
+            listed = "\n".join(f"  - {reason}" for reason in status.reasons[:20])
+            raise StaleError(
+                f"{self.name}: {self.folder.uri} {what}:\n{listed}\n"
+                f"Put back what changed, choose another run_dir, or pass --rebuild {self.name} to delete it and make it anew."
+            )
+        if rebuild and status.state != "absent":
+            self.folder.delete_all(keep=(LOCK,))
+            status = Status("absent")
+        if status.state == "absent":
+            self.folder.write_json(STARTED, {"inputs": self.inputs})
+        return status
+
+    def publish(self, counts: dict[str, Any] | None = None, seconds: float | None = None, result: str = "") -> dict[str, Any]:
+        """Write the manifest over all files in the folder; the last act of a stage.
+
+        Args:
+            counts: figures a reader wants (rows, images, rejects …).
+            seconds: how long the stage took.
+            result: prefix of the files that are the result (``export/``). The others are listed with their checksums too, but the fingerprint
+                leaves them out: metrics hold times and rates, which differ between runs that made the same weights.
+        """
+        files: list[dict[str, Any]] = [
+            {"name": entry.name, "bytes": entry.size, "sha256": self.folder.sha256(entry.name)}
+            for entry in self.folder.files(recursive=True)
+            if not os.path.basename(entry.name).startswith("_") or "/" in entry.name
+        ]
+        manifest = {
+            "inputs": self.inputs,
+            "files": files,
+            "counts": counts or {},
+            "seconds": seconds,
+            "version": 1,
+            "previous": None,
+            "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+            "software": software(),
+        }
+        # The identity of a result is its inputs and its bytes, not when or where it was made.
+        identity = [file for file in files if str(file["name"]).startswith(result)]
+        manifest["fingerprint"] = fingerprint({"inputs": manifest["inputs"], "files": identity})
+        self.folder.write_json(MANIFEST, manifest)
+        return manifest
+
+
+def require(folder: Folder, made_by: str) -> dict[str, Any]:
+    """The manifest of a parent. Raises FileNotFoundError that names the stage to run first."""
+    manifest = _read(folder, MANIFEST)
+    if manifest is None:
+        raise FileNotFoundError(f"{folder.uri} has no {MANIFEST}: run the stage {made_by!r} first (python -m jobs.{made_by} --config …)")
+    return manifest
+
+
+def published(folder: Folder) -> dict[str, Any] | None:
+    """The manifest of a folder, or ``None``."""
+    return _read(folder, MANIFEST)
+
+
+def damage(folder: Folder, manifest: dict[str, Any], verify: bool = False) -> list[str]:
+    """What of a manifest's files is missing or altered (by size; with ``verify`` by checksum too)."""
+    found = {entry.name: entry.size for entry in folder.files(recursive=True)}
+    broken = []
+    for file in manifest["files"]:
+        name, size = file["name"], file["bytes"]
+        if name not in found:
+            broken.append(f"{name} is missing")
+        elif found[name] != size:
+            broken.append(f"{name} has {found[name]} bytes, its manifest says {size}")
+        elif verify and folder.sha256(name) != file["sha256"]:
+            broken.append(f"{name} has another checksum than its manifest says")
+    return broken
+
+
+def differences(old: Any, new: Any, path: str = "") -> list[str]:
+    """Where two JSON values differ, a line each: ``config.train.lr: 0.001 → 0.003``."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        lines = []
+        for key in sorted(old.keys() | new.keys()):
+            here = f"{path}.{key}" if path else key
+            if key not in old or key not in new:
+                before, after = json.dumps(old.get(key)), json.dumps(new.get(key))
+                lines.append(f"{here}: {before} → {after}")
+            else:
+                lines += differences(old[key], new[key], here)
+        return lines
+    return [] if old == new else [f"{path}: {json.dumps(old)} → {json.dumps(new)}"]
+
+
+def software() -> dict[str, str]:
+    """Versions that can change a result."""
+    versions = {"python": platform.python_version(), "machine": platform.machine()}
+    for package in ("paris_ray", "ray", "torch", "numpy", "pyarrow"):
+        try:
+            versions[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return versions
+
+
+def _read(folder: Folder, name: str) -> dict[str, Any] | None:
+    try:
+        return dict(folder.read_json(name))
+    except FileNotFoundError:
+        return None
+
+
+class Lock:
+    """One writer per folder; a context manager.
+
+    The lock is a file with its owner's host, process and time. An owner on this host counts as gone when its process is gone (id and start
+    time); one elsewhere when it has not renewed the file for :data:`LEASE_SECONDS`. So a lock outlives neither crash nor power cut.
+
+    Args:
+        folder: what to lock.
+        what: the owner in words, for the other's error message.
+        wait: seconds to wait for another owner to go.
+
+    Raises:
+        LockedError: another live process holds it.
+    """
+
+    def __init__(self, folder: Folder, what: str, wait: float = 0.0):
+        self.folder, self.what, self.wait = folder, what, wait
+        self._stop = threading.Event()
+
+    def _claim(self) -> bytes:
+        owner = {
+            "host": socket.gethostname(),
+            "pid": os.getpid(),
+            "started": psutil.Process().create_time(),
+            "token": self.token,
+            "what": self.what,
+            "renewed": time.time(),
+        }
+        return json.dumps(owner).encode()
+
+    def __enter__(self) -> Lock:
+        self.token = uuid.uuid4().hex
+        deadline = time.monotonic() + self.wait
+        while not self.folder.create(LOCK, self._claim()):
+            owner = self._owner()
+            if owner is None:
+                continue
+            if not _alive(owner):
+                self._break(owner)
+                continue
+            if time.monotonic() > deadline:
+                raise LockedError(
+                    f"{self.folder.uri} is being written by {owner['what']} (process {owner['pid']} on {owner['host']}). "
+                    "Only one writer is allowed: wait for it, or stop it and run this again."
+                )
+            time.sleep(0.5)
+        if not self._owned():
+            raise LockedError(f"{self.folder.uri} was locked by somebody else at the same moment; run this again")
+        self._thread = threading.Thread(target=self._renew, daemon=True, name="lock")
+        self._thread.start()
+        return self
+
+    def _owner(self) -> dict[str, Any] | None:
+        return _read(self.folder, LOCK)
+
+    def _owned(self) -> bool:
+        return (self._owner() or {}).get("token") == self.token
+
+    def _break(self, dead: dict[str, Any]) -> None:
+        """Delete a dead owner's lock, unless somebody else has done so and put up their own."""
+        with self.folder.guard(LOCK):
+            if (self._owner() or {}).get("token") == dead["token"]:
+                self.folder.delete(LOCK)
+
+    def _renew(self) -> None:
+        while not self._stop.wait(LEASE_SECONDS / 4):
+            try:
+                if not self._owned():
+                    return  # lost to somebody who found the lease expired
+                self.folder.write_bytes(LOCK, self._claim())
+            except OSError:
+                continue  # the store is away for a moment; the lease has three more chances
+
+    def __exit__(self, *_: object) -> None:
+        self._stop.set()
+        self._thread.join()
+        if self._owned():
+            self.folder.delete(LOCK)
+
+
+def _alive(owner: dict[str, Any]) -> bool:
+    if owner["host"] != socket.gethostname():
+        return bool(time.time() - owner["renewed"] < LEASE_SECONDS)
+    try:
+        return abs(psutil.Process(owner["pid"]).create_time() - owner["started"]) < 1.0
+    except psutil.NoSuchProcess:
+        return False

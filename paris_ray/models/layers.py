@@ -1,0 +1,115 @@
+"""Parts that the expert and the router share."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    """``x · (1 + scale) + shift`` with one shift and scale per sample: (N, T, D), (N, D), (N, D) → (N, T, D)."""
+    return x * (1 + scale.unsqueeze(1)) + shift.unsqueeze(1)
+
+
+def timestep_embedding(t: Tensor, width: int = 256, max_period: float = 10_000.0) -> Tensor:
+    """Sinusoids of a time on the 0…1000 scale, ``cat[cos, sin]``, in float32: (N,) → (N, width)."""
+    half = width // 2
+    frequencies = torch.exp(-math.log(max_period) * torch.arange(half, dtype=torch.float32, device=t.device) / half)
+    angles = t.float()[:, None] * frequencies[None]
+    return torch.cat([angles.cos(), angles.sin()], dim=-1)
+
+
+def sincos_positions(width: int, side: int) -> Tensor:
+    """DiT's fixed two-dimensional sine-cosine table for a square grid: (1, side², width), row-major."""
+    # On the CPU also under torch.device("meta"), where this arithmetic would make torch import its compiler, seconds in every process.
+    with torch.device("cpu"):
+        # DiT gives the first half of the channels to the horizontal coordinate, each half as [sin, cos].
+        frequencies = 1.0 / 10_000.0 ** (torch.arange(width // 4, dtype=torch.float64) / (width / 4))
+        rows, columns = torch.meshgrid(torch.arange(side, dtype=torch.float64), torch.arange(side, dtype=torch.float64), indexing="ij")
+        halves = []
+        for coordinate in (columns, rows):
+            angles = coordinate.reshape(-1, 1) * frequencies
+            halves += [angles.sin(), angles.cos()]
+        table = torch.cat(halves, dim=1)
+        return F.pad(table, (0, width - table.shape[1])).float().unsqueeze(0)
+
+
+class TimeEmbedding(nn.Module):
+    """Time in [0, 1] → vector: sinusoids of 1000·t, then a two-layer MLP."""
+
+    def __init__(self, hidden_size: int, frequency_width: int = 256):
+        super().__init__()
+        self.frequency_width = frequency_width
+        self.mlp = nn.Sequential(nn.Linear(frequency_width, hidden_size), nn.SiLU(), nn.Linear(hidden_size, hidden_size))
+
+    def forward(self, t: Tensor) -> Tensor:
+        sinusoids = timestep_embedding(1000.0 * t.float(), self.frequency_width)  # (N, 256)
+        return self.mlp(sinusoids.to(self.mlp[0].weight.dtype))  # (N, D)
+
+
+class Attention(nn.Module):
+    """Multi-head attention with the tensor names of ``nn.MultiheadAttention``, through SDPA.
+
+    The fused ``in_proj`` is one matrix product for self-attention; for cross-attention its first third projects the queries and the rest the
+    text's keys and values, which :meth:`keys_values` computes once for a whole sampling run.
+    """
+
+    def __init__(self, hidden_size: int, num_heads: int):
+        super().__init__()
+        self.num_heads = num_heads
+        self.in_proj_weight = nn.Parameter(torch.empty(3 * hidden_size, hidden_size))
+        self.in_proj_bias = nn.Parameter(torch.zeros(3 * hidden_size))
+        self.out_proj = nn.Linear(hidden_size, hidden_size)
+
+    def _heads(self, x: Tensor) -> Tensor:
+        n, length, width = x.shape
+        return x.view(n, length, self.num_heads, width // self.num_heads).transpose(1, 2)  # (N, H, T, D/H)
+
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        mixed = F.scaled_dot_product_attention(q, k, v)  # (N, H, T, D/H)
+        return self.out_proj(mixed.transpose(1, 2).flatten(2))  # (N, T, D)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Self-attention: (N, T, D) → (N, T, D)."""
+        q, k, v = F.linear(x, self.in_proj_weight, self.in_proj_bias).chunk(3, dim=-1)
+        return self._attend(self._heads(q), self._heads(k), self._heads(v))
+
+    def keys_values(self, text: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values of a text: (N, S, D) → two of (N, H, S, D/H)."""
+        d = text.shape[-1]
+        k, v = F.linear(text, self.in_proj_weight[d:], self.in_proj_bias[d:]).chunk(2, dim=-1)
+        return self._heads(k), self._heads(v)
+
+    def cross(self, x: Tensor, keys_values: tuple[Tensor, Tensor]) -> Tensor:
+        """Cross-attention to precomputed keys and values: (N, T, D) → (N, T, D)."""
+        d = x.shape[-1]
+        q = F.linear(x, self.in_proj_weight[:d], self.in_proj_bias[:d])
+        return self._attend(self._heads(q), *keys_values)
+
+
+def mlp(hidden_size: int, mlp_ratio: float) -> nn.Sequential:
+    """Linear, GELU (tanh), Linear."""
+    inner = int(hidden_size * mlp_ratio)
+    return nn.Sequential(nn.Linear(hidden_size, inner), nn.GELU(approximate="tanh"), nn.Linear(inner, hidden_size))
+
+
+def initialize_trunk(model: nn.Module) -> None:
+    """DiT's choices for what expert and router have in common: Xavier for matrices, 0.02 for the time MLP, zero biases."""
+    for module in model.modules():
+        if isinstance(module, nn.Linear):
+            nn.init.xavier_uniform_(module.weight)
+            nn.init.zeros_(module.bias)
+        elif isinstance(module, Attention):
+            nn.init.xavier_uniform_(module.in_proj_weight)
+            nn.init.zeros_(module.in_proj_bias)
+        elif isinstance(module, nn.Conv2d):
+            # As the linear layer over a flattened patch that it is.
+            nn.init.xavier_uniform_(module.weight.view(module.weight.shape[0], -1))
+            nn.init.zeros_(module.bias)  # type: ignore[arg-type]
+    for module in model.modules():
+        if isinstance(module, TimeEmbedding):
+            nn.init.normal_(module.mlp[0].weight, std=0.02)
+            nn.init.normal_(module.mlp[2].weight, std=0.02)

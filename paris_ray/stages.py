@@ -1,0 +1,137 @@
+"""The stages of a run: where each writes, what it depends on, in which order they go. Imports nothing heavy."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from paris_ray.config import RunConfig
+from paris_ray.manifest import Stage, Status, published, require
+from paris_ray.storage import Folder
+
+CONTROL_ROUTER = "control_router"
+
+
+def expert_name(k: int) -> str:
+    """The stage that trains expert ``k``."""
+    return f"expert-{k}"
+
+
+def names(config: RunConfig) -> list[str]:
+    """All stages of a run, parents first."""
+    experts = [expert_name(k) for k in range(config.num_experts)]
+    control = [CONTROL_ROUTER] if config.evaluation.control_router else []
+    return ["embed", "partition", *experts, "router", *control, "assemble"]
+
+
+def parents(config: RunConfig, name: str) -> list[str]:
+    """The stages that must be done before ``name`` can start."""
+    if name == "embed":
+        return []
+    if name == "partition":
+        return ["embed"]
+    if name.startswith("expert-") or name in ("router", CONTROL_ROUTER):
+        return ["partition"]
+    if name == "assemble":
+        return [expert_name(k) for k in range(config.num_experts)] + ["router"]
+    if name == "evaluate":
+        return ["assemble", "partition"] + ([CONTROL_ROUTER] if config.evaluation.control_router else [])
+    raise ValueError(f"{name!r} is not a stage; known are {', '.join([*names(config), 'evaluate'])}")
+
+
+def folder(config: RunConfig, name: str) -> Folder:
+    """Where a stage writes its manifest (design: the run directory)."""
+    run = Folder(config.run_dir)
+    if name.startswith("expert-"):
+        return run / "experts" / name.removeprefix("expert-")
+    if name.startswith("shard-"):
+        return run / "shards" / f"expert={name.removeprefix('shard-')}"
+    return run / {"embed": "corpus", "partition": "clusters", "assemble": "model", "evaluate": "eval"}.get(name, name)
+
+
+def _without(tree: dict[str, Any], *keys: str) -> dict[str, Any]:
+    return {key: value for key, value in tree.items() if key not in keys}
+
+
+def _weights_part(spec: dict[str, Any]) -> dict[str, Any]:
+    """What of a training spec decides the weights: neither the machine (but for its threads) nor how often the run is looked at and saved."""
+    train = _without(spec["train"], "log_images", "checkpoint_images", "keep_checkpoints", "sample_images")
+    return {**_without(spec, "resources"), "train": train, "threads": spec["resources"]["threads"]}
+
+
+def config_part(config: RunConfig, name: str) -> dict[str, Any]:
+    """What of the config decides a stage's result. Where and on how much it runs is left out, unless it changes the bits."""
+    tree = config.model_dump(mode="json")
+    data = tree["data"]
+    if name == "encoders":
+        return {
+            "seed": config.seed,
+            **{key: data[key] for key in ("source", "image_size", "split", "embedding", "codec", "text", "max_pixels", "max_caption_chars")},
+        }
+    if name == "embed":
+        return {"seed": config.seed, **_without(data, "min_encoders", "max_encoders", "encoder_cpus", "encoder_gpus")}
+    if name == "partition":
+        return {"seed": config.seed, "num_experts": config.num_experts, **tree["partition"]}
+    if name.startswith("shard-"):
+        return {"seed": config.seed, "num_experts": config.num_experts, **_without(tree["partition"], "contact_sheet")}
+    if name.startswith("expert-"):
+        k = int(name.removeprefix("expert-"))
+        if not 0 <= k < config.num_experts:
+            raise ValueError(f"expert {k}: there are experts 0…{config.num_experts - 1}")
+        spec = tree["experts"][k]
+        return {"seed": config.seed, "expert": k, **_weights_part(spec)}
+    if name in ("router", CONTROL_ROUTER):
+        spec = tree["router"] | ({"text": "none"} if name == CONTROL_ROUTER else {})
+        return {"seed": config.seed, "num_experts": config.num_experts, **_weights_part(spec)}
+    if name == "assemble":
+        return {"name": config.name, "sampling": tree["sampling"], "text": data["text"], "image_size": config.data.image_size}
+    if name == "evaluate":
+        return {"seed": config.seed, **tree["evaluation"]}
+    raise ValueError(f"{name!r} is not a stage")
+
+
+def stage(config: RunConfig, name: str) -> Stage:
+    """A stage with its parents' fingerprints.
+
+    Raises:
+        FileNotFoundError: a parent has not been published; the message names the job to run first.
+    """
+    run = Folder(config.run_dir)
+    prints: dict[str, str] = {}
+
+    def parent(label: str, where: Folder, made_by: str) -> None:
+        prints[label] = require(where, made_by)["fingerprint"]
+
+    if name == "embed":
+        parent("encoders", run / "encoders", "embed")
+    elif name == "partition" or name.startswith("shard-"):
+        parent("corpus", run / "corpus", "embed")
+    elif name.startswith("expert-"):
+        parent("encoders", run / "encoders", "embed")
+        parent("shard", folder(config, name.replace("expert", "shard")), "partition")
+    elif name in ("router", CONTROL_ROUTER):
+        parent("encoders", run / "encoders", "embed")
+        for k in range(config.num_experts):
+            parent(f"shard-{k}", folder(config, f"shard-{k}"), "partition")
+    elif name == "assemble":
+        parent("encoders", run / "encoders", "embed")
+        parent("clusters", run / "clusters", "partition")
+        for k in range(config.num_experts):
+            parent(expert_name(k), folder(config, expert_name(k)), f"train_expert --expert {k}")
+        parent("router", run / "router", "train_router")
+    elif name == "evaluate":
+        parent("model", run / "model", "assemble")
+        parent("clusters", run / "clusters", "partition")
+        if config.evaluation.control_router:
+            parent(CONTROL_ROUTER, run / CONTROL_ROUTER, "train_router --control")
+    return Stage(name, folder(config, name), config_part(config, name), prints)
+
+
+def status(config: RunConfig, name: str) -> Status:
+    """What would happen to a stage now: its own state, or ``waiting`` when a parent is not there yet."""
+    try:
+        return stage(config, name).status()
+    except FileNotFoundError as error:
+        if name == "embed":  # it makes its own parent
+            return stage(config, "encoders").status()
+        begun = published(folder(config, name))
+        return Status("waiting", (str(error),), begun)

@@ -1,0 +1,267 @@
+"""Folders by URI: the only module that touches paths.
+
+A run directory may be local or any URI that pyarrow or fsspec knows (``s3://``, ``gs://``, ``abfs://`` …).
+Everything that a stage reads or writes goes through a :class:`Folder`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import hashlib
+import json
+import os
+import posixpath
+import shutil
+import tempfile
+import uuid
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+import pyarrow as pa
+import pyarrow.fs as pafs
+
+_CHUNK = 1 << 22
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One file of a folder: its name relative to the folder and its size in bytes."""
+
+    name: str
+    size: int
+
+
+def _resolve(uri: str) -> tuple[pafs.FileSystem, str]:
+    if "://" not in uri:
+        return pafs.LocalFileSystem(), str(Path(uri).expanduser().absolute())
+    try:
+        return pafs.FileSystem.from_uri(uri)
+    except (pa.ArrowInvalid, NotImplementedError):
+        import fsspec
+
+        fs, path = fsspec.core.url_to_fs(uri)
+        return pafs.PyFileSystem(pafs.FSSpecHandler(fs)), path
+
+
+class Folder:
+    """A folder on local disk or in an object store.
+
+    Args:
+        uri: a local path, or a URI that pyarrow or fsspec resolves.
+
+    Names given to the methods are relative, use ``/`` and may not leave the folder.
+    """
+
+    def __init__(self, uri: str | os.PathLike[str]):
+        text = os.fspath(uri)
+        self.fs, self.path = _resolve(text)
+        self.is_local = isinstance(self.fs, pafs.LocalFileSystem)
+        self.uri = self.path if self.is_local else text.rstrip("/")
+
+    def __truediv__(self, name: str) -> Folder:
+        child = object.__new__(Folder)
+        child.fs, child.is_local = self.fs, self.is_local
+        child.path = self._at(name)
+        child.uri = posixpath.join(self.uri, name)
+        return child
+
+    def __repr__(self) -> str:
+        return f"Folder({self.uri!r})"
+
+    def __reduce__(self) -> tuple[type[Folder], tuple[str]]:
+        return Folder, (self.uri,)
+
+    def _at(self, name: str) -> str:
+        if name.startswith("/") or ".." in name.split("/"):
+            raise ValueError(f"name: {name!r} leaves the folder {self.uri}; names are relative, without '..'")
+        return posixpath.join(self.path, name)
+
+    # -- reading ------------------------------------------------------------------------------------------------
+
+    def exists(self, name: str = "") -> bool:
+        """Whether a file or a folder of that name is there."""
+        info = self.fs.get_file_info(self._at(name) if name else self.path)
+        return info.type != pafs.FileType.NotFound
+
+    def size(self, name: str) -> int | None:
+        """Size of a file in bytes, ``None`` if there is no such file."""
+        info = self.fs.get_file_info(self._at(name))
+        return info.size if info.type == pafs.FileType.File else None
+
+    def files(self, recursive: bool = False) -> list[Entry]:
+        """The files in the folder, sorted by name; unfinished uploads (``.tmp-…``) are not listed."""
+        selector = pafs.FileSelector(self.path, recursive=recursive, allow_not_found=True)
+        entries = [
+            Entry(posixpath.relpath(info.path, self.path), info.size)
+            for info in self.fs.get_file_info(selector)
+            if info.type == pafs.FileType.File and not posixpath.basename(info.path).startswith(".tmp-")
+        ]
+        return sorted(entries, key=lambda e: e.name)
+
+    def folders(self) -> list[str]:
+        """Names of the folders directly inside, sorted."""
+        selector = pafs.FileSelector(self.path, allow_not_found=True)
+        return sorted(posixpath.basename(info.path.rstrip("/")) for info in self.fs.get_file_info(selector) if info.type == pafs.FileType.Directory)
+
+    def open(self, name: str) -> IO[bytes]:
+        """A random-access binary file for reading. Raises FileNotFoundError."""
+        return self.fs.open_input_file(self._at(name))
+
+    def read_bytes(self, name: str) -> bytes:
+        """The whole file. Raises FileNotFoundError."""
+        with self.open(name) as file:
+            return bytes(file.read())
+
+    def read_json(self, name: str) -> Any:
+        """The file parsed as JSON. Raises FileNotFoundError, ValueError."""
+        try:
+            return json.loads(self.read_bytes(name))
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{self.uri}/{name} is not valid JSON: {error}") from error
+
+    def sha256(self, name: str) -> str:
+        """Checksum of a file's content, hex."""
+        digest = hashlib.sha256()
+        with self.open(name) as file:
+            while chunk := file.read(_CHUNK):
+                digest.update(chunk)
+        return digest.hexdigest()
+
+    def local_copy(self, name: str, cache: str | None = None) -> str:
+        """A local path of the file: itself when local, else a downloaded copy in ``cache``."""
+        if self.is_local:
+            return self._at(name)
+        root = cache or os.path.join(tempfile.gettempdir(), "paris_ray-cache")
+        # Weights trained anew have the size of the old ones, but another time.
+        info = self.fs.get_file_info(self._at(name))
+        key = hashlib.sha256(f"{self.uri}/{name}/{info.size}/{info.mtime_ns}".encode()).hexdigest()[:24]
+        target = os.path.join(root, key, posixpath.basename(name))
+        if not os.path.exists(target):
+            os.makedirs(os.path.dirname(target), exist_ok=True)
+            partial = f"{target}.{uuid.uuid4().hex}"
+            with self.open(name) as source, open(partial, "wb") as sink:
+                shutil.copyfileobj(source, sink, _CHUNK)
+            os.replace(partial, target)
+        return target
+
+    # -- writing ------------------------------------------------------------------------------------------------
+
+    def writer(self, name: str) -> _AtomicWriter:
+        """A context manager that yields a binary file which appears under its name only when closed without error."""
+        return _AtomicWriter(self, name)
+
+    def write_bytes(self, name: str, data: bytes) -> None:
+        """Write a whole file; readers see the old content or the new, never a part."""
+        with self.writer(name) as file:
+            file.write(data)
+
+    def write_json(self, name: str, value: Any) -> None:
+        """Write a value as indented JSON with sorted keys; see :meth:`write_bytes`."""
+        self.write_bytes(name, (json.dumps(value, indent=1, sort_keys=True, allow_nan=False) + "\n").encode())
+
+    def create(self, name: str, data: bytes) -> bool:
+        """Write a file only if it is not there; False if it is. Atomic on local disks, best effort elsewhere."""
+        if self.is_local:
+            target = self._at(name)
+            parent, base = posixpath.split(target)
+            os.makedirs(parent, exist_ok=True)
+            partial = posixpath.join(parent, f".tmp-{uuid.uuid4().hex}-{base}")
+            with open(partial, "xb") as file:
+                file.write(data)
+            try:
+                # A link appears whole or not at all, and never over another file.
+                os.link(partial, target)
+            except FileExistsError:
+                return False
+            finally:
+                os.unlink(partial)
+            return True
+        if self.exists(name):
+            return False
+        self.write_bytes(name, data)
+        return True
+
+    @contextlib.contextmanager
+    def guard(self, name: str) -> Iterator[None]:
+        """Hold off other processes that guard the same name, for the moment of a check and a change; on local disks only."""
+        if not self.is_local:
+            yield
+            return
+        with open(self._at(f".tmp-guard-{name}"), "wb") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            yield
+
+    def upload(self, local_path: str, name: str) -> None:
+        """Copy a local file into the folder under ``name``, atomically."""
+        with open(local_path, "rb") as source, self.writer(name) as sink:
+            shutil.copyfileobj(source, sink, _CHUNK)
+
+    def delete(self, name: str) -> None:
+        """Delete a file; nothing happens if it is not there."""
+        try:
+            self.fs.delete_file(self._at(name))
+        except FileNotFoundError:
+            pass
+
+    def delete_all(self, keep: tuple[str, ...] = ()) -> None:
+        """Delete the folder with all that is in it, except the files named in ``keep``; nothing happens if it is not there."""
+        if any(self.exists(name) for name in keep):
+            for name in self.folders():
+                (self / name).delete_all()
+            for entry in self.files():
+                if entry.name not in keep:
+                    self.delete(entry.name)
+            return
+        try:
+            self.fs.delete_dir(self.path)
+        except FileNotFoundError:
+            pass
+
+
+class _AtomicWriter:
+    def __init__(self, folder: Folder, name: str):
+        self.folder, self.target = folder, folder._at(name)
+
+    def __enter__(self) -> IO[bytes]:
+        parent, base = posixpath.split(self.target)
+        if self.folder.is_local:
+            os.makedirs(parent, exist_ok=True)
+            self.partial = posixpath.join(parent, f".tmp-{uuid.uuid4().hex}-{base}")
+            self.file: IO[bytes] = open(self.partial, "wb")
+        else:
+            # Uploaded when it is whole: a store's stream that is dropped half-way commits what it has.
+            self.file = tempfile.TemporaryFile()
+        return self.file
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
+        if not self.folder.is_local:
+            with self.file:
+                if kind is None:
+                    self.file.seek(0)
+                    with self.folder.fs.open_output_stream(self.target) as sink:
+                        shutil.copyfileobj(self.file, sink, _CHUNK)
+            return
+        if kind is not None:
+            self.file.close()
+            os.unlink(self.partial)
+            return
+        self.file.flush()
+        os.fsync(self.file.fileno())
+        self.file.close()
+        os.replace(self.partial, self.target)
+
+
+def copy_file(source: Folder, name: str, target: Folder, new_name: str | None = None) -> None:
+    """Copy one file between two folders, atomically at the target."""
+    with source.open(name) as reader, target.writer(new_name or name) as sink:
+        shutil.copyfileobj(reader, sink, _CHUNK)
+
+
+def copy_tree(source: Folder, target: Folder) -> Iterator[str]:
+    """Copy every file below ``source``; yields the names as they are done."""
+    for entry in source.files(recursive=True):
+        copy_file(source, entry.name, target)
+        yield entry.name

@@ -1,0 +1,331 @@
+"""The one optimisation loop, for experts and routers, in plain torch.
+
+Progress is counted in images. Step s trains on the samples [images, images + batch), whose rows, noises, times and caption drops are functions of
+(seed, stage, sample number); of several workers each takes its slice. So after a resume the loop goes on as if nothing had happened: on the same
+kind of device, with the same threads and versions, to the same bits.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+import torch.distributed
+from torch import Tensor, nn
+
+from paris_ray.config import ConfigError, TrainConfig
+from paris_ray.storage import Folder
+from paris_ray.training import checkpoint
+from paris_ray.training.draws import Draw, Draws
+from paris_ray.training.ema import Ema
+
+TIME_BINS = 4
+"""Losses are reported for this many equal intervals of time, from data to noise."""
+
+Batch = dict[str, Tensor]
+
+
+class NonFiniteError(RuntimeError):
+    """A loss or a gradient is not a number; no weight was updated with it."""
+
+
+class Task(Protocol):
+    """What is trained.
+
+    Attributes:
+        stage: the stage's name, which also names its random streams.
+        model: the network, on the device.
+        rows: rows of the training data.
+        shape: shape of one sample's noise.
+        dropout: probability that a caption is dropped.
+    """
+
+    stage: str
+    model: nn.Module
+    rows: int
+    shape: tuple[int, ...]
+    dropout: float
+
+    def batch(self, draw: Draw) -> Batch:
+        """What the draws name, as tensors on the CPU. May be called from another thread."""
+        ...
+
+    def losses(self, model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Loss (n,) in float32 and time (n,) in [0, 1] of each sample, for a batch on the device."""
+        ...
+
+    def evaluate(self, images: int) -> dict[str, Any]:
+        """Figures on rows that are not trained on; called while the model holds its averaged weights."""
+        ...
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where the loop runs: the device, and which of how many workers this is."""
+
+    device: torch.device
+    rank: int = 0
+    world: int = 1
+
+
+def total_images(config: TrainConfig, rows: int) -> int:
+    """The budget in images, in whole batches: ``images``, else ``passes`` × rows but at least ``min_images``."""
+    wanted = config.images if config.images is not None else max(math.ceil(config.passes * rows), config.min_images)
+    return math.ceil(wanted / config.batch_size) * config.batch_size
+
+
+def learning_rate(config: TrainConfig, images: int, total: int) -> float:
+    """Learning rate of the step that ends at ``images``: linear warm-up, then constant or half a cosine to zero at ``total``."""
+    if images < config.warmup_images:
+        return config.learning_rate * images / config.warmup_images
+    if config.schedule == "constant":
+        return config.learning_rate
+    # Of the step's first image, so that the last step still moves.
+    done = (images - config.batch_size - config.warmup_images) / max(1, total - config.warmup_images)
+    return config.learning_rate * 0.5 * (1 + math.cos(math.pi * min(max(done, 0.0), 1.0)))
+
+
+def optimizer_for(model: nn.Module, config: TrainConfig) -> torch.optim.AdamW:
+    """AdamW with decoupled decay, on matrices only: biases, norms, tables and tokens are not pulled to zero."""
+    named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    decayed = [p for name, p in named if p.ndim >= 2 and name.endswith("weight")]
+    others = [p for name, p in named if not (p.ndim >= 2 and name.endswith("weight"))]
+    groups = [{"params": decayed, "weight_decay": config.weight_decay}, {"params": others, "weight_decay": 0.0}]
+    return torch.optim.AdamW(groups, lr=config.learning_rate, betas=(config.beta1, config.beta2), fused=True)
+
+
+class Loop:
+    """Trains a task to its budget, from the newest checkpoint on.
+
+    Args:
+        task: what is trained.
+        config: how.
+        seed: the run's seed.
+        folder: the stage's folder; checkpoints and metrics go below it.
+        place: device, rank and number of workers.
+        wrapped: the model as the forward pass calls it (DistributedDataParallel), if not the task's own.
+        on_step: called after each step with (images, None), and at each metrics line with (images, line).
+        on_checkpoint: called on every worker after each checkpoint, with the last metrics line.
+        check_each_step: look for non-finite values at each step. On a GPU that would wait for the device; there the update itself is switched
+            off on the device from the first such value on, and the loop stops at the next metrics line, which comes before any checkpoint.
+    """
+
+    def __init__(
+        self,
+        task: Task,
+        config: TrainConfig,
+        seed: int,
+        folder: Folder,
+        place: Place | None = None,
+        wrapped: nn.Module | None = None,
+        on_step: Callable[[int, dict[str, Any] | None], None] = lambda images, line: None,
+        on_checkpoint: Callable[[dict[str, Any]], None] = lambda line: None,
+        check_each_step: bool | None = None,
+    ):
+        self.task, self.config, self.folder = task, config, folder
+        self.place = place or Place(torch.device("cpu"))
+        if config.batch_size % self.place.world:
+            raise ConfigError(f"train.batch_size {config.batch_size} must be a multiple of resources.num_workers {self.place.world}")
+        self.on_step, self.on_checkpoint = on_step, on_checkpoint
+        device = self.place.device
+        self.check_each_step = device.type == "cpu" if check_each_step is None else check_each_step
+        self.model = wrapped or task.model
+        self.optimizer = optimizer_for(task.model, config)
+        self.trained = [p for group in self.optimizer.param_groups for p in group["params"]]
+        self.ema = Ema(task.model, config.ema_half_life_images)
+        self.draws = Draws(seed, task.stage, task.rows, task.shape, task.dropout)
+        self.total = total_images(config, task.rows)
+        self.images, self.seconds = 0, 0.0
+        self.lines: list[dict[str, Any]] = []
+        self._line: dict[str, Any] = {}
+        # Sums of loss and counts by time bin, sum of gradient norms: kept on the device, read at metrics lines only.
+        self._sums = torch.zeros(2 * TIME_BINS + 1, device=device)
+        # 1 from the first non-finite value on; and the image it was seen at.
+        self._broken = torch.zeros((), device=device)
+        self._broken_at = torch.zeros((), device=device, dtype=torch.float64)
+        self._resume()
+
+    # -- state --------------------------------------------------------------------------------------------------
+
+    def _resume(self) -> None:
+        found = checkpoint.latest(self.folder)
+        if self.place.rank == 0:
+            checkpoint.forget_metrics_after(self.folder, found.images if found else 0)
+        if found is None:
+            return
+        self.task.model.load_state_dict(found.tensors("model"))
+        self.ema.load(found.tensors("ema"))
+        self._load_optimizer(found.tensors("optimizer"))
+        self.images, self.seconds, self._line = found.images, found.state["seconds"], found.state["line"]
+
+    def _save(self) -> None:
+        if self.place.rank == 0:
+            tensors = {"model": dict(self.task.model.named_parameters()), "ema": self.ema.weights, "optimizer": self._optimizer_tensors()}
+            checkpoint.save(self.folder, self.images, tensors, {"seconds": self.seconds, "line": self._line}, self.lines)
+            checkpoint.prune(self.folder, self.config.keep_checkpoints, self.images)
+        self.lines = []
+        self.on_checkpoint(self._line)
+
+    def _optimizer_tensors(self) -> dict[str, Tensor]:
+        state = self.optimizer.state
+        return {f"{name}.{key}": value for name, p in self.task.model.named_parameters() if p in state for key, value in state[p].items()}
+
+    def _load_optimizer(self, tensors: dict[str, Tensor]) -> None:
+        parameters = dict(self.task.model.named_parameters())
+        for full, value in tensors.items():
+            name, _, key = full.rpartition(".")
+            self.optimizer.state[parameters[name]][key] = value.to(self.place.device)
+
+    # -- running ------------------------------------------------------------------------------------------------
+
+    def run(self) -> dict[str, Any]:
+        """Train to the end; returns the last metrics line.
+
+        Raises:
+            NonFiniteError: a loss or gradient is not finite; no weight was updated with it.
+        """
+        config, size = self.config, self.config.batch_size
+        clock = _Clock()
+        for batch in clock.timed(_feed(self._prepare, range(self.images, self.total, size), ahead=0 if self.place.device.type == "cpu" else 2)):
+            self._step(batch)
+            self.images += size
+            sample, save = self._due(config.sample_images), self._due(config.checkpoint_images)
+            if not (sample or save or self._due(config.log_images)):
+                self.on_step(self.images, None)
+                continue
+            self._measure(clock)
+            if sample and self.place.rank == 0:
+                with self.ema.applied(), self._precision():
+                    self._line.update(self.task.evaluate(self.images))
+            self.lines.append(self._line)
+            self.on_step(self.images, self._line)
+            if save:
+                self._save()
+            clock.restart()
+        return self._line
+
+    def _due(self, every: int | None) -> bool:
+        """Whether the last step passed a multiple of ``every`` images, or was the last of all."""
+        return self.images == self.total or (every is not None and self.images % every < self.config.batch_size)
+
+    def _prepare(self, start: int) -> Batch:
+        """Prepare this worker's slice of the samples [start, start + batch)."""
+        share = self.config.batch_size // self.place.world
+        first = start + self.place.rank * share
+        batch = self.task.batch(self.draws(first, first + share))
+        if self.place.device.type == "cuda":
+            batch = {name: tensor.pin_memory() for name, tensor in batch.items()}
+        return batch
+
+    def _precision(self) -> torch.autocast:
+        """Matrix products in bfloat16 if asked for; weights, norms and losses stay in float32."""
+        return torch.autocast(self.place.device.type, torch.bfloat16, enabled=self.config.precision == "bf16")
+
+    def _step(self, batch: Batch) -> None:
+        device, size = self.place.device, self.config.batch_size
+        batch = {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}
+        with self._precision():
+            losses, times = self.task.losses(self.model, batch)  # (n,), (n,)
+        loss = losses.mean()
+        loss.backward()
+        gradients = [p.grad for p in self.trained if p.grad is not None]
+        norm = torch.nn.utils.get_total_norm(gradients)
+        self._check(loss.detach(), norm)
+        if self.config.clip_norm is not None:
+            torch.nn.utils.clip_grads_with_norm_(self.trained, self.config.clip_norm, norm)
+        rate = learning_rate(self.config, self.images + size, self.total)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.ema.update(self.images + size, size)
+        bins = (times.detach() * TIME_BINS).long().clamp_(0, TIME_BINS - 1)
+        self._sums[:TIME_BINS].index_add_(0, bins, losses.detach())
+        self._sums[TIME_BINS : 2 * TIME_BINS].index_add_(0, bins, torch.ones_like(losses))
+        self._sums[2 * TIME_BINS] += norm
+
+    # -- measuring ----------------------------------------------------------------------------------------------
+
+    def _check(self, loss: Tensor, norm: Tensor) -> None:
+        """Stop at a non-finite loss or gradient, or see to it that the device does no update with it."""
+        if self.check_each_step:
+            if not (math.isfinite(loss.item()) and math.isfinite(norm.item())):
+                raise self._non_finite(self.images + self.config.batch_size, f"loss {loss.item()}, gradient norm {norm.item()}")
+            return
+        broken = (~(torch.isfinite(loss) & torch.isfinite(norm))).to(self._broken.dtype)
+        self._broken_at += (broken > self._broken) * float(self.images + self.config.batch_size)
+        torch.maximum(self._broken, broken, out=self._broken)
+        # Fused AdamW reads this on the device: at 1 it leaves weights and moments alone.
+        self.optimizer.found_inf = self._broken  # type: ignore[attr-defined]
+
+    def _non_finite(self, images: int, what: str) -> NonFiniteError:
+        return NonFiniteError(
+            f"{self.task.stage}: not a finite number at image {images} ({what}); stopped before the update, and the checkpoint before it is good. "
+            f"Lower train.learning_rate (now {self.config.learning_rate:g}), lengthen train.warmup_images (now {self.config.warmup_images}), "
+            f"or set train.clip_norm (now {self.config.clip_norm}) and train.precision=fp32; then start the stage anew."
+        )
+
+    def _measure(self, clock: _Clock) -> None:
+        """Make the metrics line of the interval that ends here; the only place where the loop waits for a GPU."""
+        if self.place.world > 1:
+            torch.distributed.all_reduce(self._sums)
+        sums = self._sums.double().tolist()
+        self._sums.zero_()
+        if self._broken.item():
+            raise self._non_finite(int(self._broken_at.item()), "found at the metrics line after it")
+        loss, count = sums[:TIME_BINS], sums[TIME_BINS : 2 * TIME_BINS]
+        images, seconds = round(sum(count)), clock.seconds()
+        self.seconds += seconds
+        self._line = {
+            "images": self.images,
+            "loss": sum(loss) / images,
+            "loss_by_time": [s / n if n else None for s, n in zip(loss, count, strict=True)],
+            "learning_rate": self.optimizer.param_groups[0]["lr"],
+            "grad_norm": sums[-1] / self.place.world / (images / self.config.batch_size),
+            "images_per_second": images / seconds if seconds > 0 else 0.0,
+            "data_wait": clock.waited / seconds if seconds > 0 else 0.0,
+            "seconds": self.seconds,
+        }
+
+
+class _Clock:
+    """Seconds of an interval, and how many of them went by waiting for data."""
+
+    def __init__(self) -> None:
+        self.restart()
+
+    def restart(self) -> None:
+        self.start, self.waited = time.monotonic(), 0.0
+
+    def seconds(self) -> float:
+        return time.monotonic() - self.start
+
+    def timed(self, batches: Iterator[Batch]) -> Iterator[Batch]:
+        while True:
+            asked = time.monotonic()
+            batch = next(batches, None)
+            self.waited += time.monotonic() - asked
+            if batch is None:
+                return
+            yield batch
+
+
+def _feed(prepare: Callable[[int], Batch], starts: range, ahead: int) -> Iterator[Batch]:
+    """Batches in order; with ``ahead`` > 0 a thread prepares that many while the device works (on a CPU it would only take turns with it)."""
+    if ahead == 0:
+        yield from map(prepare, starts)
+        return
+    with ThreadPoolExecutor(1) as pool:
+        pending: deque[Future[Batch]] = deque()
+        for start in starts:
+            pending.append(pool.submit(prepare, start))
+            if len(pending) > ahead:
+                yield pending.popleft().result()
+        while pending:
+            yield pending.popleft().result()

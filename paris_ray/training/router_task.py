@@ -1,0 +1,142 @@
+"""What the router learns, how it is watched, and what it hands over."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from paris_ray import rng
+from paris_ray.config import RunConfig
+from paris_ray.diffusion.path import interpolate, training_times
+from paris_ray.models.router import Router
+from paris_ray.stages import CONTROL_ROUTER
+from paris_ray.storage import Folder
+from paris_ray.training.checkpoint import tensor_bytes
+from paris_ray.training.draws import Draw
+from paris_ray.training.loop import TIME_BINS, Batch
+from paris_ray.training.shard import Encoders, Rows, pool, read_rows
+
+VALIDATION_ROWS = 8192
+"""At most this many validation rows are used, the first by id."""
+
+
+class RouterTask:
+    """Cross-entropy against the cluster, from a state of the linear path, its time and pooled text; see :class:`paris_ray.training.loop.Task`.
+
+    Args:
+        config: the run's config.
+        device: where the model is.
+        control: train the text-blind control router instead.
+    """
+
+    def __init__(self, config: RunConfig, device: torch.device, control: bool = False):
+        self.config, self.device, self.spec = config, device, config.router
+        self.stage = CONTROL_ROUTER if control else "router"
+        self.reads_text = not control and self.spec.text == "pooled"
+        run = Folder(config.run_dir)
+        self.folder = run / self.stage
+        self.encoders = Encoders(run)
+        self.train, self.validation = read_rows(run, range(config.num_experts), config.data.store_text)
+        self.rows = len(self.train)
+        self.shape: tuple[int, ...] = self.encoders.latent_shape
+        self.dropout = self.spec.caption_dropout if self.reads_text else 0.0
+        self.null = self.encoders.null_pooled().to(device)
+        self.pooling = self.encoders.meta["text"]["pooling"]
+        self.text_encoder = self.encoders.text_encoder(device) if self.reads_text and self.train.token_ids is not None else None
+        channels, side, _ = self.shape
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(rng.key(config.seed, "init", self.stage))
+            shape = self.spec.model.model_dump(exclude={"size"})
+            width = self.encoders.text_width if self.reads_text else None
+            self.model: nn.Module = Router(config.num_experts, side, in_channels=channels, text_embed_dim=width, **shape).to(device)
+
+    # -- the loop's task ----------------------------------------------------------------------------------------
+
+    def batch(self, draw: Draw) -> Batch:
+        """Latents, noises, times, drops, clusters and text of the rows drawn."""
+        noise, u, dropped = (torch.from_numpy(a) for a in (draw.noise, draw.u, draw.dropped))
+        return self._batch(
+            self.train, torch.from_numpy(draw.rows), noise, training_times(u, self.spec.train.timesteps, self.spec.train.timestep_mean), dropped
+        )
+
+    def _batch(self, data: Rows, rows: Tensor, noise: Tensor, time: Tensor, dropped: Tensor) -> Batch:
+        batch = {"latent": data.latents[rows], "noise": noise, "time": time, "dropped": dropped, "label": data.labels[rows]}
+        if not self.reads_text:
+            return batch
+        if data.text is not None:
+            return {**batch, "pooled": pool(data.text[rows].float(), data.text_len[rows], self.pooling)}
+        assert data.token_ids is not None
+        return {**batch, "token_ids": data.token_ids[rows], "text_len": data.text_len[rows]}
+
+    def _logits(self, model: nn.Module, batch: Batch) -> Tensor:
+        x = interpolate(batch["latent"].float(), batch["noise"], batch["time"])  # (n, C, H, W)
+        logits = model(x, batch["time"], self._pooled(batch)) if self.reads_text else model(x, batch["time"])
+        return logits.float()  # (n, K)
+
+    @torch.no_grad()
+    def _pooled(self, batch: Batch) -> Tensor:
+        """Pooled text, the empty caption's where it was dropped: (n, D)."""
+        pooled = batch.get("pooled")
+        if pooled is None:
+            assert self.text_encoder is not None
+            pooled = pool(self.text_encoder.encode(batch["token_ids"], batch["text_len"]).float(), batch["text_len"], self.pooling)
+        return torch.where(batch["dropped"][:, None], self.null, pooled)
+
+    def losses(self, model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Cross-entropy of each sample: (n,), and its time: (n,)."""
+        return F.cross_entropy(self._logits(model, batch), batch["label"], reduction="none"), batch["time"]
+
+    @torch.no_grad()
+    def evaluate(self, images: int) -> dict[str, Any]:
+        """Loss and accuracy on the validation rows at the middle of each time bin, with noises that are the same every time."""
+        n, size = min(len(self.validation), VALIDATION_ROWS), self.spec.train.batch_size
+        if n == 0:
+            return {}
+        loss, right = torch.zeros(TIME_BINS, dtype=torch.float64), torch.zeros(TIME_BINS, dtype=torch.float64)
+        for start in range(0, n, size):
+            rows = torch.arange(start, min(start + size, n))
+            noise = torch.from_numpy(rng.normal(self.config.seed, f"{self.stage}/validation", rows.numpy(), self.shape))
+            for b in range(TIME_BINS):
+                time = torch.full((len(rows),), (b + 0.5) / TIME_BINS)
+                batch = self._batch(self.validation, rows, noise, time, torch.zeros(len(rows), dtype=torch.bool))
+                batch = {name: tensor.to(self.device) for name, tensor in batch.items()}
+                logits = self._logits(self.model, batch)
+                loss[b] += F.cross_entropy(logits, batch["label"], reduction="sum").item()
+                right[b] += (logits.argmax(1) == batch["label"]).sum().item()
+        by_time = (loss / n).tolist(), (right / n).tolist()
+        return {
+            "validation_loss": sum(by_time[0]) / TIME_BINS,
+            "validation_loss_by_time": by_time[0],
+            "accuracy": sum(by_time[1]) / TIME_BINS,
+            "accuracy_by_time": by_time[1],
+        }
+
+    # -- handing over -------------------------------------------------------------------------------------------
+
+    def export_config(self) -> dict[str, Any]:
+        """``config.json`` of the export: the released keys, and what they do not say."""
+        model = self.spec.model
+        return {
+            "model_type": "router",
+            "architecture": "dit",
+            "num_clusters": self.config.num_experts,
+            "hidden_size": model.hidden_size,
+            "num_layers": model.num_layers,
+            "num_heads": model.num_heads,
+            "patch_size": model.patch_size,
+            "in_channels": self.shape[0],
+            "use_dit_time_embed": True,
+            "image_size": self.shape[1],
+            "norm_eps": model.norm_eps,
+            "mlp_ratio": model.mlp_ratio,
+            "text_embed_dim": self.encoders.text_width if self.reads_text else None,
+        }
+
+    def export(self, weights: dict[str, Tensor]) -> None:
+        """Write ``export/``: the averaged weights and their config."""
+        out = self.folder / "export"
+        out.write_bytes("pytorch_model.safetensors", tensor_bytes(weights))
+        out.write_json("config.json", self.export_config())

@@ -1,0 +1,150 @@
+"""One training worker: where it runs, what it trains, what it reports. Imports torch only when it runs, so that drivers stay light."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from paris_ray import config as configs
+from paris_ray.config import ConfigError, Resources, RunConfig
+from paris_ray.progress import Progress
+from paris_ray.stages import CONTROL_ROUTER
+from paris_ray.storage import Folder
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+    from paris_ray.training.expert_task import ExpertTask
+    from paris_ray.training.loop import Place
+    from paris_ray.training.router_task import RouterTask
+
+ATTEMPTS = "_attempts.json"
+
+
+def resources(config: RunConfig, stage: str) -> Resources:
+    """What a training stage asks the cluster for."""
+    return config.experts[int(stage.removeprefix("expert-"))].resources if stage.startswith("expert-") else config.router.resources
+
+
+def work(payload: dict[str, Any]) -> dict[str, Any]:
+    """The function that Ray Train runs on each worker.
+
+    Args:
+        payload: ``config`` (the run's config as JSON) and ``stage``.
+
+    Returns:
+        ``{"counts": …}``, or ``{"failure": message}`` for an error that would only happen again if the worker were restarted.
+    """
+    import ray.train
+
+    from paris_ray.training.loop import NonFiniteError, Place
+
+    config, stage = configs.build(payload["config"]), payload["stage"]
+    context = ray.train.get_context()
+    place = Place(_device(resources(config, stage), context.get_world_size()), context.get_world_rank(), context.get_world_size())
+    try:
+        return {"counts": run(config, stage, place, lambda line: ray.train.report({k: v for k, v in line.items() if isinstance(v, int | float)}))}
+    except (NonFiniteError, ConfigError) as error:
+        return {"failure": str(error)}
+
+
+def _device(asked: Resources, world: int) -> torch.device:
+    import torch
+
+    if asked.gpus == 0:
+        return torch.device("cpu")
+    if not torch.cuda.is_available():
+        raise RuntimeError(f"resources.gpus is {asked.gpus:g}, but torch {torch.__version__} finds no GPU on this node; check its image and drivers")
+    if world == 1:
+        return torch.device("cuda", 0)
+    import ray.train.torch
+
+    device: torch.device = ray.train.torch.get_device()
+    torch.cuda.set_device(device)
+    return device
+
+
+def run(config: RunConfig, stage: str, place: Place, report: Callable[[dict[str, Any]], None] = lambda line: None) -> dict[str, Any]:
+    """Train one stage in this process, to the end and with its export; the same command again resumes.
+
+    Reads ``shards/expert=K`` of its expert (the router: of all) and ``encoders/``; writes its own stage folder and its event.
+
+    Args:
+        config: the run's config.
+        stage: ``expert-K``, ``router`` or ``control_router``.
+        place: device, rank and number of workers.
+        report: called after each checkpoint with the last metrics line; on all workers.
+
+    Returns:
+        figures for the manifest: images, seconds, images_per_second, loss, validation_loss, rows, restarts.
+    """
+    from paris_ray.training.loop import Loop
+
+    _prepare_process(resources(config, stage).threads, place)
+    task = _task(config, stage, place.device)
+    attempts = _count_attempt(task.folder) if place.rank == 0 else 1
+    loop = Loop(task, task.spec.train, config.seed, task.folder, place, _wrap(task.model, place), on_checkpoint=report)
+    if place.rank == 0:
+        progress = Progress(Folder(config.run_dir) / "events", stage, loop.total)
+        note = f"restart {attempts - 1}, from image {loop.images}" if attempts > 1 else ""
+        progress.update(loop.images, message=note, force=True)
+        loop.on_step = lambda images, line: progress.update(images, line["loss"] if line else None)
+    last = loop.run()
+    if place.rank == 0:
+        task.export(loop.ema.weights)
+    return {
+        "images": loop.images,
+        "seconds": round(loop.seconds, 3),
+        "images_per_second": round(loop.images / loop.seconds, 1) if loop.seconds else None,
+        "loss": last["loss"],
+        "validation_loss": last.get("validation_loss"),
+        **({"accuracy": last["accuracy"]} if "accuracy" in last else {}),
+        "rows": task.rows,
+        "restarts": attempts - 1,
+    }
+
+
+def _prepare_process(threads: int, place: Place) -> None:
+    """Threads, denormals and determinism: what "the same bits" depends on."""
+    import torch
+
+    torch.set_num_threads(threads)
+    # Denormal numbers, which Adam's moments reach, cost a CPU up to a hundred times a normal one.
+    torch.set_flush_denormal(True)
+    if place.device.type == "cpu":
+        torch.use_deterministic_algorithms(True)
+        # Else it would also fill every new tensor, which costs and only guards against reading what was never written.
+        torch.utils.deterministic.fill_uninitialized_memory = False
+    else:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+
+
+def _task(config: RunConfig, stage: str, device: torch.device) -> ExpertTask | RouterTask:
+    if stage.startswith("expert-"):
+        from paris_ray.training.expert_task import ExpertTask
+
+        return ExpertTask(config, int(stage.removeprefix("expert-")), device)
+    from paris_ray.training.router_task import RouterTask
+
+    return RouterTask(config, device, control=stage == CONTROL_ROUTER)
+
+
+def _wrap(model: nn.Module, place: Place) -> nn.Module:
+    """The model as the forward pass calls it: several workers of one stage average their gradients."""
+    if place.world == 1:
+        return model
+    from torch.nn.parallel import DistributedDataParallel
+
+    return DistributedDataParallel(model, device_ids=[place.device] if place.device.type == "cuda" else None)
+
+
+def _count_attempt(folder: Folder) -> int:
+    """Count this start of the stage's worker; for people to read, nothing depends on it."""
+    try:
+        attempts = int(folder.read_json(ATTEMPTS)["attempts"]) + 1
+    except FileNotFoundError:
+        attempts = 1
+    folder.write_json(ATTEMPTS, {"attempts": attempts})
+    return attempts

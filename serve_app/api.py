@@ -1,0 +1,278 @@
+"""The HTTP face: checks, limits, keys, errors of one shape. Imports neither torch nor Ray; the sampler behind it may be anywhere."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import hmac
+import logging
+import time
+import uuid
+from collections.abc import Awaitable
+from pathlib import Path
+from typing import Any, Protocol, TypeVar
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import HTMLResponse, JSONResponse, Response
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from serve_app.pictures import encode
+from serve_app.protocol import (
+    MAX_BODY_BYTES,
+    ApiError,
+    GeneratedImage,
+    GenerationRequest,
+    GenerationResponse,
+    Job,
+    Limits,
+    ModelCard,
+    Outcome,
+    key_digest,
+    parse_request,
+    resolve,
+)
+
+log = logging.getLogger("ray.serve")
+T = TypeVar("T")
+
+OPEN_PATHS = frozenset({"/", "/health/live", "/health/ready"})
+"""What needs no key: the page, which asks for one, and the health checks."""
+
+CARD_SECONDS = 5.0
+"""For how long a known model card is good enough to check requests against."""
+
+PAGE = Path(__file__).parent / "static" / "index.html"
+
+PAGE_HEADERS = {
+    "content-security-policy": (
+        "default-src 'none'; img-src 'self' data: blob:; style-src 'unsafe-inline'; script-src 'unsafe-inline'; connect-src 'self'; "
+        "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+    ),
+    "x-content-type-options": "nosniff",
+    "referrer-policy": "no-referrer",
+    "cache-control": "no-cache",
+}
+
+
+class SamplerClient(Protocol):
+    """The sampler as the API sees it: the object itself, or a handle to it."""
+
+    async def card(self) -> ModelCard:
+        """The model and the state of its experts now."""
+        ...
+
+    async def generate(self, job: Job) -> Outcome:
+        """Make the pictures. Cancelling the await cancels the work. Raises ApiError."""
+        ...
+
+
+def create_app(sampler: SamplerClient, limits: Limits | None = None, key_digests: frozenset[bytes] = frozenset(), patience: float = 10.0) -> FastAPI:
+    """The application.
+
+    Args:
+        sampler: what makes the pictures.
+        limits: what one request may ask for.
+        key_digests: of the API keys; with any, every path but the page and the health checks needs one.
+        patience: seconds to wait for the sampler to say what it holds before it counts as not there.
+    """
+    limits = limits or Limits()
+    app = FastAPI(title="paris_ray", docs_url=None, redoc_url=None, redirect_slashes=False)
+    known: tuple[float, ModelCard] | None = None
+
+    async def fresh_card() -> ModelCard:
+        nonlocal known
+        try:
+            card = await asyncio.wait_for(sampler.card(), patience)
+        except TimeoutError:
+            message = "The model is still loading, or its process is being replaced; try again."
+            raise ApiError(503, message, "server_error", code="not_ready", retry_after=10) from None
+        known = (time.monotonic(), card)
+        return card
+
+    async def recent_card() -> ModelCard:
+        if known is not None and time.monotonic() - known[0] < CARD_SECONDS:
+            return known[1]
+        return await fresh_card()
+
+    @app.get("/", include_in_schema=False)
+    async def page() -> HTMLResponse:
+        return HTMLResponse(PAGE.read_text(encoding="utf-8"), headers=PAGE_HEADERS)
+
+    @app.get("/health/live")
+    async def live() -> dict[str, str]:
+        return {"status": "live"}
+
+    @app.get("/health/ready")
+    async def ready() -> JSONResponse:
+        try:
+            card = await fresh_card()
+        except ApiError as error:
+            return JSONResponse({"status": "not ready", "reason": error.message}, 503)
+        states = {str(expert.index): expert.state for expert in card.experts}
+        good = card.warm and "ready" in states.values()
+        return JSONResponse({"status": "ready" if good else "not ready", "experts": states}, 200 if good else 503)
+
+    @app.get("/v1/models")
+    async def models() -> dict[str, Any]:
+        return {"object": "list", "data": [_model(await fresh_card(), limits)]}
+
+    @app.get("/v1/models/{model:path}")
+    async def model(model: str) -> dict[str, Any]:
+        card = await fresh_card()
+        if model != card.id:
+            raise ApiError(404, f"model: {model[:80]!r} is not served here; this server has {card.id!r}.", param="model", code="model_not_found")
+        return _model(card, limits)
+
+    schema = {"requestBody": {"required": True, "content": {"application/json": {"schema": GenerationRequest.model_json_schema()}}}}
+
+    @app.post("/v1/images/generations", response_model=GenerationResponse, openapi_extra=schema)
+    async def generate(request: Request) -> Response:
+        started = time.perf_counter()
+        # A page of another origin can send text/plain without asking, but not JSON: with CORS off, this keeps it out.
+        kind = request.headers.get("content-type", "").split(";")[0].strip().lower()
+        if kind != "application/json":
+            raise ApiError(415, f"Content-Type: {kind[:80] or 'none'} is not accepted; send application/json.", code="unsupported_media_type")
+        parsed = parse_request(await read_body(request))
+        card = await recent_card()
+        # Turns are per key, or per address where there are no keys: a header that nobody checks would buy as many turns as one likes.
+        given = request.headers.get("authorization", "") if key_digests else request.client.host if request.client else ""
+        job = resolve(parsed, card, limits, key_digest(given.rpartition(" ")[2].encode()).hex()[:16])
+        outcome = await unless_gone(request, sampler.generate(job))
+        if outcome is None:
+            return Response(status_code=499)
+        format_ = parsed.output_format or "png"
+        files = await asyncio.to_thread(lambda: [encode(p, format_, job, card, outcome.degraded) for p in outcome.pictures])
+        pairs = zip(files, outcome.pictures, strict=True)
+        data = [GeneratedImage(b64_json=base64.b64encode(file).decode(), seed=job.seed, index=p.index, routing=p.routing()) for file, p in pairs]
+        answer = GenerationResponse(
+            created=int(time.time()),
+            data=data,
+            size=card.size,
+            output_format=format_,
+            model=card.id,
+            seed=job.seed,
+            routing=job.routing,
+            degraded=list(outcome.degraded),
+            timings={**outcome.timings, "total": round(time.perf_counter() - started, 4)},
+        )
+        headers = {"x-paris-seed": str(job.seed), "x-paris-routing": job.routing}
+        if outcome.degraded:
+            headers["x-paris-degraded"] = ",".join(f"expert-{k}" for k in outcome.degraded)
+        return Response(answer.model_dump_json(), media_type="application/json", headers=headers)
+
+    _add_error_handlers(app)
+    app.add_middleware(_Keys, digests=key_digests)
+    return app
+
+
+def _model(card: ModelCard, limits: Limits) -> dict[str, Any]:
+    extensions = card.model_dump(exclude={"id", "created", "image_size", "warm"})
+    return {
+        "id": card.id,
+        "object": "model",
+        "created": card.created,
+        "owned_by": "paris_ray",
+        "size": card.size,
+        **extensions,
+        "limits": limits.model_dump(),
+    }
+
+
+async def read_body(request: Request) -> bytes:
+    """The body, counted as it comes: a Content-Length may be absent or wrong.
+
+    Raises:
+        ApiError: status 413.
+    """
+    too_large = ApiError(413, f"The body is larger than this server's limit of {MAX_BODY_BYTES} bytes; shorten the prompt.", code="body_too_large")
+    declared = request.headers.get("content-length", "")
+    if declared.isdecimal() and (len(declared) > 12 or int(declared) > MAX_BODY_BYTES):
+        raise too_large
+    body = bytearray()
+    async for chunk in request.stream():
+        body += chunk
+        if len(body) > MAX_BODY_BYTES:
+            raise too_large
+    return bytes(body)
+
+
+async def unless_gone(request: Request, work: Awaitable[T]) -> T | None:
+    """The result of the work, or None when the client went away first; then, or when this await is cancelled, the work is cancelled."""
+
+    async def gone() -> None:
+        while (await request.receive())["type"] != "http.disconnect":
+            pass
+
+    working, leaving = asyncio.ensure_future(work), asyncio.ensure_future(gone())
+    try:
+        await asyncio.wait({working, leaving}, return_when=asyncio.FIRST_COMPLETED)
+        return working.result() if working.done() else None
+    finally:
+        leaving.cancel()
+        if not working.done():
+            working.cancel()
+        await asyncio.gather(working, leaving, return_exceptions=True)
+
+
+def _add_error_handlers(app: FastAPI) -> None:
+    def respond(error: ApiError, headers: dict[str, str] | None = None) -> JSONResponse:
+        headers = dict(headers or {})
+        if error.retry_after is not None:
+            headers["retry-after"] = str(error.retry_after)
+        return JSONResponse(error.body(), error.status, headers)
+
+    @app.exception_handler(ApiError)
+    async def api_error(request: Request, error: ApiError) -> JSONResponse:
+        return respond(error)
+
+    @app.exception_handler(HTTPException)
+    async def http_error(request: Request, error: HTTPException) -> JSONResponse:
+        path = request.url.path[:200]
+        message = {404: f"{path} does not exist here.", 405: f"{request.method} is not allowed on {path}."}.get(error.status_code, str(error.detail))
+        code = {404: "not_found", 405: "method_not_allowed"}.get(error.status_code)
+        kind = "server_error" if error.status_code >= 500 else "invalid_request_error"
+        return respond(ApiError(error.status_code, message, kind, code=code), dict(error.headers or {}))
+
+    @app.exception_handler(RequestValidationError)
+    async def validation_error(request: Request, error: RequestValidationError) -> JSONResponse:
+        first = error.errors()[0]
+        name = str(first["loc"][-1])
+        return respond(ApiError(400, f"{name}: {first['msg']}.", param=name, code="invalid_value"))
+
+    @app.exception_handler(ClientDisconnect)
+    async def client_gone(request: Request, error: Exception) -> Response:
+        return Response(status_code=499)
+
+    @app.exception_handler(Exception)
+    async def internal_error(request: Request, error: Exception) -> JSONResponse:
+        reference = uuid.uuid4().hex[:12]
+        log.error("internal error %s on %s %s", reference, request.method, request.url.path, exc_info=error)
+        message = f"Internal error; the server's log has it under {reference}."
+        return respond(ApiError(500, message, "server_error", code="internal_error"))
+
+
+class _Keys:
+    """Refuses every request without a known key, but for the open paths; with no keys configured, lets everything through."""
+
+    def __init__(self, app: ASGIApp, digests: frozenset[bytes]):
+        self.app, self.digests = app, sorted(digests)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        # Serve may mount the application below a prefix.
+        path = scope.get("path", "").removeprefix(scope.get("root_path", ""))
+        if not self.digests or scope["type"] == "lifespan" or (scope["type"] == "http" and path in OPEN_PATHS) or self._known(scope):
+            await self.app(scope, receive, send)
+            return
+        error = ApiError(401, "An API key is needed: send 'Authorization: Bearer KEY'.", "authentication_error", code="invalid_api_key")
+        await JSONResponse(error.body(), 401, {"www-authenticate": "Bearer"})(scope, receive, send)
+
+    def _known(self, scope: Scope) -> bool:
+        given = dict(scope["headers"]).get(b"authorization", b"")
+        scheme, _, key = given.partition(b" ")
+        digest = key_digest(key.strip())
+        # All compared, each in constant time: neither which key nor how much of it matched shows in the time taken.
+        matches = [hmac.compare_digest(digest, known) for known in self.digests]
+        return scheme.lower() == b"bearer" and any(matches)

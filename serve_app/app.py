@@ -1,0 +1,124 @@
+"""The Serve application: ``serve run serve_app.app:build model=runs/demo/model``.
+
+Serve listens on the loopback address unless told otherwise. API keys come from the environment of whoever builds the application:
+``PARIS_API_KEYS_FILE`` (one key a line) or ``PARIS_API_KEYS``; only their digests travel further.
+"""
+
+# No `from __future__ import annotations` here: Serve reads the annotation of build's argument as a class, not as text.
+import json
+import os
+from typing import Annotated, Any, Literal
+
+from pydantic import BeforeValidator, ConfigDict, Field
+from ray import serve
+from ray.serve import Application
+from ray.serve.config import BackpressureConfig
+
+from paris_ray.storage import Folder
+from serve_app.deployments import Api, ExpertGroup, Sampler
+from serve_app.protocol import Limits, key_digests
+
+
+def _from_command_line(value: Any) -> Any:
+    """On the command line groups are JSON text: ``placement=[[0,1],[2]]``."""
+    if isinstance(value, str) and value.lstrip().startswith("["):
+        try:
+            return json.loads(value)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"placement {value!r} is not valid JSON: {error}") from None
+    return value
+
+
+class Args(Limits):
+    """Arguments of :func:`build`; unknown ones are refused."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    # Folder or URI: what jobs.assemble made, or a released Paris checkpoint.
+    model: str
+    # together: all experts in the sampler's process. apart: one process per expert. Or groups such as [[0, 1], [2, 3]].
+    placement: Annotated[Literal["together", "apart"] | tuple[tuple[int, ...], ...], BeforeValidator(_from_command_line)] = "together"
+    # Of each process that holds experts; the sampler's, too, when they are together with it.
+    cpus: Annotated[float, Field(ge=0)] = 1.0
+    gpus: Annotated[float, Field(ge=0)] = 0.0
+    # Of the sampler when the experts are elsewhere.
+    sampler_cpus: Annotated[float, Field(ge=0)] = 1.0
+    sampler_gpus: Annotated[float, Field(ge=0)] = 0.0
+    # Threads of each process; part of what "the same bytes" means.
+    threads: Annotated[int, Field(ge=1)] = 1
+    precision: Literal["fp32", "bf16"] = "fp32"
+    # Pictures that the sampler steps at once, and pictures that may wait; past it 429.
+    max_rows: Annotated[int, Field(ge=1)] = 64
+    max_queue: Annotated[int, Field(ge=1)] = 256
+    # Any text. Deployed again with another one, the model is loaded anew: for files that changed in place.
+    revision: str = ""
+
+
+def groups_of(args: Args, num_experts: int) -> list[tuple[int, ...]]:
+    """The experts of each group; none when all are together with the sampler.
+
+    Raises:
+        ValueError: the placement names an expert twice, or one that does not exist.
+    """
+    if args.placement == "together":
+        return []
+    if args.placement == "apart":
+        return [(k,) for k in range(num_experts)]
+    named = [k for group in args.placement for k in group]
+    if len(set(named)) != len(named) or any(not 0 <= k < num_experts for k in named) or any(not group for group in args.placement):
+        raise ValueError(f"placement: {args.placement} must name experts of 0…{num_experts - 1}, none twice and no group empty")
+    return list(args.placement)
+
+
+def build(args: Args) -> Application:
+    """The application.
+
+    Raises:
+        ValueError: an argument cannot be used.
+        FileNotFoundError: there is no model.
+    """
+    folder = Folder(args.model)
+    try:
+        info = folder.read_json("paris.json" if folder.exists("paris.json") else "config.json")
+    except FileNotFoundError:
+        raise FileNotFoundError(f"model: {folder.uri} has neither paris.json nor config.json; give the folder that jobs.assemble made") from None
+    groups = groups_of(args, int(info["num_experts"]))
+    common = {"model": folder.uri, "threads": args.threads, "precision": args.precision}
+
+    def group(name: str, indices: tuple[int, ...]) -> Application:
+        options = {"num_cpus": args.cpus, "num_gpus": args.gpus}
+        # One sampler calls, and a watcher asks now and then.
+        deployment = serve.deployment(name=name, ray_actor_options=options, max_ongoing_requests=8, health_check_period_s=3.0)(ExpertGroup)
+        return deployment.bind(indices=indices, gpus=args.gpus, **common)
+
+    cpus, gpus = (args.sampler_cpus, args.sampler_gpus) if groups else (args.cpus, args.gpus)
+    # The engine's own queue must be what fills up first, because it knows what to answer; past all that Serve itself says 429.
+    room = args.max_rows + args.max_queue + 64
+    sampler = serve.deployment(
+        name="Sampler", ray_actor_options={"num_cpus": cpus, "num_gpus": gpus}, max_ongoing_requests=2 * room, health_check_period_s=3.0
+    )(Sampler)
+    bound = sampler.bind(
+        groups=[(indices, group(f"ExpertGroup-{number}", indices)) for number, indices in enumerate(groups)],
+        gpus=gpus,
+        max_rows=args.max_rows,
+        max_queue=args.max_queue,
+        **common,
+    )
+    api = serve.deployment(
+        name="Api",
+        ray_actor_options={"num_cpus": 0.1},
+        max_ongoing_requests=room,
+        max_queued_requests=room,
+        backpressure_config=BackpressureConfig(status_code=429, retry_after_s=5),
+    )(serve.ingress()(Api))
+    limits = Limits(**{name: getattr(args, name) for name in Limits.model_fields})
+    return api.bind(bound, limits, _keys())
+
+
+def _keys() -> frozenset[bytes]:
+    if path := os.environ.get("PARIS_API_KEYS_FILE"):
+        parent, name = os.path.split(path)
+        return key_digests(Folder(parent or ".").read_bytes(name).decode())
+    if (text := os.environ.get("PARIS_API_KEYS")) is not None:
+        return key_digests(text)
+    return frozenset()

@@ -1,0 +1,369 @@
+"""What goes over the wire: requests, answers and errors, in the shape of OpenAI's images API with extensions at top level.
+
+Imports no torch: the HTTP process checks requests with this module alone.
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import re
+import secrets
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal, TypeVar
+
+import numpy as np
+import pydantic
+import pydantic_core
+from numpy.typing import NDArray
+from pydantic import BaseModel, ConfigDict, Field
+
+from paris_ray.diffusion.routing import Routing
+
+MAX_BODY_BYTES = 64 * 1024
+T = TypeVar("T")
+
+
+class ApiError(Exception):
+    """An error with the status and body that the client gets; everything in ``args``, so that it survives a process boundary.
+
+    Args:
+        status: HTTP status.
+        message: what is wrong, with value, rule and remedy.
+        type: OpenAI's class of error, such as ``invalid_request_error``.
+        param: the field at fault.
+        code: a word for programs.
+        retry_after: seconds after which to come again.
+    """
+
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        type: str = "invalid_request_error",
+        param: str | None = None,
+        code: str | None = None,
+        retry_after: int | None = None,
+    ):
+        super().__init__(status, message, type, param, code, retry_after)
+        self.status, self.message, self.type, self.param, self.code, self.retry_after = status, message, type, param, code, retry_after
+
+    def __str__(self) -> str:
+        return self.message
+
+    def body(self) -> dict[str, dict[str, Any]]:
+        """The one shape that every error has."""
+        return {"error": {"message": self.message, "type": self.type, "param": self.param, "code": self.code}}
+
+
+# -- requests -----------------------------------------------------------------------------------------------------------
+
+
+class GenerationRequest(BaseModel):
+    """Body of ``POST /v1/images/generations``. A field that is null counts as not given."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
+
+    prompt: Annotated[str, Field(min_length=1)]
+    model: str | None = None
+    n: Annotated[int, Field(ge=1)] | None = None
+    # "WxH" or "auto"; a model makes pictures of one size.
+    size: str | None = None
+    response_format: Literal["b64_json"] | None = None
+    output_format: Literal["png", "jpeg", "webp"] | None = None
+
+    # Extensions.
+    seed: Annotated[int, Field(ge=0, lt=2**63)] | None = None
+    # Index of the first picture: picture i of a request is drawn from (seed, index + i), so any picture can be made again alone.
+    index: Annotated[int, Field(ge=0, lt=2**31)] | None = None
+    num_inference_steps: Annotated[int, Field(ge=1)] | None = None
+    guidance_scale: Annotated[float, Field(ge=1, le=50)] | None = None
+    negative_prompt: str | None = None
+    routing: str | None = None
+    solver: Literal["euler", "heun"] | None = None
+
+    # OpenAI's fields that change nothing here, accepted with values that ask for nothing else.
+    user: str | None = None
+    safety_identifier: str | None = None
+    quality: Literal["auto", "standard"] | None = None
+    background: Literal["auto", "opaque"] | None = None
+    moderation: Literal["auto", "low"] | None = None
+    partial_images: Annotated[int, Field(ge=0, le=0)] | None = None
+    stream: Literal[False] | None = None
+
+
+UNSUPPORTED = {
+    "style": "describe the style in the prompt",
+    "output_compression": "choose png, jpeg or webp with output_format",
+    "image": "pictures are made from text only",
+    "mask": "pictures are made from text only",
+    "input_fidelity": "pictures are made from text only",
+    "complexity": "use num_inference_steps",
+    "frame_count": "pictures do not move",
+    "frame_duration_ms": "pictures do not move",
+    "svg": "pictures are png, jpeg or webp",
+}
+"""Fields of OpenAI's API that this server knows and refuses, and what to do instead."""
+
+_RULES = {
+    "stream": "streaming is not supported; leave out stream (or send false)",
+    "partial_images": "streaming is not supported; leave out partial_images (or send 0)",
+    "response_format": "only 'b64_json' is served; pictures are not kept here, so there are no URLs",
+    "quality": "has no effect here; only 'auto' and 'standard' are accepted. Use num_inference_steps",
+    "background": "pictures are opaque; only 'auto' and 'opaque' are accepted",
+    "moderation": "nothing is moderated here; only 'auto' and 'low' are accepted",
+}
+
+
+def parse_request(body: bytes) -> GenerationRequest:
+    """Read and check a request body by itself; what depends on the model is checked by :func:`resolve`.
+
+    Raises:
+        ApiError: status 400, naming the field.
+    """
+    try:
+        value = pydantic_core.from_json(body, allow_inf_nan=False)
+    except ValueError as error:
+        raise ApiError(400, f"The body is not valid JSON: {error}", code="invalid_json") from None
+    if not isinstance(value, dict):
+        raise ApiError(400, f"The body must be a JSON object with a prompt, not {_json_type(value)}.", code="invalid_json")
+    for name in value:
+        if name in UNSUPPORTED and value[name] is not None:
+            raise ApiError(400, f"{name}: not supported by this server; {UNSUPPORTED[name]}.", param=name, code="unsupported_parameter")
+    value = {name: item for name, item in value.items() if name not in UNSUPPORTED}
+    try:
+        return GenerationRequest.model_validate(value)
+    except pydantic.ValidationError as error:
+        raise _explain(error) from None
+
+
+def _json_type(value: Any) -> str:
+    return {type(None): "null", bool: "a boolean", str: "a string", list: "an array"}.get(type(value), "a number")
+
+
+def _explain(error: pydantic.ValidationError) -> ApiError:
+    first = error.errors(include_url=False)[0]
+    name = str(first["loc"][0]) if first["loc"] else None
+    shown = repr(first["input"])
+    shown = shown if len(shown) <= 80 else shown[:77] + "…"
+    if first["type"] == "extra_forbidden":
+        short = str(name)[:80]
+        close = difflib.get_close_matches(short, list(GenerationRequest.model_fields), n=1)
+        hint = f" Did you mean '{close[0]}'?" if close else f" Known are {', '.join(GenerationRequest.model_fields)}."
+        return ApiError(400, f"{short}: unknown field.{hint}", param=short, code="unknown_parameter")
+    if first["type"] == "missing":
+        return ApiError(400, f"{name}: required and not given.", param=name, code="missing_required_parameter")
+    rule = _RULES.get(name or "", first["msg"])
+    return ApiError(400, f"{name}: {rule} (got {shown}).", param=name, code="invalid_value")
+
+
+class Limits(BaseModel):
+    """What one request may ask for."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    max_images_per_request: Annotated[int, Field(ge=1)] = 10
+    max_steps: Annotated[int, Field(ge=1)] = 200
+    # Evaluations of the velocity over all pictures of a request: n × steps, and about twice that with heun.
+    max_image_steps: Annotated[int, Field(ge=1)] = 1000
+    max_prompt_chars: Annotated[int, Field(ge=1)] = 2000
+
+
+class ExpertCard(BaseModel):
+    """One expert, as ``/v1/models`` tells it. State: ``ready``, ``down`` (placed but not answering) or ``missing`` (no weights)."""
+
+    index: int
+    objective: str
+    cluster_size: int | None
+    fingerprint: str | None
+    state: Literal["ready", "down", "missing"]
+
+
+class ModelCard(BaseModel):
+    """A model as the sampler holds it."""
+
+    id: str
+    created: int
+    fingerprint: str | None
+    # Side of the square picture in pixels.
+    image_size: int
+    experts: list[ExpertCard]
+    # steps, guidance_scale, routing, solver of a request that does not say.
+    sampling: dict[str, Any]
+    # Whether the router reads the prompt, which routing "caption" needs.
+    router_reads_text: bool
+    attribution: str | None
+    # Whether every placed expert has run a forward pass since the sampler started.
+    warm: bool
+
+    @property
+    def size(self) -> str:
+        return f"{self.image_size}x{self.image_size}"
+
+
+@dataclass(frozen=True)
+class Job:
+    """A request with nothing left open: what the API hands to the sampler."""
+
+    prompt: str
+    negative_prompt: str
+    n: int
+    seed: int
+    index: int
+    steps: int
+    guidance_scale: float
+    routing: str
+    solver: str
+    # Whose job it is; waiting clients are served in turn.
+    client: str = ""
+
+
+def resolve(request: GenerationRequest, card: ModelCard, limits: Limits, client: str = "") -> Job:
+    """Fill in the defaults and check against the model and the limits.
+
+    Raises:
+        ApiError: status 400, or 404 for a model that is not here.
+    """
+    if request.model is not None and request.model != card.id:
+        raise ApiError(404, f"model: {_short(request.model)} is not served here; this server has {card.id!r}.", param="model", code="model_not_found")
+    if request.size not in (None, "auto", card.size):
+        raise ApiError(
+            400,
+            f"size: {_short(request.size)} is not served; this model makes {card.size} only (or send 'auto').",
+            param="size",
+            code="invalid_value",
+        )
+    n = _default(request.n, 1)
+    _at_most("n", n, limits.max_images_per_request, "send several requests")
+    steps = _default(request.num_inference_steps, int(card.sampling["steps"]))
+    _at_most("num_inference_steps", steps, limits.max_steps, "use fewer steps")
+    solver = _default(request.solver, str(card.sampling["solver"]))
+    work = n * (steps if solver == "euler" else 2 * steps - 1)
+    if work > limits.max_image_steps:
+        raise ApiError(
+            400,
+            f"num_inference_steps: {n} pictures of {steps} {solver} steps are {work} evaluations, above this server's limit of "
+            f"{limits.max_image_steps} a request; lower n or num_inference_steps.",
+            param="num_inference_steps",
+            code="invalid_value",
+        )
+    for name, text in (("prompt", request.prompt), ("negative_prompt", request.negative_prompt or "")):
+        if len(text) > limits.max_prompt_chars:
+            raise ApiError(
+                400,
+                f"{name}: {len(text)} characters, above this server's limit of {limits.max_prompt_chars}; shorten it.",
+                param=name,
+                code="string_above_max_length",
+            )
+    try:
+        routing = Routing.parse(_default(request.routing, str(card.sampling["routing"])), len(card.experts))
+    except ValueError as error:
+        raise ApiError(400, f"{error}.", param="routing", code="invalid_value") from None
+    # Fifteen digits: they survive JSON in a browser.
+    seed = _default(request.seed, secrets.randbelow(2**48))
+    guidance = _default(request.guidance_scale, float(card.sampling["guidance_scale"]))
+    index = _default(request.index, 0)
+    _at_most("index", index + n, 2**31, "choose a smaller one")
+    return Job(request.prompt, request.negative_prompt or "", n, seed, index, steps, guidance, str(routing), solver, client)
+
+
+def _default(value: T | None, default: T) -> T:
+    return default if value is None else value
+
+
+def _short(text: str | None) -> str:
+    return repr(text if text is None or len(text) <= 80 else text[:77] + "…")
+
+
+def _at_most(name: str, value: int, limit: int, remedy: str) -> None:
+    if value > limit:
+        shown = value if value < 10**12 else "a number of more than twelve digits"
+        raise ApiError(400, f"{name}: {shown} is above this server's limit of {limit}; {remedy}.", param=name, code="invalid_value")
+
+
+# -- answers ------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Picture:
+    """One picture as the sampler hands it over.
+
+    Attributes:
+        pixels: uint8 (H, W, 3).
+        index: its index within the seed.
+        times: the times at which velocities were asked for, E of them.
+        weights: the experts' weights at these times, float32 (E, K).
+    """
+
+    pixels: NDArray[np.uint8]
+    index: int
+    times: tuple[float, ...]
+    weights: NDArray[np.float32]
+
+    def routing(self) -> list[dict[str, Any]]:
+        """Which expert did what, as JSON: five digits of each weight, so that only who was not asked has 0."""
+        return [{"t": round(t, 6), "weights": [float(f"{w:.5g}") for w in row]} for t, row in zip(self.times, self.weights.tolist(), strict=True)]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """A finished job.
+
+    Attributes:
+        pictures: in the order of their indices.
+        degraded: experts that were masked while the job ran.
+        timings: seconds, by phase.
+    """
+
+    pictures: tuple[Picture, ...]
+    degraded: tuple[int, ...]
+    timings: dict[str, float]
+
+
+class GeneratedImage(BaseModel):
+    """One picture of an answer."""
+
+    b64_json: str
+    seed: int
+    index: int
+    # Per velocity evaluation: time (1 noise, 0 data) and each expert's weight.
+    routing: list[dict[str, Any]]
+
+
+class GenerationResponse(BaseModel):
+    """Answer of ``POST /v1/images/generations``."""
+
+    created: int
+    data: list[GeneratedImage]
+    size: str
+    output_format: str
+    model: str
+    seed: int
+    routing: str
+    # Indices of experts that were masked; the rest took over their share.
+    degraded: list[int]
+    # Seconds by phase.
+    timings: dict[str, float]
+
+
+_KEY = re.compile(r"[\x21-\x7e]{8,256}")
+
+
+def key_digest(key: bytes) -> bytes:
+    """What is kept of an API key."""
+    return hashlib.sha256(key).digest()
+
+
+def key_digests(text: str) -> frozenset[bytes]:
+    """Digests of the API keys in a text: one a line (or separated by commas), ``#`` starts a comment.
+
+    Raises:
+        ValueError: no key, or one that cannot be sent in a header.
+    """
+    words = [word.strip() for line in text.splitlines() for word in line.split("#")[0].split(",")]
+    keys = frozenset(word for word in words if word)
+    if not keys:
+        raise ValueError("API keys: none found; write one a line, or unset PARIS_API_KEYS and PARIS_API_KEYS_FILE to serve without keys")
+    if not all(_KEY.fullmatch(key) for key in keys):
+        raise ValueError("API keys: a key must be 8 to 256 printable ASCII characters without spaces")
+    return frozenset(key_digest(key.encode()) for key in keys)

@@ -1,0 +1,112 @@
+import numpy as np
+import pytest
+import timm
+import torch
+
+from paris_ray.config import ConfigError, PackagedEmbedding, TimmEmbedding
+from paris_ray.data import embedding
+from paris_ray.data.embedding import build_embedder
+
+DINO = "vit_small_patch14_dinov2.lvd142m"
+
+
+@pytest.fixture(scope="module")
+def pictures():
+    # Smooth, as photographs are: on noise the two resizing filters differ.
+    g = np.random.default_rng(0)
+    small = torch.from_numpy(g.integers(0, 256, (11, 3, 4, 4)).astype(np.float32))
+    large = torch.nn.functional.interpolate(small, size=(56, 56), mode="bicubic").clamp(0, 255)
+    return large.round().byte().permute(0, 2, 3, 1).numpy()
+
+
+@pytest.fixture(scope="module")
+def lite0():
+    return build_embedder(PackagedEmbedding())
+
+
+def test_lite0_recognises_photographs():
+    """With ImageNet's head back on, the weights loaded by order name what they see; a wrong order or scale would not."""
+    import matplotlib.cbook
+    import sklearn.datasets
+    from PIL import Image
+
+    model = timm.create_model("tf_efficientnet_lite0", pretrained=False)
+    model.load_state_dict(embedding._lite0_weights(model), strict=True)
+    model.eval()
+    photographs = {
+        "military uniform": (Image.open(matplotlib.cbook.get_sample_data("grace_hopper.jpg")), {652}),
+        "palace, monastery, stupa": (Image.fromarray(sklearn.datasets.load_sample_image("china.jpg")), {442, 663, 698, 832}),
+        "daisy": (Image.fromarray(sklearn.datasets.load_sample_image("flower.jpg")), {985}),
+    }
+    for name, (photograph, classes) in photographs.items():
+        pixels = torch.from_numpy(np.array(photograph.convert("RGB").resize((224, 224), Image.Resampling.BICUBIC)))
+        with torch.no_grad():
+            found = model(pixels.permute(2, 0, 1)[None].float() / 127.5 - 1).topk(3).indices[0].tolist()
+        assert classes & set(found), name
+
+
+def test_lite0_against_timm(lite0, pictures):
+    model = timm.create_model("tf_efficientnet_lite0", pretrained=False, num_classes=1000)
+    model.load_state_dict(embedding._lite0_weights(model))
+    model.eval()
+    pixels = torch.from_numpy(pictures).permute(0, 3, 1, 2).float() / 255
+    pixels = torch.nn.functional.interpolate(pixels, size=(96, 96), mode="bicubic", antialias=True).clamp(0, 1) * 2 - 1
+    with torch.no_grad():
+        wanted = model.forward_head(model.forward_features(pixels), pre_logits=True)
+    np.testing.assert_allclose(lite0(pictures), wanted.numpy(), atol=1e-4, rtol=1e-3)
+    assert lite0.width == 1280
+
+
+def test_a_picture_has_the_same_bytes_alone_and_in_a_batch(lite0, pictures):
+    batch = lite0(pictures)
+    assert (np.concatenate([lite0(pictures[i : i + 1]) for i in range(len(pictures))]) == batch).all()
+    assert lite0(pictures[:0]).shape == (0, 1280)
+
+
+def test_altered_weights_are_not_unpickled(monkeypatch):
+    monkeypatch.setattr(embedding, "LITE0_SHA256", "0" * 64)
+    monkeypatch.setattr(torch, "load", lambda *a, **k: pytest.fail("unpickled"))
+    with pytest.raises(ConfigError, match=r"has the SHA-256 5793"):
+        build_embedder(PackagedEmbedding())
+
+
+@pytest.fixture(scope="module")
+def dino(tmp_path_factory):
+    from safetensors.torch import save_file
+
+    torch.manual_seed(0)
+    model = timm.create_model(DINO, pretrained=False, num_classes=0, depth=2).eval()
+    path = tmp_path_factory.mktemp("dino") / "dino.safetensors"
+    save_file(model.state_dict(), path)
+    return model, str(path)
+
+
+def test_dinov2_against_timm_and_its_own_transform(dino, pictures, monkeypatch):
+    model, path = dino
+    create = timm.create_model
+    monkeypatch.setattr(timm, "create_model", lambda name, **options: create(name, depth=2, **options))  # two of twelve layers
+    embedder = build_embedder(TimmEmbedding(model=DINO, weights=path, image_size=112))
+    assert embedder.width == 384
+    found = embedder(pictures[:3])
+    from PIL import Image
+
+    sized = create(DINO, pretrained=False, num_classes=0, depth=2, dynamic_img_size=True).eval()
+    sized.load_state_dict(model.state_dict())
+    config = timm.data.resolve_model_data_config(sized)
+    transform = timm.data.create_transform(**{**config, "input_size": (3, 112, 112), "crop_pct": 1.0})
+    with torch.no_grad():
+        wanted = sized(torch.stack([transform(Image.fromarray(image)) for image in pictures[:3]])).numpy()
+    cosine = (found * wanted).sum(1) / np.linalg.norm(found, axis=1) / np.linalg.norm(wanted, axis=1)
+    assert cosine.min() > 0.9999
+    assert (np.concatenate([embedder(pictures[i : i + 1]) for i in range(3)]) == found).all()
+
+
+def test_errors_name_the_remedy(tmp_path, dino):
+    with pytest.raises(ConfigError, match=r"data.embedding.model.*no_such_model"):
+        build_embedder(TimmEmbedding(model="no_such_model", weights="x.safetensors"))
+    with pytest.raises(ConfigError, match=r"only .safetensors"):
+        build_embedder(TimmEmbedding(model=DINO, weights="weights.pth"))
+    with pytest.raises(ConfigError, match=r"does not fit"):
+        build_embedder(TimmEmbedding(model="resnet18", weights=dino[1]))
+    with pytest.raises(ConfigError, match=r"could not be fetched.*data.embedding.weights"):
+        build_embedder(TimmEmbedding(model="resnet18.a1_in1k"))

