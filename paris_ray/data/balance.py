@@ -65,9 +65,12 @@ def coarse_clusters(fine: F32, sizes: NDArray[np.int64], k: int, seed: int, max_
             f"divided; raise partition.fine (now {len(sizes)}), set partition.max_share to null or to at least "
             f"{math.ceil(largest * k / total * 100) / 100:.2f}"
         )
+    # Around their middle: embeddings may differ by far less than their length, and distances of float32 rows are only as exact as the rows are long.
+    middle = fine.astype(np.float64).mean(0)
+    points = fine.astype(np.float64) - middle
     best: tuple[float, Fit, Rows] | None = None
     for restart in range(RESTARTS):
-        rows = Rows([fine])
+        rows = Rows([points.astype(np.float32)])
         fit = kmeans(rows, k, rng.key(seed, "coarse", restart), max_iterations)
         if best is None or fit.inertia[-1] < best[0]:
             best = (fit.inertia[-1], fit, rows)
@@ -76,9 +79,9 @@ def coarse_clusters(fine: F32, sizes: NDArray[np.int64], k: int, seed: int, max_
     labels, inertia = rows.labels.astype(np.int64), list(fit.inertia)
     over: tuple[int, ...] = ()
     if cap is not None and np.bincount(labels, sizes, k).max() > cap:
-        labels, balanced, over = balance(fine.astype(np.float64), sizes, fit.centroids.astype(np.float64), cap)
+        labels, balanced, over = balance(points, sizes, fit.centroids.astype(np.float64), cap)
         inertia += balanced
-    centroids = _means(fine.astype(np.float64), labels, fit.centroids.astype(np.float64))
+    centroids = _means(points, labels, fit.centroids.astype(np.float64)) + middle
     return Coarse(centroids.astype(np.float32), labels, inertia, cap, over)
 
 
