@@ -31,7 +31,7 @@ $(STAMP): pyproject.toml constraints.txt
 
 # exec: the demo's parent is then make itself, and it notices when make is killed.
 demo: $(STAMP)
-	@exec $(BIN)/python -m jobs.demo --end-with-parent
+	@exec $(BIN)/python -m jobs.demo --end-with-parent $$PPID
 
 serve: $(STAMP)
 	@exec $(BIN)/python -m jobs.serve

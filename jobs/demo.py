@@ -37,12 +37,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the demo; returns its exit code."""
     parser = argparse.ArgumentParser(prog="demo", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     configs.add_arguments(parser)
-    parser.add_argument("--end-with-parent", action="store_true", help="end in order when the process that started this one is gone")
+    parser.add_argument("--end-with-parent", type=int, metavar="PID", help="end in order when this process, which started this one, is gone")
     given = list(sys.argv[1:] if argv is None else argv)
     args = parser.parse_args(given if any(word.startswith("--config") for word in given) else ["--config", "demo", *given])
     exit_on_signals()
     if args.end_with_parent:
-        _watch_parent(os.getppid())
+        _watch_parent(args.end_with_parent)
     try:
         config = cli.load(args)
         if args.dry_run:
@@ -53,6 +53,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 _write_report(config)
             _farewell(config, "is complete already")
             return 0
+        serving.check_exposed(config)
         with _lock(config):
             run_all.prepare(config, args.rebuild)
             return _demo(config, args.rebuild)
@@ -88,7 +89,7 @@ def _demo(config: RunConfig, rebuild: Sequence[str]) -> int:
         def deploy(name: str) -> None:
             if name == "assemble":
                 deployed.append(background.submit(serving.deploy, cluster, config, port))
-                board.say(f"the model is assembled; deploying it on port {port}")
+                board.say("the model is assembled; deploying it")
 
         runner = run_all.make_runner(config, cluster, rebuild=rebuild, on_done=deploy)
         runner.board = board
@@ -99,7 +100,7 @@ def _demo(config: RunConfig, rebuild: Sequence[str]) -> int:
         before = time.monotonic()
         url = deployed[-1].result()
         serving.wait_ready(cluster, url)
-        board.say(f"the endpoint is ready (waited {clock(time.monotonic() - before)})")
+        board.say(f"{url} answers (waited {clock(time.monotonic() - before)})")
         if not run_all.follow(runner, ["evaluate"], {"evaluate": ["--endpoint", url]}):
             return 1
         board.say("ending Ray")

@@ -129,7 +129,10 @@ class Runner:
             if meta.get("run_dir") != self.run_folder.uri or job.submission_id is None or job.status in ENDED:
                 continue
             name = meta["stage"]
-            if name in todo and meta["config"] == self._fingerprint(name) and name not in self.running:
+            if name not in (*stages.names(self.config), "evaluate"):
+                self.board.say(f"{name}: {job.submission_id} is of a stage that this config does not have, ending it")
+                self._end(job.submission_id)
+            elif name in todo and meta["config"] == self._fingerprint(name) and name not in self.running:
                 number = int(meta["attempt"])
                 self.running[name] = Attempt(name, number, job.submission_id, (job.start_time or time.time() * 1000) / 1000)
                 self.board.say(f"{name}: already running as {job.submission_id}, following it")

@@ -49,6 +49,7 @@ def _serve(config: RunConfig) -> int:
     model = stages.folder(config, "assemble")
     if published(model) is None:
         raise ConfigError(f"there is no model in {model.uri}; make one first: make demo, or python -m jobs.run_all --config …")
+    serving.check_exposed(config)
     folder = os.path.join(run_all.local_folder(config), "serving")
     url = f"http://{config.serve.host}:{config.serve.port}"
     cluster = LocalCluster.find(folder)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ipaddress
 import os
 import socket
 import time
@@ -13,11 +14,12 @@ import psutil
 
 from jobs.local_cluster import ClusterError, LocalCluster
 from paris_ray import stages
-from paris_ray.config import RunConfig
+from paris_ray.config import ConfigError, RunConfig
 from paris_ray.manifest import published
 
 APPLICATION = "paris"
 READY_SECONDS = 400.0
+KEYS = ("PARIS_API_KEYS_FILE", "PARIS_API_KEYS")
 
 
 def deploy(cluster: LocalCluster, config: RunConfig, port: int) -> str:
@@ -51,6 +53,26 @@ def deploy(cluster: LocalCluster, config: RunConfig, port: int) -> str:
     return f"http://{'127.0.0.1' if host == '0.0.0.0' else host}:{port}"
 
 
+def check_exposed(config: RunConfig) -> None:
+    """Raise ConfigError when other machines could reach the endpoint and no API key would be asked for."""
+    host = config.serve.host
+    local = host == "localhost" or (is_address(host) and ipaddress.ip_address(host).is_loopback)
+    if not local and not any(os.environ.get(name) for name in KEYS):
+        raise ConfigError(
+            f"serve.host: {host} can be reached from other machines, and no API key is set; name a file of keys (PARIS_API_KEYS_FILE=FILE, one a "
+            "line), or keep 127.0.0.1"
+        )
+
+
+def is_address(host: str) -> bool:
+    """Whether a host is given as an IP address."""
+    try:
+        ipaddress.ip_address(host)
+    except ValueError:
+        return False
+    return True
+
+
 def wait_ready(cluster: LocalCluster, url: str) -> None:
     """Wait until the application answers ``/health/ready`` with 200.
 
@@ -81,7 +103,7 @@ def application(cluster: LocalCluster) -> dict[str, Any]:
 def changed_keys(cluster: LocalCluster) -> str:
     """Which setting of API keys differs between this process and the cluster's, whose processes read it; empty if none does."""
     theirs = psutil.Process(cluster.state["pid"]).environ()
-    return " and ".join(name for name in ("PARIS_API_KEYS_FILE", "PARIS_API_KEYS") if theirs.get(name) != os.environ.get(name))
+    return " and ".join(name for name in KEYS if theirs.get(name) != os.environ.get(name))
 
 
 def answers(url: str) -> bool:

@@ -248,28 +248,38 @@ class Resources(Strict):
     max_failures: Annotated[int, Field(ge=-1)] = 3
 
 
-class ExpertConfig(Strict):
-    """One expert: model, objective, training, machine. Experts may differ in all of it."""
+class TrainedConfig(Strict):
+    """What experts and the router have in common: a model, its training, its machine."""
 
     model: ModelConfig
+    # Share of captions replaced by the empty one: experts learn guidance by it, and a router meets it when a prompt is empty.
+    caption_dropout: Annotated[float, Field(ge=0, lt=1)] = 0.1
+    train: TrainConfig = TrainConfig()
+    resources: Resources = Resources()
+
+    @model_validator(mode="after")
+    def _slices(self) -> TrainedConfig:
+        if self.train.batch_size % self.resources.num_workers:
+            raise ValueError(
+                f"train.batch_size {self.train.batch_size} must be a multiple of resources.num_workers {self.resources.num_workers}: "
+                "each worker takes an equal slice"
+            )
+        return self
+
+
+class ExpertConfig(TrainedConfig):
+    """One expert. Experts may differ in anything."""
+
     objective: Literal["flow", "ddpm"] = "flow"
     # Noise schedule of a ddpm expert.
     noise_schedule: Literal["cosine", "linear"] = "cosine"
-    caption_dropout: Annotated[float, Field(ge=0, lt=1)] = 0.1
-    train: TrainConfig = TrainConfig()
-    resources: Resources = Resources()
 
 
-class RouterConfig(Strict):
+class RouterConfig(TrainedConfig):
     """The router p(cluster | x_t, t[, caption])."""
 
-    model: ModelConfig
     # pooled: reads the caption's pooled text. none: the paper's and its released weights.
     text: Literal["pooled", "none"] = "pooled"
-    # Share of captions replaced by the empty one, which the router meets when a prompt is empty.
-    caption_dropout: Annotated[float, Field(ge=0, lt=1)] = 0.1
-    train: TrainConfig = TrainConfig()
-    resources: Resources = Resources()
 
 
 # -- sampling, serving, evaluation --------------------------------------------------------------------------------------
@@ -352,19 +362,25 @@ class RunConfig(Strict):
     def _consistent(self) -> RunConfig:
         if self.partition.fine < self.num_experts:
             raise ValueError(f"partition.fine is {self.partition.fine}, below the number of experts {self.num_experts}; raise it")
-        side, codec = self.data.image_size, self.data.codec
-        down = codec.downsampling if isinstance(codec, PatchPcaCodec) else 8
-        for where, model in [(f"experts[{k}]", e.model) for k, e in enumerate(self.experts)] + [("router", self.router.model)]:
-            if side % (down * model.patch_size):
-                raise ValueError(
-                    f"data.image_size {side} must be a multiple of {down * model.patch_size} "
-                    f"(codec downsampling {down} × {where}.model.patch_size {model.patch_size})"
-                )
+        codec = self.data.codec
+        if isinstance(codec, PatchPcaCodec):  # a VAE says so only once it is loaded
+            self.check_downsampling(codec.downsampling)
+        if self.sampling.routing == "caption" and self.router.text == "none":
+            raise ValueError("sampling.routing is caption, but router.text is none: such a router reads none; change one of the two")
         if isinstance(self.serve.placement, tuple):
             flat = sorted(k for group in self.serve.placement for k in group)
             if flat != list(range(self.num_experts)):
                 raise ValueError(f"serve.placement {self.serve.placement} must name each expert 0…{self.num_experts - 1} once")
         return self
+
+    def check_downsampling(self, down: int) -> None:
+        """Raise ConfigError unless the codec's latents, ``down`` times smaller than the images, divide into every model's patches."""
+        for where, model in [(f"experts[{k}]", e.model) for k, e in enumerate(self.experts)] + [("router", self.router.model)]:
+            if self.data.image_size % (down * model.patch_size):
+                raise ConfigError(
+                    f"data.image_size {self.data.image_size} must be a multiple of {down * model.patch_size} "
+                    f"(codec downsampling {down} × {where}.model.patch_size {model.patch_size})"
+                )
 
 
 def _plain(value: Any) -> Any:

@@ -12,6 +12,8 @@ status     found                                           done
 ``stale``   started or finished with other inputs          refuse, say what changed (``--rebuild``)
 ``damaged`` manifest whose files are missing or altered    refuse, say which (``--rebuild``)
 =========  ==============================================  =====================================
+
+Where only a part of the files is the result (``export/`` of an expert), the others, such as its checkpoints, may be deleted.
 """
 
 from __future__ import annotations
@@ -22,7 +24,9 @@ import importlib.metadata
 import json
 import os
 import platform
+import signal
 import socket
+import sys
 import threading
 import time
 import uuid
@@ -145,6 +149,7 @@ class Stage:
         manifest = {
             "inputs": self.inputs,
             "files": files,
+            "result": result,
             "counts": counts or {},
             "seconds": seconds,
             "version": 1,
@@ -173,13 +178,14 @@ def published(folder: Folder) -> dict[str, Any] | None:
 
 
 def damage(folder: Folder, manifest: dict[str, Any], verify: bool = False) -> list[str]:
-    """What of a manifest's files is missing or altered (by size; with ``verify`` by checksum too)."""
+    """What of a manifest's files is altered (by size; with ``verify`` by checksum too), and what of its result is missing."""
     found = {entry.name: entry.size for entry in folder.files(recursive=True)}
     broken = []
     for file in manifest["files"]:
         name, size = file["name"], file["bytes"]
         if name not in found:
-            broken.append(f"{name} is missing")
+            if name.startswith(manifest["result"]):
+                broken.append(f"{name} is missing")
         elif found[name] != size:
             broken.append(f"{name} has {found[name]} bytes, its manifest says {size}")
         elif verify and folder.sha256(name) != file["sha256"]:
@@ -224,7 +230,8 @@ class Lock:
     """One writer per folder; a context manager.
 
     The lock is a file with its owner's host, process and time. An owner on this host counts as gone when its process is gone (id and start
-    time); one elsewhere when it has not renewed the file for :data:`LEASE_SECONDS`. So a lock outlives neither crash nor power cut.
+    time); one elsewhere when it has not renewed the file for :data:`LEASE_SECONDS`. So a lock outlives neither crash nor power cut. An owner that was
+    away for so long that another took its lock finds out at the next renewal, and is interrupted as by Ctrl-C: two writers would be worse.
 
     Args:
         folder: what to lock.
@@ -287,8 +294,12 @@ class Lock:
     def _renew(self) -> None:
         while not self._stop.wait(LEASE_SECONDS / 4):
             try:
-                if not self._owned():
-                    return  # lost to somebody who found the lease expired
+                owner = self._owner() or {}
+                if owner.get("token") != self.token:
+                    by = f"{owner['what']} (process {owner['pid']} on {owner['host']}) has it" if owner else "nobody has it"
+                    print(f"{self.folder.uri}: {self.what} has lost its lock, now {by}; stopping, so that there is one writer only", file=sys.stderr)
+                    os.kill(os.getpid(), signal.SIGINT)
+                    return
                 self.folder.write_bytes(LOCK, self._claim())
             except OSError:
                 continue  # the store is away for a moment; the lease has three more chances

@@ -13,6 +13,7 @@ import json
 import os
 import posixpath
 import shutil
+import stat
 import tempfile
 import uuid
 from collections.abc import Iterator
@@ -134,10 +135,8 @@ class Folder:
         """A local path of the file: itself when local, else a downloaded copy in ``cache``."""
         if self.is_local:
             return self._at(name)
-        root = cache or os.path.join(tempfile.gettempdir(), "paris_ray-cache")
-        # Weights trained anew have the size of the old ones, but another time.
-        info = self.fs.get_file_info(self._at(name))
-        key = hashlib.sha256(f"{self.uri}/{name}/{info.size}/{info.mtime_ns}".encode()).hexdigest()[:24]
+        root = cache or cache_folder()
+        key = hashlib.sha256(f"{self.uri}/{name}/{self._version(name)}".encode()).hexdigest()[:24]
         target = os.path.join(root, key, posixpath.basename(name))
         if not os.path.exists(target):
             os.makedirs(os.path.dirname(target), exist_ok=True)
@@ -146,6 +145,25 @@ class Folder:
                 shutil.copyfileobj(source, sink, _CHUNK)
             os.replace(partial, target)
         return target
+
+    def _version(self, name: str) -> str:
+        """What tells a file from one written later under its name: weights trained anew have the size of the old ones."""
+        if isinstance(self.fs, pafs.PyFileSystem):  # pyarrow does not pass on the times that fsspec knows
+            return str(self.fs.handler.fs.ukey(self._at(name)))
+        info = self.fs.get_file_info(self._at(name))
+        return f"{info.size} {info.mtime_ns}"
+
+    def local(self, cache: str | None = None) -> str:
+        """A local path of the folder with all its files: itself when local, else a copy in ``cache``, downloaded once."""
+        if self.is_local:
+            return self.path
+        entries = self.files(recursive=True)
+        seen = [(entry.name, self._version(entry.name)) for entry in entries]
+        target = Folder(os.path.join(cache or cache_folder(), hashlib.sha256(repr((self.uri, seen)).encode()).hexdigest()[:24]))
+        for entry in entries:
+            if target.size(entry.name) != entry.size:
+                copy_file(self, entry.name, target)
+        return target.path
 
     # -- writing ------------------------------------------------------------------------------------------------
 
@@ -254,14 +272,21 @@ class _AtomicWriter:
         os.replace(self.partial, self.target)
 
 
+def cache_folder() -> str:
+    """A folder of this user for copies of remote files; nobody else can write to it.
+
+    Raises:
+        PermissionError: somebody else made it first.
+    """
+    path = os.path.join(tempfile.gettempdir(), f"paris_ray-cache-{os.getuid()}")
+    os.makedirs(path, mode=0o700, exist_ok=True)
+    info = os.lstat(path)
+    if not stat.S_ISDIR(info.st_mode) or info.st_uid != os.getuid() or info.st_mode & 0o022:
+        raise PermissionError(f"{path} is not a folder that only this user can write to; remove it, or set TMPDIR to a folder of your own")
+    return path
+
+
 def copy_file(source: Folder, name: str, target: Folder, new_name: str | None = None) -> None:
     """Copy one file between two folders, atomically at the target."""
     with source.open(name) as reader, target.writer(new_name or name) as sink:
         shutil.copyfileobj(reader, sink, _CHUNK)
-
-
-def copy_tree(source: Folder, target: Folder) -> Iterator[str]:
-    """Copy every file below ``source``; yields the names as they are done."""
-    for entry in source.files(recursive=True):
-        copy_file(source, entry.name, target)
-        yield entry.name

@@ -265,13 +265,15 @@ class RemoteExperts:
 
     def _watch(self, group: _Group) -> None:
         while not self._closed.is_set():
-            losses, response = group.losses, group.handle.loaded.remote()
+            losses, response = group.losses, None
             try:
+                response = group.handle.loaded.remote()
                 # One that was there answers at once or is gone; one that is starting may take its time.
                 patience = PING_SECONDS if group.loaded else CALL_SECONDS
                 loaded = frozenset(response.result(timeout_s=patience)) & frozenset(group.indices)
             except Exception as error:
-                response.cancel()
+                if response is not None:
+                    response.cancel()
                 self._lose(group, error)
             else:
                 with group.lock:

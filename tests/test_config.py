@@ -86,6 +86,7 @@ def fails(*sets: str, source: str = "demo") -> str:
         ("data.image_size=36", ["data.image_size 36 must be a multiple of 8", "codec downsampling 4"]),
         ("serve.placement=[[0,1],[2]]", ["serve.placement", "each expert 0…7 once"]),
         ("name=No Good", ["name: "]),
+        ("expert.resources.num_workers=3", ["expert: train.batch_size 16 must be a multiple of resources.num_workers 3"]),
         ("partition.max_share=1.0", ["partition.max_share: ", "greater than 1"]),
         ("seed", ["--set 'seed' has no '='"]),
         ("seed=[", ["--set 'seed=['", "not valid YAML"]),
@@ -98,6 +99,10 @@ def test_errors_name_key_value_rule_and_remedy(setting: str, said: list[str]) ->
     text = fails(setting)
     for words in said:
         assert words in text
+
+
+def test_routing_by_caption_needs_a_router_that_reads_it() -> None:
+    assert "sampling.routing is caption, but router.text is none" in fails("sampling.routing=caption", "router.text=none")
 
 
 @pytest.mark.parametrize("setting", ["expert.train.batch_size=0", "expert.model.hidden_size=33", "expert.objective=foo", "expert.trainn=1"])

@@ -246,6 +246,32 @@ def test_an_owner_that_took_a_dead_lock_keeps_it_when_another_is_late(tmp_path: 
         assert folder.read_json("_lock.json")["what"] == "quick"
 
 
+def test_who_lost_the_lock_is_interrupted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(manifest, "LEASE_SECONDS", 0.4)
+    folder = Folder(tmp_path)
+    with pytest.raises(KeyboardInterrupt), Lock(folder, "old"):  # noqa: PT012
+        claim(folder, what="new")
+        time.sleep(10)
+    assert "old has lost its lock, now new" in capsys.readouterr().err
+    assert folder.read_json("_lock.json")["what"] == "new"
+
+
+def test_only_the_result_must_stay(tmp_path: Path) -> None:
+    folder = Folder(tmp_path)
+    stage = Stage("expert-0", folder, {}, {})
+    stage.begin()
+    for name in ("export/w", "checkpoints/1", "metrics"):
+        folder.write_bytes(name, b"12")
+    stage.publish(result="export/")
+    folder.delete("checkpoints/1")
+    assert stage.status(verify=True).state == "valid"
+    folder.write_bytes("metrics", b"1")
+    assert stage.status().state == "damaged"
+    folder.write_bytes("metrics", b"12")
+    folder.delete("export/w")
+    assert stage.status().reasons == ("export/w is missing",)
+
+
 def test_who_lost_the_lock_does_not_delete_the_new_owners(tmp_path: Path) -> None:
     with Lock(Folder(tmp_path), "old"):
         claim(Folder(tmp_path), what="new")

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from paris_ray.storage import Entry, Folder, copy_tree
+from paris_ray.storage import Entry, Folder, cache_folder, copy_file
 
 
 def test_a_file_appears_only_when_its_writer_ends_well(tmp_path: Path) -> None:
@@ -115,7 +115,7 @@ def test_folders_travel_and_copy(tmp_path: Path) -> None:
     again = pickle.loads(pickle.dumps(source / "x"))
     assert again.read_bytes("y") == b"1"
     target = Folder(tmp_path / "b")
-    assert list(copy_tree(source, target)) == ["x/y"]
+    copy_file(source, "x/y", target)
     assert target.read_bytes("x/y") == b"1"
     target.upload(source.local_copy("x/y"), "z")
     assert target.read_bytes("z") == b"1"
@@ -124,3 +124,18 @@ def test_folders_travel_and_copy(tmp_path: Path) -> None:
     copy = memory.local_copy("m", cache=str(tmp_path / "cache"))
     assert Path(copy).read_bytes() == b"22"
     assert memory.local_copy("m", cache=str(tmp_path / "cache")) == copy
+    (memory / "deep").write_bytes("a/b", b"1")
+    first = (memory / "deep").local(cache=str(tmp_path / "cache"))
+    assert (Path(first) / "a/b").read_bytes() == b"1"
+    (memory / "deep").write_bytes("a/b", b"3")
+    assert (Path((memory / "deep").local(cache=str(tmp_path / "cache"))) / "a/b").read_bytes() == b"3"
+    assert (source / "x").local() == str(tmp_path / "a" / "x")
+
+
+def test_the_cache_is_this_users_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    path = Path(cache_folder())
+    assert path.stat().st_mode & 0o777 == 0o700
+    path.chmod(0o777)
+    with pytest.raises(PermissionError, match="only this user"):
+        cache_folder()

@@ -13,7 +13,8 @@ from numpy.typing import NDArray
 from paris_ray.config import ConfigError
 from paris_ray.config import PatchPcaCodec as PatchPcaConfig
 from paris_ray.config import VaeCodec as VaeConfig
-from paris_ray.data.encoders import in_chunks, local_folder, weights_fingerprint
+from paris_ray.data.encoders import in_chunks, weights_fingerprint
+from paris_ray.storage import Folder
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -168,7 +169,7 @@ class PatchPcaCodec:
         """Read what :meth:`save` wrote; local path or URI."""
         from safetensors.numpy import load_file
 
-        local = local_folder(folder, "codec")
+        local = (Folder(folder) / "codec").local()
         with open(os.path.join(local, "config.json")) as file:
             config = json.load(file)
         weights = load_file(os.path.join(local, "codec.safetensors"))
@@ -274,7 +275,7 @@ def load_codec(folder: str, meta: dict[str, Any], device: str = "cpu") -> Codec:
     if meta["kind"] == "patch_pca":
         codec: Codec = PatchPcaCodec.load(folder)
     elif meta["kind"] == "vae":
-        codec = _load_vae(local_folder(folder, "vae"), meta["scaling_factor"], device)
+        codec = _load_vae((Folder(folder) / "vae").local(), meta["scaling_factor"], device)
     else:
         raise ValueError(f"codec.kind is {meta['kind']!r}; known are patch_pca and vae")
     if codec.fingerprint != meta["fingerprint"]:

@@ -128,10 +128,8 @@ def _make_encoders(config: RunConfig, run: Folder, parts: list[pa.Table], found:
         # The user's mistakes are to be read, not to be searched for in a worker's traceback.
         raise error.cause if isinstance(error.cause, ConfigError) else error from None
     meta["codec"] = codec or meta["codec"]
-    side, rest = divmod(data.image_size, meta["codec"]["downsampling"])
-    if rest:
-        raise ConfigError(f"data.image_size is {data.image_size}; it must be a multiple of the codec's downsampling {meta['codec']['downsampling']}")
-    meta["codec"]["latent_size"] = side
+    config.check_downsampling(meta["codec"]["downsampling"])
+    meta["codec"]["latent_size"] = data.image_size // meta["codec"]["downsampling"]
     attribution = ATTRIBUTION if data.source.kind == "openmoji" else None
     folder.write_json(encoders.FILE, {**meta, "image_size": data.image_size, "listing": found, "attribution": attribution})
     return counts

@@ -3,12 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-import os
-import tempfile
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
-
-from paris_ray.storage import Folder
 
 if TYPE_CHECKING:
     import torch
@@ -68,20 +64,6 @@ def default_device(gpus: float) -> str:
 def chunk_rows(device: torch.device | str, on_gpu: int) -> int:
     """Rows of one forward pass: constant and small on a CPU, as given elsewhere."""
     return CPU_ROWS if str(device).startswith("cpu") else on_gpu
-
-
-def local_folder(folder: str, name: str) -> str:
-    """A local path of the sub-folder ``name`` of a folder by path or URI; remote files are copied once into a cache."""
-    source = Folder(folder) / name
-    if source.is_local:
-        return source.path
-    entries = source.files(recursive=True)
-    identity = hashlib.sha256(repr((source.uri, [(entry.name, entry.size) for entry in entries])).encode()).hexdigest()[:24]
-    target = Folder(os.path.join(tempfile.gettempdir(), "paris_ray-cache", identity))
-    for entry in entries:
-        if target.size(entry.name) != entry.size:
-            target.write_bytes(entry.name, source.read_bytes(entry.name))
-    return target.path
 
 
 def hub_file(repository: str, name: str) -> str | None:

@@ -12,7 +12,8 @@ from numpy.typing import NDArray
 
 from paris_ray import config as configs
 from paris_ray.config import ConfigError
-from paris_ray.data.encoders import chunk_rows, hub_file, in_chunks, local_folder, weights_fingerprint
+from paris_ray.data.encoders import chunk_rows, hub_file, in_chunks, weights_fingerprint
+from paris_ray.storage import Folder
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -375,11 +376,11 @@ def load_text_encoder(folder: str, meta: dict[str, Any], device: str = "cpu") ->
     Raises:
         ValueError: the weights are not those that ``meta`` names, or the kind is unknown.
     """
-    path = local_folder(folder, "text_encoder")
+    path = (Folder(folder) / "text_encoder").local()
     if meta["kind"] == "clip":
         encoder: TextEncoder = _clip_from(path, int(meta["max_length"]), device)
     elif meta["kind"] == "minilm":
-        encoder = MiniLm(path, local_folder(folder, "tokenizer"), int(meta["max_length"]), device)
+        encoder = MiniLm(path, (Folder(folder) / "tokenizer").local(), int(meta["max_length"]), device)
     else:
         raise ValueError(f"text.kind is {meta['kind']!r}; known are clip and minilm")
     if encoder.fingerprint != meta["fingerprint"]:

@@ -12,7 +12,6 @@ from torch import Tensor
 
 from paris_ray.config import ClipText, SamplingConfig, VaeCodec
 from paris_ray.data.codec import build_vae, load_codec
-from paris_ray.data.encoders import local_folder
 from paris_ray.data.text import build_text_encoder, load_text_encoder
 from paris_ray.diffusion.path import Objective
 from paris_ray.inference.strict import EXPERT_FILE, PICKLED, load_expert, load_router, read_config, refuse_pickles
@@ -222,8 +221,8 @@ def _released_encoders(folder: Folder, device: str) -> tuple[Codec, TextEncoder]
     if absent := [name for name in ("config.json", "vae", "text_encoder") if not folder.exists(name)]:
         raise FileNotFoundError(f"{folder.uri} has neither {INFO} nor {', '.join(absent)}: it is not a whole model; copy what is missing")
     length = (folder / "text_encoder").read_json("config.json").get("max_position_embeddings", 77)
-    codec = build_vae(VaeCodec(source=local_folder(folder.uri, "vae")), device)
-    return codec, build_text_encoder(ClipText(source=local_folder(folder.uri, "text_encoder"), max_length=length), device)
+    codec = build_vae(VaeCodec(source=(folder / "vae").local()), device)
+    return codec, build_text_encoder(ClipText(source=(folder / "text_encoder").local(), max_length=length), device)
 
 
 def _released_info(folder: Folder, codec: Codec, text_encoder: TextEncoder) -> dict[str, Any]:

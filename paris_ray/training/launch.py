@@ -8,7 +8,7 @@ import time
 import uuid
 from typing import Any
 
-from paris_ray.config import ConfigError, RunConfig
+from paris_ray.config import RunConfig
 from paris_ray.progress import Progress
 from paris_ray.stages import stage as find_stage
 from paris_ray.storage import Folder
@@ -35,17 +35,10 @@ def train_stage(config: RunConfig, name: str) -> dict[str, Any]:
     Raises:
         StaleError: the folder was made from other inputs.
         FileNotFoundError: a parent is missing.
-        ConfigError: the settings do not fit together.
         TrainingError: a loss or gradient was not finite, or the shard is empty.
     """
     started = time.monotonic()
     stage = find_stage(config, name)
-    spec = config.experts[int(name.removeprefix("expert-"))] if name.startswith("expert-") else config.router
-    if spec.train.batch_size % spec.resources.num_workers:
-        raise ConfigError(
-            f"{name}: train.batch_size {spec.train.batch_size} must be a multiple of resources.num_workers {spec.resources.num_workers}: "
-            "each worker takes an equal slice"
-        )
     status = stage.begin()
     if status.manifest is not None and status.state == "valid":
         print(f"{name}: done already, nothing to do", flush=True)
@@ -92,14 +85,15 @@ def _fit(config: RunConfig, name: str) -> dict[str, Any]:
         label_selector=asked.labels or None,
     )
     # Our own checkpoints carry the state, so Ray's folder is fresh each time (the same name would make it resume) and goes when it is done with.
-    scratch = Folder(config.run_dir) / ".ray"
+    scratch = Folder(config.run_dir) / ".ray" / name
+    scratch.delete_all()  # what a killed driver left
     attempt = f"{name}-{uuid.uuid4().hex[:12]}"
     run_config = ray.train.RunConfig(name=attempt, storage_path=scratch.uri, failure_config=ray.train.FailureConfig(max_failures=asked.max_failures))
     payload = {"config": config.model_dump(mode="json"), "stage": name}
     try:
         result = _trainer(asked.num_workers)(work, train_loop_config=payload, scaling_config=scaling, run_config=run_config).fit()
     finally:
-        (scratch / attempt).delete_all()
+        scratch.delete_all()
     answer: dict[str, Any] = result.return_value
     return answer
 

@@ -11,6 +11,7 @@ from fabricated_cluster import publish, tiny
 from jobs import serving
 from jobs.local_cluster import ClusterError
 from paris_ray import stages
+from paris_ray.config import ConfigError
 
 
 class FakeCluster:
@@ -63,3 +64,16 @@ def test_ready_is_the_new_model_and_not_the_old_one_that_still_answers(tmp_path,
     serving.wait_ready(FakeCluster({"applications": {"paris": {"status": "RUNNING"}}}), "http://x")
     with pytest.raises(ClusterError, match="DEPLOYING"):
         serving.wait_ready(FakeCluster({"applications": {"paris": {"status": "DEPLOYING"}}}), "http://x")
+
+
+@pytest.mark.parametrize(("host", "key"), [("127.0.0.1", ""), ("localhost", ""), ("::1", ""), ("0.0.0.0", "k")])
+def test_who_may_be_served(tmp_path, monkeypatch, host, key):
+    monkeypatch.setenv("PARIS_API_KEYS", key)
+    serving.check_exposed(tiny(tmp_path, f"serve.host='{host}'"))
+
+
+@pytest.mark.parametrize("host", ["0.0.0.0", "192.168.1.5", "::", "my-machine"])
+def test_other_machines_need_a_key(tmp_path, monkeypatch, host):
+    monkeypatch.delenv("PARIS_API_KEYS", raising=False)
+    with pytest.raises(ConfigError, match=r"serve.host: .* can be reached .*PARIS_API_KEYS_FILE"):
+        serving.check_exposed(tiny(tmp_path, f"serve.host='{host}'"))
