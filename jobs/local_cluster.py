@@ -270,13 +270,14 @@ def stop_all() -> list[str]:
 
 
 def exit_on_signals() -> None:
-    """Let SIGTERM and SIGHUP unwind the stack as Ctrl-C does, so that context managers clean up."""
+    """Let SIGTERM and SIGHUP unwind the stack as Ctrl-C does, so that context managers clean up; what `nohup` ignores stays ignored."""
 
     def unwind(number: int, frame: object) -> None:
         raise KeyboardInterrupt
 
     signal.signal(signal.SIGTERM, unwind)
-    signal.signal(signal.SIGHUP, unwind)
+    if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
+        signal.signal(signal.SIGHUP, unwind)
 
 
 @contextlib.contextmanager

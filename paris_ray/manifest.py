@@ -128,6 +128,8 @@ class Stage:
         if rebuild and status.state != "absent":
             self.folder.delete_all(keep=(LOCK,))
             status = Status("absent")
+        if status.state == "partial":
+            self.folder.sweep()
         if status.state == "absent":
             self.folder.write_json(STARTED, {"inputs": self.inputs})
         return status

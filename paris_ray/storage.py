@@ -35,6 +35,9 @@ class Entry:
     size: int
 
 
+_GUARD = ".tmp-guard-"
+
+
 def _resolve(uri: str) -> tuple[pafs.FileSystem, str]:
     if "://" not in uri:
         return pafs.LocalFileSystem(), str(Path(uri).expanduser().absolute())
@@ -208,7 +211,7 @@ class Folder:
         if not self.is_local:
             yield
             return
-        with open(self._at(f".tmp-guard-{name}"), "wb") as file:
+        with open(self._at(f"{_GUARD}{name}"), "wb") as file:
             fcntl.flock(file, fcntl.LOCK_EX)
             yield
 
@@ -223,6 +226,14 @@ class Folder:
             self.fs.delete_file(self._at(name))
         except FileNotFoundError:
             pass
+
+    def sweep(self) -> None:
+        """Delete what writers that were killed left unfinished. Only for the one writer of a folder, before it begins."""
+        if not self.is_local:
+            return  # a store shows a file when it is whole
+        for partial in Path(self.path).rglob(".tmp-*"):
+            if not partial.name.startswith(_GUARD):
+                partial.unlink(missing_ok=True)
 
     def delete_all(self, keep: tuple[str, ...] = ()) -> None:
         """Delete the folder with all that is in it, except the files named in ``keep``; nothing happens if it is not there."""

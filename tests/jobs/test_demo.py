@@ -21,8 +21,11 @@ PROJECT = Path(__file__).parent.parent.parent
 def test_a_demo_that_is_cut_off_leaves_nothing_running(tmp_path, number):
     log = tmp_path / "log"
     words = [sys.executable, "-m", "jobs.demo", "--config", "tiny", "--set", f"run_dir={tmp_path}/run"]
-    # The parent stands for make: it starts the demo, and dies without a word when it is killed.
-    parent_code = "import os, subprocess, sys; subprocess.Popen([*sys.argv[1:], '--end-with-parent', str(os.getpid())]).wait()"
+    # The parent stands for make: it starts the demo, and dies without a word when it is killed. Tests in the background of a shell ignore SIGINT.
+    parent_code = (
+        "import os, signal, subprocess, sys; signal.signal(signal.SIGINT, signal.default_int_handler);"
+        "subprocess.Popen([*sys.argv[1:], '--end-with-parent', str(os.getpid())]).wait()"
+    )
     with open(log, "wb") as sink:
         parent = subprocess.Popen([sys.executable, "-c", parent_code, *words], cwd=PROJECT, stdout=sink, stderr=sink)
     deadline = time.monotonic() + 300

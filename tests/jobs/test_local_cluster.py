@@ -90,6 +90,15 @@ def test_the_end_of_its_owner(tmp_path, number):
     assert stop_all() == []
 
 
+@pytest.mark.parametrize(("before", "kept"), [([], False), (["nohup"], True)])
+def test_nohup_is_respected(before, kept):
+    code = (
+        "import signal; from jobs.local_cluster import exit_on_signals; exit_on_signals(); print(signal.getsignal(signal.SIGHUP) is signal.SIG_IGN)"
+    )
+    answer = subprocess.run([*before, sys.executable, "-c", code], capture_output=True, text=True, check=True, stdin=subprocess.DEVNULL)
+    assert answer.stdout.strip() == str(kept)
+
+
 def test_a_head_that_dies_is_cleared_away(tmp_path):
     cluster = LocalCluster(tmp_path, num_cpus=2).start()
     processes = cluster.processes()
