@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from paris_ray.config import SIZES
-from paris_ray.models.layers import Attention, TimeEmbedding, initialize_trunk, mlp, modulate, sincos_positions
+from paris_ray.models.layers import Attention, PreciseLinear, TimeEmbedding, at_least_float32, initialize_trunk, mlp, modulate, sincos_positions
 
 KeysValues = list[tuple[Tensor, Tensor]]
 """Keys and values of the text, per layer: two of (N, H, S, D/H)."""
@@ -35,10 +35,12 @@ class DiTBlock(nn.Module):
 
     def forward(self, x: Tensor, modulation: Tensor, keys_values: tuple[Tensor, Tensor]) -> Tensor:
         """(N, T, D), (N, 6, D), text keys and values → (N, T, D)."""
+        # With weights in bfloat16, x, norms and modulation are float32 all the same, as they are under autocast; only matrix products take less.
+        dtype = self.attn.in_proj_bias.dtype
         shift_msa, scale_msa, gate_msa, shift_mlp, scale_mlp, gate_mlp = (self.scale_shift_table + modulation).unbind(1)  # 6 × (N, D)
-        x = x + gate_msa.unsqueeze(1) * self.attn(modulate(self.norm1(x), shift_msa, scale_msa))  # (N, T, D)
-        x = x + self.cross_attn.cross(x, keys_values)  # (N, T, D)
-        return x + gate_mlp.unsqueeze(1) * self.mlp(modulate(self.norm2(x), shift_mlp, scale_mlp))  # (N, T, D)
+        x = x + gate_msa.unsqueeze(1) * self.attn(modulate(self.norm1(x), shift_msa, scale_msa).to(dtype))  # (N, T, D)
+        x = x + self.cross_attn.cross(x.to(dtype), keys_values)  # (N, T, D)
+        return x + gate_mlp.unsqueeze(1) * self.mlp(modulate(self.norm2(x), shift_mlp, scale_mlp).to(dtype))  # (N, T, D)
 
 
 class FinalLayer(nn.Module):
@@ -47,7 +49,7 @@ class FinalLayer(nn.Module):
     def __init__(self, hidden_size: int, patch_size: int, out_channels: int, norm_eps: float = 1e-6):
         super().__init__()
         self.norm_final = nn.LayerNorm(hidden_size, eps=norm_eps, elementwise_affine=False)
-        self.linear = nn.Linear(hidden_size, patch_size * patch_size * out_channels)
+        self.linear = PreciseLinear(hidden_size, patch_size * patch_size * out_channels)
         self.scale_shift_table = nn.Parameter(torch.empty(2, hidden_size))
 
     def forward(self, x: Tensor, time: Tensor) -> Tensor:
@@ -101,7 +103,7 @@ class DiT(nn.Module):
         self.pos_embed = nn.Parameter(sincos_positions(hidden_size, grid), requires_grad=False)
         self.time_embed = TimeEmbedding(hidden_size)
         self.text_proj = nn.Linear(text_embed_dim, hidden_size)
-        self.t_block = nn.Sequential(nn.SiLU(), nn.Linear(hidden_size, 6 * hidden_size))
+        self.t_block = nn.Sequential(nn.SiLU(), PreciseLinear(hidden_size, 6 * hidden_size))
         self.layers = nn.ModuleList(DiTBlock(hidden_size, num_heads, mlp_ratio, norm_eps) for _ in range(num_layers))
         self.final_layer = FinalLayer(hidden_size, patch_size, out_channels, norm_eps)
         if not self.patch_embed.weight.is_meta:  # there, weights come from a file, and drawing would make torch import its compiler: seconds
@@ -129,6 +131,15 @@ class DiT(nn.Module):
         nn.init.zeros_(self.final_layer.linear.weight)
         nn.init.zeros_(self.final_layer.linear.bias)
 
+    def compile_blocks(self, **options: Any) -> None:
+        """Compile the blocks in place, as whole graphs; names of tensors stay. One compilation serves all layers, which are alike.
+
+        Args:
+            options: of ``torch.compile``, such as ``mode`` or ``backend``.
+        """
+        for layer in self.layers:
+            layer.compile(fullgraph=True, **options)
+
     def text_keys_values(self, text: Tensor) -> KeysValues:
         """Keys and values of text states for every layer, reusable over all steps: (N, S, text_embed_dim) → per layer two of (N, H, S, D/H)."""
         projected = self.text_proj(text)  # (N, S, D)
@@ -144,19 +155,20 @@ class DiT(nn.Module):
         """Predict from a noisy latent.
 
         Args:
-            x: latents (N, C, H, W).
-            t: times in [0, 1], (N,); 1 is noise.
-            text: text states (N, S, text_embed_dim).
+            x: latents (N, C, H, W), of the weights' type unless under autocast.
+            t: times in [0, 1], (N,); 1 is noise. Never in bfloat16, whose steps near 1 are 1/256.
+            text: text states (N, S, text_embed_dim), of the weights' type unless under autocast.
             keys_values: instead of ``text``, what :meth:`text_keys_values` made of it.
 
         Returns:
-            velocity or noise, (N, C, H, W).
+            velocity or noise, (N, C, H, W), in float32 or better.
         """
         if keys_values is None:
             if text is None:
                 raise ValueError("DiT.forward needs text or keys_values")
             keys_values = self.text_keys_values(text)
-        x = self.patch_embed(x).flatten(2).transpose(1, 2) + self.pos_embed  # (N, T, D)
+        tokens = self.patch_embed(x).flatten(2).transpose(1, 2)  # (N, T, D)
+        x = at_least_float32(tokens) + at_least_float32(self.pos_embed)  # (N, T, D)
         time = self.time_embed(t)  # (N, D)
         modulation = self.t_block(time).view(x.shape[0], 6, -1)  # (N, 6, D)
         for layer, layer_kv in zip(self.layers, keys_values, strict=True):

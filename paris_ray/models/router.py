@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from paris_ray.config import SIZES
-from paris_ray.models.layers import Attention, TimeEmbedding, initialize_trunk, mlp, modulate, sincos_positions
+from paris_ray.models.layers import Attention, PreciseLinear, TimeEmbedding, at_least_float32, initialize_trunk, mlp, modulate, sincos_positions
 
 
 class RouterBlock(nn.Module):
@@ -23,13 +23,14 @@ class RouterBlock(nn.Module):
         self.attn = Attention(hidden_size, num_heads)
         self.norm2 = nn.LayerNorm(hidden_size, eps=norm_eps, elementwise_affine=False)
         self.mlp = mlp(hidden_size, mlp_ratio)
-        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(hidden_size, 6 * hidden_size))
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), PreciseLinear(hidden_size, 6 * hidden_size))
 
     def forward(self, x: Tensor, c: Tensor) -> Tensor:
         """(N, T, D), (N, D) → (N, T, D)."""
+        dtype = self.attn.in_proj_bias.dtype  # of matrix products; the rest is float32 or better
         shift_msa, scale_msa, gate_msa, shift_mlp, scale_mlp, gate_mlp = self.adaLN_modulation(c).chunk(6, dim=1)  # 6 × (N, D)
-        x = x + gate_msa.unsqueeze(1) * self.attn(modulate(self.norm1(x), shift_msa, scale_msa))  # (N, T, D)
-        return x + gate_mlp.unsqueeze(1) * self.mlp(modulate(self.norm2(x), shift_mlp, scale_mlp))  # (N, T, D)
+        x = x + gate_msa.unsqueeze(1) * self.attn(modulate(self.norm1(x), shift_msa, scale_msa).to(dtype))  # (N, T, D)
+        return x + gate_mlp.unsqueeze(1) * self.mlp(modulate(self.norm2(x), shift_mlp, scale_mlp).to(dtype))  # (N, T, D)
 
 
 class Router(nn.Module):
@@ -68,7 +69,7 @@ class Router(nn.Module):
         self.cls_token = nn.Parameter(torch.empty(1, 1, hidden_size))
         self.time_embed = TimeEmbedding(hidden_size)
         if text_embed_dim is not None:
-            self.text_proj = nn.Linear(text_embed_dim, hidden_size)
+            self.text_proj = PreciseLinear(text_embed_dim, hidden_size)
         self.layers = nn.ModuleList(RouterBlock(hidden_size, num_heads, mlp_ratio, norm_eps) for _ in range(num_layers))
         self.head = nn.Sequential(
             nn.Linear(hidden_size, hidden_size),
@@ -111,8 +112,9 @@ class Router(nn.Module):
         c = self.time_embed(t)  # (N, D)
         if pooled is not None:
             c = c + self.text_proj(pooled)  # (N, D)
-        x = self.patch_embed(x).flatten(2).transpose(1, 2) + self.pos_embed  # (N, T, D)
+        tokens = self.patch_embed(x).flatten(2).transpose(1, 2)  # (N, T, D)
+        x = at_least_float32(tokens) + at_least_float32(self.pos_embed)  # (N, T, D)
         x = torch.cat([self.cls_token.expand(x.shape[0], -1, -1), x], dim=1)  # (N, 1+T, D): the class token has no position
         for layer in self.layers:
             x = layer(x, c)  # (N, 1+T, D)
-        return self.head(x[:, 0])  # (N, K)
+        return self.head(x[:, 0].to(self.head[0].bias.dtype))  # (N, K)
