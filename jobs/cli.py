@@ -216,4 +216,5 @@ def connect() -> None:
     if ray.is_initialized():
         return
     own = {} if address else {"num_cpus": max(2, os.cpu_count() or 2), "include_dashboard": False}
-    ray.init(address=address, logging_level=logging.WARNING, **own)
+    # "local": else a head that somebody else started on this machine would be joined.
+    ray.init(address=address or "local", logging_level=logging.WARNING, **own)

@@ -76,7 +76,7 @@ def _demo(config: RunConfig, rebuild: Sequence[str]) -> int:
         if cluster is None:
             board.say("starting Ray on 127.0.0.1")
             # Two CPUs more than there are: the endpoint comes up beside the last training, and only training is heavy all the time.
-            cluster = LocalCluster(folder, num_cpus=max(2, os.cpu_count() or 2) + 2)
+            cluster = LocalCluster(folder, num_cpus=max(2, os.cpu_count() or 2, serving.cpus(config)) + 2)
             cluster.start()
         if cluster.ours:
             stack.callback(cluster.stop)

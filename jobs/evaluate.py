@@ -49,8 +49,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         return cli.run(parser, evaluate, given, stage="evaluate")
     # A report may be written while stages run, or when they have not: no lock, no parents.
     configs.add_arguments(parser)
+    args = parser.parse_args(given)
     try:
-        return report(cli.load(parser.parse_args(given)))
+        config = cli.load(args)
+        if args.rebuild:
+            raise ConfigError("--rebuild: a report is always made anew; leave it out")
+        if args.dry_run:
+            cli.print_plan(config)
+            return 0
+        return report(config)
     except ConfigError as error:
         return cli.complain(parser, error)
 

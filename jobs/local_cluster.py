@@ -106,9 +106,12 @@ class LocalCluster:
         """The living cluster that an earlier process left in the folder, ready to use; a dead or half-started one is cleared away."""
         cluster = cls(folder)
         try:
-            cluster.state = json.loads((cluster.folder / STATE).read_text())
+            state = json.loads((cluster.folder / STATE).read_text())
         except (FileNotFoundError, ValueError):
             return None
+        if not _trusted(state, cluster.folder):
+            return None  # copied with its folder, or not written by us: nothing it names is ours to use or to delete
+        cluster.state = state
         if cluster.alive() and cluster.state.get("dashboard"):
             # On a busy machine a living dashboard may take its time; ending it would end the jobs with it.
             deadline = time.monotonic() + ANSWER_SECONDS
@@ -310,6 +313,16 @@ def _process(state: dict[str, Any]) -> psutil.Process | None:
     except (KeyError, psutil.NoSuchProcess):
         return None
     return process if same else None
+
+
+def _trusted(state: Any, folder: Path) -> bool:
+    """Whether a state file found in a folder was written there, and names a temporary folder that one of this user's clusters made."""
+    try:
+        temp = Path(state["temp_dir"])
+        own = temp.parent == Path(_short_temp()) and temp.name.startswith(_PREFIX)
+        return own and state["folder"] == str(folder) and (not temp.exists() or (temp.stat().st_uid == os.getuid() and not temp.is_symlink()))
+    except (TypeError, KeyError):
+        return False
 
 
 def _short_temp() -> str:

@@ -132,6 +132,9 @@ class Runner:
             if name not in (*stages.names(self.config), "evaluate"):
                 self.board.say(f"{name}: {job.submission_id} is of a stage that this config does not have, ending it")
                 self._end(job.submission_id)
+            elif name in self.rebuild:
+                self.board.say(f"{name}: ending {job.submission_id}, it is to be made anew")
+                self._end(job.submission_id)
             elif name in todo and meta["config"] == self._fingerprint(name) and name not in self.running:
                 number = int(meta["attempt"])
                 self.running[name] = Attempt(name, number, job.submission_id, (job.start_time or time.time() * 1000) / 1000)

@@ -37,7 +37,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("".join(f"ended the cluster of {folder}\n" for folder in stopped) or "nothing of this project is running\n", end="")
         return 0
     try:
-        return _serve(cli.load(args))
+        if args.rebuild:
+            raise ConfigError("--rebuild: serving makes nothing anew; rebuild with jobs.run_all, then serve again")
+        config = cli.load(args)
+        if args.dry_run:
+            cli.print_plan(config)
+            return 0
+        return _serve(config)
     except ConfigError as error:
         return cli.complain(parser, error)
     except (ClusterError, OSError) as error:
@@ -58,7 +64,7 @@ def _serve(config: RunConfig) -> int:
         if serving.free_port(config.serve.host, config.serve.port) != config.serve.port:
             raise ConfigError(f"serve.port: somebody listens on {config.serve.port} already; name another one: --set serve.port=8001")
         print("starting Ray on 127.0.0.1", flush=True)
-        cluster = LocalCluster(folder).start()
+        cluster = LocalCluster(folder, num_cpus=serving.cpus(config)).start()
     elif changed := serving.changed_keys(cluster):
         raise ConfigError(f"{changed}: the model is being served with another setting of it; make stop, then make serve")
     try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ipaddress
+import math
 import os
 import socket
 import time
@@ -51,6 +52,13 @@ def deploy(cluster: LocalCluster, config: RunConfig, port: int) -> str:
         said = error.read().decode(errors="replace")[:2000] if isinstance(error, urllib.error.HTTPError) else ""
         raise ClusterError(f"the model could not be deployed: {error} {said}".rstrip()) from error
     return f"http://{'127.0.0.1' if host == '0.0.0.0' else host}:{port}"
+
+
+def cpus(config: RunConfig) -> int:
+    """CPUs that a cluster of its own must hand out for the application to fit; Ray counts them and pins nothing."""
+    placement = config.serve.placement
+    groups = 0 if placement == "together" else config.num_experts if placement == "apart" else len(placement)
+    return max(os.cpu_count() or 2, math.ceil(max(groups, 1) * config.serve.cpus + 1.0 + 1.0))  # the sampler, and a little for the others
 
 
 def check_exposed(config: RunConfig) -> None:

@@ -23,7 +23,7 @@ def action(config: RunConfig, args: argparse.Namespace) -> int:
         train_router(config, control=args.control)
     except TrainingError as error:
         print(error, file=sys.stderr)
-        return 1
+        return cli.USER_ERROR  # another try would end the same
     return 0
 
 

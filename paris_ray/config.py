@@ -308,7 +308,7 @@ class ServeConfig(Strict):
     max_rows: Annotated[int, Field(ge=1)] = 64
     max_images_per_request: Annotated[int, Field(ge=1)] = 10
     max_steps: Annotated[int, Field(ge=1)] = 200
-    max_prompt_chars: Annotated[int, Field(ge=1)] = 2000
+    max_prompt_chars: Annotated[int, Field(ge=1)] = 4000
     # Requests that may wait; past it 429.
     max_queue: Annotated[int, Field(ge=1)] = 256
 
@@ -363,10 +363,17 @@ class RunConfig(Strict):
         if self.partition.fine < self.num_experts:
             raise ValueError(f"partition.fine is {self.partition.fine}, below the number of experts {self.num_experts}; raise it")
         codec = self.data.codec
+        if self.sampling.steps > self.serve.max_steps:
+            raise ValueError(f"sampling.steps is {self.sampling.steps}, above serve.max_steps {self.serve.max_steps}; raise serve.max_steps")
+        if self.data.max_caption_chars > self.serve.max_prompt_chars:
+            raise ValueError(
+                f"data.max_caption_chars is {self.data.max_caption_chars}, above serve.max_prompt_chars {self.serve.max_prompt_chars}; such a "
+                "caption could be trained on and not be asked for: raise serve.max_prompt_chars"
+            )
         if isinstance(codec, PatchPcaCodec):  # a VAE says so only once it is loaded
             self.check_downsampling(codec.downsampling)
         if self.sampling.routing == "caption" and self.router.text == "none":
-            raise ValueError("sampling.routing is caption, but router.text is none: such a router reads none; change one of the two")
+            raise ValueError("sampling.routing is caption, but router.text is none, which reads no caption; change one")
         if isinstance(self.serve.placement, tuple):
             flat = sorted(k for group in self.serve.placement for k in group)
             if flat != list(range(self.num_experts)):
@@ -454,8 +461,22 @@ def build(tree: dict[str, Any]) -> RunConfig:
 
 
 def dump(config: RunConfig) -> str:
-    """The resolved config as YAML; :func:`load` reads it back to the same config."""
-    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=120)
+    """The resolved config as YAML; :func:`load` reads it back to the same config.
+
+    Of each expert it holds what differs from ``expert``, so that a change of ``expert`` reaches those that did not say otherwise.
+    """
+    tree = config.model_dump(mode="json")
+    tree["experts"] = [_difference(tree["expert"], spec) for spec in tree["experts"]]
+    return yaml.safe_dump(tree, sort_keys=False, allow_unicode=True, width=120)
+
+
+def _difference(default: dict[str, Any], spec: dict[str, Any]) -> dict[str, Any]:
+    """What has to be merged into the default to get the spec."""
+    return {
+        key: _difference(default[key], value) if isinstance(value, dict) and isinstance(default.get(key), dict) else value
+        for key, value in spec.items()
+        if key not in default or default[key] != value
+    }
 
 
 def _overlay(base: dict[str, Any], overlay: dict[str, Any]) -> dict[str, Any]:

@@ -186,7 +186,7 @@ def damage(folder: Folder, manifest: dict[str, Any], verify: bool = False) -> li
     for file in manifest["files"]:
         name, size = file["name"], file["bytes"]
         if name not in found:
-            if name.startswith(manifest["result"]):
+            if name.startswith(manifest.get("result", "")):
                 broken.append(f"{name} is missing")
         elif found[name] != size:
             broken.append(f"{name} has {found[name]} bytes, its manifest says {size}")
@@ -262,14 +262,21 @@ class Lock:
     def __enter__(self) -> Lock:
         self.token = uuid.uuid4().hex
         deadline = time.monotonic() + self.wait
+        first: dict[str, Any] | None = None
         while not self.folder.create(LOCK, self._claim()):
             owner = self._owner()
             if owner is None:
+                time.sleep(0.01)
                 continue
             if not _alive(owner):
                 self._break(owner)
                 continue
-            if time.monotonic() > deadline:
+            if owner["host"] != socket.gethostname() and first in (None, owner):
+                # Its host may have died with it; that it lives shows at its next renewal, that it does not when the lease ends.
+                if first is None:
+                    print(f"{self.folder.uri} was locked by {owner['what']} on {owner['host']}; waiting to see whether it lives", file=sys.stderr)
+                    first = owner
+            elif time.monotonic() > deadline:
                 raise LockedError(
                     f"{self.folder.uri} is being written by {owner['what']} (process {owner['pid']} on {owner['host']}). "
                     "Only one writer is allowed: wait for it, or stop it and run this again."
@@ -282,7 +289,10 @@ class Lock:
         return self
 
     def _owner(self) -> dict[str, Any] | None:
-        return _read(self.folder, LOCK)
+        try:
+            return _read(self.folder, LOCK)
+        except ValueError:
+            return {"token": "unreadable"}  # torn by a power cut: locks appear whole, so nobody is writing it
 
     def _owned(self) -> bool:
         return (self._owner() or {}).get("token") == self.token
@@ -314,9 +324,12 @@ class Lock:
 
 
 def _alive(owner: dict[str, Any]) -> bool:
+    if "host" not in owner:
+        return False
     if owner["host"] != socket.gethostname():
         return bool(time.time() - owner["renewed"] < LEASE_SECONDS)
     try:
-        return abs(psutil.Process(owner["pid"]).create_time() - owner["started"]) < 1.0
+        process = psutil.Process(owner["pid"])
+        return abs(process.create_time() - owner["started"]) < 1.0 and process.status() != psutil.STATUS_ZOMBIE
     except psutil.NoSuchProcess:
         return False

@@ -35,7 +35,8 @@ class Entry:
     size: int
 
 
-_GUARD = ".tmp-guard-"
+# Small files that others than the folder's writer hold for a moment.
+_GUARD, _CLAIM = ".tmp-guard-", ".tmp-claim-"
 
 
 def _resolve(uri: str) -> tuple[pafs.FileSystem, str]:
@@ -189,9 +190,11 @@ class Folder:
             target = self._at(name)
             parent, base = posixpath.split(target)
             os.makedirs(parent, exist_ok=True)
-            partial = posixpath.join(parent, f".tmp-{uuid.uuid4().hex}-{base}")
+            partial = posixpath.join(parent, f"{_CLAIM}{uuid.uuid4().hex}-{base}")
             with open(partial, "xb") as file:
                 file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
             try:
                 # A link appears whole or not at all, and never over another file.
                 os.link(partial, target)
@@ -232,7 +235,7 @@ class Folder:
         if not self.is_local:
             return  # a store shows a file when it is whole
         for partial in Path(self.path).rglob(".tmp-*"):
-            if not partial.name.startswith(_GUARD):
+            if not partial.name.startswith((_GUARD, _CLAIM)):
                 partial.unlink(missing_ok=True)
 
     def delete_all(self, keep: tuple[str, ...] = ()) -> None:

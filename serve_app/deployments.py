@@ -150,15 +150,19 @@ class Sampler:
                 request = ImageRequest(
                     job.prompt, job.negative_prompt, job.seed, index, job.steps, job.guidance_scale, job.routing, job.solver, job.client
                 )
-                futures.append(self.engine.submit(request))
+                try:
+                    futures.append(self.engine.submit(request))
+                except ValueError as error:
+                    raise ApiError(400, f"{error}.", param=str(error).partition(":")[0], code="invalid_value") from None
             results = await asyncio.gather(*map(asyncio.wrap_future, futures))
         except EngineFull as error:
             wait = max(1, min(60, math.ceil(self.seconds_per_picture)))
             raise ApiError(429, f"The server is busy: {error}.", "rate_limit_error", code="queue_full", retry_after=wait) from None
         except EngineStopped:
             raise ApiError(503, "The server is stopping; try again.", "server_error", code="stopping", retry_after=10) from None
-        except ValueError as error:
-            raise ApiError(400, f"{error}.", param=str(error).partition(":")[0], code="invalid_value") from None
+        except ArithmeticError as error:
+            log.error("a picture failed", exc_info=error)
+            raise ApiError(500, f"{error}.", "server_error", code="not_finite") from None
         except ExpertError as error:
             log.error("a picture failed", exc_info=error)
             where = "routing" if job.routing.startswith("expert-") else None

@@ -164,9 +164,9 @@ class Limits(BaseModel):
 
     max_images_per_request: Annotated[int, Field(ge=1)] = 10
     max_steps: Annotated[int, Field(ge=1)] = 200
-    # Evaluations of the velocity over all pictures of a request: n × steps, and about twice that with heun.
+    # Evaluations of the velocity over all pictures of a request: n × steps, and about twice that with heun. One picture may always have max_steps.
     max_image_steps: Annotated[int, Field(ge=1)] = 1000
-    max_prompt_chars: Annotated[int, Field(ge=1)] = 2000
+    max_prompt_chars: Annotated[int, Field(ge=1)] = 4000
 
 
 class ExpertCard(BaseModel):
@@ -239,11 +239,12 @@ def resolve(request: GenerationRequest, card: ModelCard, limits: Limits, client:
     _at_most("num_inference_steps", steps, limits.max_steps, "use fewer steps")
     solver = _default(request.solver, str(card.sampling["solver"]))
     work = n * (steps if solver == "euler" else 2 * steps - 1)
-    if work > limits.max_image_steps:
+    most = max(limits.max_image_steps, 2 * limits.max_steps)
+    if work > most:
         raise ApiError(
             400,
             f"num_inference_steps: {n} pictures of {steps} {solver} steps are {work} evaluations, above this server's limit of "
-            f"{limits.max_image_steps} a request; lower n or num_inference_steps.",
+            f"{most} a request; lower n or num_inference_steps.",
             param="num_inference_steps",
             code="invalid_value",
         )

@@ -22,6 +22,13 @@ def test_presets_are_whole_and_survive_the_round_trip(name: str, tmp_path: Path)
     assert loaded.name == name
 
 
+def test_a_saved_config_still_has_defaults_of_its_experts(tmp_path: Path) -> None:
+    (tmp_path / "config.yaml").write_text(config.dump(config.load("tiny", ["experts.1.train.learning_rate=0.5"])))
+    changed = config.load(str(tmp_path / "config.yaml"), ["expert.train.learning_rate=0.25"])
+    assert [one.train.learning_rate for one in changed.experts] == [0.25, 0.5, 0.25]
+    assert [one.objective for one in changed.experts] == ["flow", "ddpm", "flow"]
+
+
 def test_presets_say_what_they_promise() -> None:
     demo, tiny = config.load("demo"), config.load("tiny")
     assert (demo.num_experts, demo.partition.fine, demo.partition.max_share, demo.data.image_size) == (8, 64, 1.1, 32)
@@ -86,6 +93,8 @@ def fails(*sets: str, source: str = "demo") -> str:
         ("data.image_size=36", ["data.image_size 36 must be a multiple of 8", "codec downsampling 4"]),
         ("serve.placement=[[0,1],[2]]", ["serve.placement", "each expert 0…7 once"]),
         ("name=No Good", ["name: "]),
+        ("sampling.steps=300", ["sampling.steps is 300, above serve.max_steps 200; raise serve.max_steps"]),
+        ("data.max_caption_chars=5000", ["data.max_caption_chars is 5000, above serve.max_prompt_chars 4000", "raise serve.max_prompt_chars"]),
         ("expert.resources.num_workers=3", ["expert: train.batch_size 16 must be a multiple of resources.num_workers 3"]),
         ("partition.max_share=1.0", ["partition.max_share: ", "greater than 1"]),
         ("seed", ["--set 'seed' has no '='"]),
@@ -137,5 +146,5 @@ def test_merge_is_by_key_and_kind() -> None:
 def test_the_dump_is_plain_yaml_of_the_whole_schema() -> None:
     tree = yaml.safe_load(config.dump(config.load("tiny")))
     assert tree.keys() == RunConfig.model_fields.keys()
-    assert len(tree["experts"]) == 3
-    assert tree["experts"][1]["train"]["batch_size"] == 8
+    assert tree["expert"]["train"]["batch_size"] == 8
+    assert tree["experts"] == [{}, {"objective": "ddpm"}, {"model": {"hidden_size": 48, "num_layers": 1, "num_heads": 4}}]

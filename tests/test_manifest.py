@@ -155,7 +155,8 @@ def test_a_live_owner_is_respected_and_a_killed_one_is_not(tmp_path: Path) -> No
         with pytest.raises(LockedError, match=rf"written by the other \(process {process.pid} on "):
             Lock(Folder(tmp_path), "me").__enter__()
         os.kill(process.pid, signal.SIGKILL)
-        process.wait()
+        while psutil.Process(process.pid).status() != psutil.STATUS_ZOMBIE:  # dead, and nobody has asked how
+            time.sleep(0.01)
         assert Folder(tmp_path).exists("_lock.json")  # nobody cleaned up
         with Lock(Folder(tmp_path), "me"):
             assert Folder(tmp_path).read_json("_lock.json")["what"] == "me"
@@ -186,13 +187,29 @@ def test_a_new_process_with_the_dead_owners_id_is_not_the_owner(tmp_path: Path) 
         pass
 
 
-def test_owners_elsewhere_live_by_their_lease(tmp_path: Path) -> None:
-    claim(Folder(tmp_path), host="elsewhere", pid=1)
+def test_owners_elsewhere_live_by_their_lease(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = Folder(tmp_path)
+    claim(folder, host="elsewhere", pid=1)
+    renewal = threading.Timer(0.6, claim, (folder,), {"host": "elsewhere", "pid": 1})
+    renewal.start()
     with pytest.raises(LockedError, match="on elsewhere"):
-        Lock(Folder(tmp_path), "me").__enter__()
-    claim(Folder(tmp_path), host="elsewhere", pid=1, renewed=time.time() - 2 * manifest.LEASE_SECONDS)
-    with Lock(Folder(tmp_path), "me"):
+        Lock(folder, "me").__enter__()
+    renewal.join()
+    # One that does not renew is waited for until its lease ends, and no longer.
+    monkeypatch.setattr(manifest, "LEASE_SECONDS", 1.0)
+    claim(folder, host="elsewhere", pid=1)
+    begun = time.monotonic()
+    with Lock(folder, "me"):
+        assert time.monotonic() - begun > 0.5
+    claim(folder, host="elsewhere", pid=1, renewed=time.time() - 2)
+    with Lock(folder, "me"):
         pass
+
+
+def test_a_torn_lock_is_nobodys(tmp_path: Path) -> None:
+    (tmp_path / "_lock.json").write_bytes(b"")
+    with Lock(Folder(tmp_path), "me"):
+        assert Folder(tmp_path).read_json("_lock.json")["what"] == "me"
 
 
 RACE = """

@@ -62,11 +62,14 @@ class Facts:
     @functools.cached_property
     def rejected(self) -> dict[str, list[str]] | None:
         """Details of the refused rows by kind of reason (``kind: detail``), the most frequent kind first."""
+        if "embed" not in self.manifests:
+            return None
         found = _or_none(lambda: read_columns(self.run / "rejected", ["reason"]))
-        if found is None:
-            return None if "embed" not in self.manifests else {}
+        reasons = [] if found is None else found["reason"].tolist()
+        # Files that were lost must not make refused rows look like none.
+        lost = self.counts("embed")["rejected"] - len(reasons)
         details: dict[str, list[str]] = {}
-        for reason in found["reason"].tolist():
+        for reason in [*reasons, *["reason lost: RUN/rejected is not whole"] * lost]:
             kind, _, detail = str(reason).partition(":")
             details.setdefault(kind, []).append(detail.strip())
         return dict(sorted(details.items(), key=lambda pair: -len(pair[1])))

@@ -81,7 +81,7 @@ def latest(stage: Folder) -> Checkpoint | None:
     One that is unfinished or damaged is passed over with a warning that names it and says why.
     """
     root = stage / CHECKPOINTS
-    for name in sorted((n for n in root.folders() if _images(n) is not None), reverse=True):
+    for _, name in sorted(((count, n) for n in root.folders() if (count := _images(n)) is not None), reverse=True):
         folder = root / name
         try:
             written = folder.read_json(manifest.MANIFEST)
@@ -122,8 +122,8 @@ def forget_metrics_after(stage: Folder, images: int) -> None:
 
 def read_metrics(stage: Folder) -> list[dict[str, Any]]:
     """All metrics lines of a stage's folder (``RUN/experts/3``, ``RUN/router``), in the order of ``images``."""
-    parts = [entry.name for entry in (stage / METRICS).files() if _images(entry.name) is not None]
-    return [json.loads(line) for name in sorted(parts) for line in (stage / METRICS).read_bytes(name).decode().splitlines()]
+    parts = sorted((count, entry.name) for entry in (stage / METRICS).files() if (count := _images(entry.name)) is not None)
+    return [json.loads(line) for _, name in parts for line in (stage / METRICS).read_bytes(name).decode().splitlines()]
 
 
 def tensor_bytes(tensors: dict[str, Tensor]) -> bytes:

@@ -100,7 +100,7 @@ def write_data(config):
     whole = schema.table(schema.corpus_schema(ENCODERS, "states"), columns)
     schema.write_table(run / "corpus", schema.part_name(0), whole.slice(0, 10))
     schema.write_table(run / "corpus", schema.part_name(1), whole.slice(10))
-    publish(config, "embed", {"rows": n}, 12.0)
+    publish(config, "embed", {"rows": n, "rejected": 3}, 12.0)
     refused = schema.REJECTED.empty_table().from_pydict(
         {"source": ["a", "b", "c"], "reason": ["unreadable image: <b>cut</b>", *2 * ["empty caption: it has no characters"]]}
     )

@@ -130,6 +130,15 @@ def test_a_run_in_part_says_what_is_missing(tmp_path, stand_ins, done):
     assert ("expert 0" in page.text) == (done > 0)
 
 
+def test_lost_rejects_do_not_look_like_none(tmp_path, stand_ins):
+    config = fabricated.run_config(tmp_path / "run")
+    fabricated.write_data(config)
+    (Folder(config.run_dir) / "rejected").delete_all()
+    _, page = read(config)
+    assert "No row was refused" not in page.text
+    assert "RUN/rejected is not whole" in page.text
+
+
 def test_one_expert_of_three(tmp_path, stand_ins):
     config = fabricated.run_config(tmp_path / "run")
     fabricated.write_data(config)

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from fabricated_cluster import publish, tiny
 
-from jobs import cli, demo, run_all, serve
+from jobs import cli, demo, evaluate, run_all, serve
 from paris_ray import config as configs
 from paris_ray import stages
 from paris_ray.manifest import Lock
@@ -98,6 +98,15 @@ def test_nothing_to_serve(capsys, tmp_path):
     message = fails(capsys, serve.main, arguments(tmp_path))
     assert "make demo" in message
     assert f"{tmp_path}/model" in message
+
+
+@pytest.mark.parametrize("main", [serve.main, evaluate.main])
+def test_dry_runs_do_nothing_anywhere(capsys, tmp_path, main):
+    more = ["--report-only"] if main is evaluate.main else []
+    assert main(arguments(tmp_path, "--dry-run", *more)) == 0
+    assert "would" in capsys.readouterr().out
+    assert not list(tmp_path.iterdir())
+    assert "--rebuild" in fails(capsys, main, arguments(tmp_path, "--rebuild", "embed", *more))
 
 
 def test_a_missing_parent(capsys, tmp_path):

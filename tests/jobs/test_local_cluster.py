@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import stat
@@ -10,6 +11,7 @@ import sys
 import time
 import urllib.error
 import urllib.request
+from pathlib import Path
 
 import psutil
 import pytest
@@ -117,6 +119,22 @@ def test_a_cluster_that_cannot_start_says_why(tmp_path, monkeypatch):
     with pytest.raises(ClusterError, match=r"(?s)ended at its start \(exit code 1\); its logs are in .*this Ray is broken"):
         LocalCluster(tmp_path / "run", num_cpus=2).start()
     assert not (tmp_path / "run" / STATE).exists()
+
+
+def test_only_what_this_folders_cluster_wrote_is_believed(tmp_path, monkeypatch):
+    """Found in a copied run, or forged: its folder must neither be deleted nor its cluster taken over."""
+    precious = tmp_path / "precious"
+    precious.mkdir()
+    mine = Path(local_cluster._short_temp()) / f"paris-test-{os.getpid()}"
+    mine.mkdir()
+    try:
+        for temp, folder in ((precious, tmp_path), (mine, tmp_path / "another run")):
+            state = {"id": "0" * 16, "pid": os.getpid(), "started": 1.0, "temp_dir": str(temp), "folder": str(folder)}
+            (tmp_path / STATE).write_text(json.dumps(state))
+            assert LocalCluster.find(tmp_path) is None
+            assert temp.exists()
+    finally:
+        mine.rmdir()
 
 
 def test_a_process_with_the_same_number_is_not_the_cluster(tmp_path):

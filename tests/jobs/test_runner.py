@@ -103,15 +103,26 @@ def test_a_running_job_is_followed_not_submitted_again(config, capsys):
     client.add(f"{other.prefix}-expert-1-a3", meta)
     foreign = client.add("tiny-ffffffff-expert-1-a1", {**meta, "run_dir": "/elsewhere"})
     changed = client.add(f"{other.prefix}-expert-2-a1", {**meta, "stage": "expert-2", "config": "another"})
+    retired = client.add(f"{other.prefix}-expert-7-a1", {**meta, "stage": "expert-7"})
     foreign.left = 10**9
     assert other.run(names(config))
     assert "expert-1" not in client.order
     assert foreign.status == "RUNNING"
-    assert changed.status == "STOPPED"
+    assert changed.status == retired.status == "STOPPED"
     assert f"{other.prefix}-expert-2-a2" in client.jobs
     out = capsys.readouterr().out
     assert f"already running as {other.prefix}-expert-1-a3" in out
     assert "submitted with another config" in out
+
+
+def test_what_is_to_be_made_anew_is_not_followed(config):
+    client = FakeClient(config)
+    one = Runner(config, client, rebuild=["embed"])
+    meta = {"run_dir": Folder(config.run_dir).uri, "stage": "embed", "attempt": "1", "config": one._fingerprint("embed")}
+    old = client.add(f"{one.prefix}-embed-a1", meta)
+    assert one.run(["embed"])
+    assert old.status == "STOPPED"
+    assert client.order == ["embed"]
 
 
 def test_attempts_count_on_across_clusters(config):

@@ -214,13 +214,22 @@ def test_a_death_between_calls_is_noticed(files, pair, monkeypatch):
     wait_for(lambda: experts.available() == [False, True, False])
 
 
-def test_an_answer_from_before_a_loss_does_not_undo_it(files, pair):
+def test_an_answer_from_before_a_loss_does_not_undo_it(files, pair, monkeypatch):
     experts, handles = pair
-    group = experts._groups[1]
-    handles[1].cut = True
-    for _ in range(50):
-        experts._lose(group, ConnectionError("x"))
+    group, handle = experts._groups[1], handles[1]
+    monkeypatch.setattr(remote, "RETRY_SECONDS", 2.0)  # only after that it is asked anew
+    # The watcher has asked, and its answer is on the way when a call finds the group lost.
+    asked = len(handle.log)
+    handle.held.clear()
+    group.lost.set()  # wakes the watcher
+    wait_for(lambda: len(handle.log) > asked)
+    experts._lose(group, ConnectionError("x"))
+    handle.held.set()
+    end = time.monotonic() + 0.3
+    while time.monotonic() < end:
         assert not experts.available()[1]
+        time.sleep(0.001)
+    wait_for(lambda: experts.available()[1])
 
 
 def test_an_experts_own_error_comes_through_and_masks_nothing(files, pair):
