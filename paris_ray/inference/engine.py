@@ -422,14 +422,22 @@ class Engine:
                 del self._waiting[client]
 
 
-def generate(model: ParisModel | Engine, requests: Sequence[ImageRequest]) -> list[ImageResult]:
-    """Draw pictures and wait for them, in the order of the requests; with a model, its own experts on this process's device.
+def generate(model: ParisModel | Engine, requests: Sequence[ImageRequest], max_resident: int | None = None) -> list[ImageResult]:
+    """Draw pictures and wait for them, in the order of the requests; with a model, its own experts on this process's device, loaded on first use.
+
+    Args:
+        model: the model, or an engine over it.
+        requests: what to draw.
+        max_resident: with a model, experts in memory at once; ``None`` is as many as fit.
 
     Raises:
         ValueError: a request is not valid.
         EngineFull: more requests than the given engine's queue takes.
     """
-    engine = model if isinstance(model, Engine) else Engine(model, LocalExperts(model), max_queue=max(1, len(requests)))
+    if isinstance(model, Engine):
+        engine = model
+    else:
+        engine = Engine(model, LocalExperts(model, lazy=True, max_resident=max_resident), max_queue=max(1, len(requests)))
     futures = [engine.submit(request) for request in requests]
     if not engine.running:
         engine.run_until_idle()

@@ -13,6 +13,7 @@ from torch import Tensor
 from paris_ray.diffusion.ensemble import Conditioning, ExpertCall
 from paris_ray.diffusion.path import Objective
 from paris_ray.diffusion.sampler import guided
+from paris_ray.inference.residency import Residents
 from paris_ray.models import DiT
 
 if TYPE_CHECKING:
@@ -92,41 +93,71 @@ class LocalExperts:
 
     Args:
         model: the model, or only its experts.
-        indices: which experts to load; ``None`` loads all whose files are present.
+        indices: which experts to serve; ``None`` serves all whose files are present.
         threads: threads of this *process's* matrix products on CPU; part of what "the same bytes" means.
         cache_bytes: limit of the cache of text keys and values.
+        lazy: load an expert when it is first asked, and let go of the least recently used one when memory is short; a file that does not load
+            fails those who ask for it. Otherwise all are loaded now and kept.
+        max_resident: keep at most so many in memory, down to one; implies ``lazy``. An expert let go is read from its file again, so pictures do not
+            depend on it.
 
     Raises:
         FileNotFoundError: an expert that ``indices`` names has no files.
+        ValueError: ``max_resident`` is below one.
     """
 
-    def __init__(self, model: ParisModel | ExpertFiles, indices: Iterable[int] | None = None, threads: int = 1, cache_bytes: int = CACHE_BYTES):
+    def __init__(
+        self,
+        model: ParisModel | ExpertFiles,
+        indices: Iterable[int] | None = None,
+        threads: int = 1,
+        cache_bytes: int = CACHE_BYTES,
+        lazy: bool = False,
+        max_resident: int | None = None,
+    ):
         torch.set_num_threads(threads)
         self.model = model
         self.num_experts = model.num_experts
         self._lock = threading.Lock()
         self._cache = _KeysValuesCache(cache_bytes)
-        self._experts: dict[int, tuple[DiT, Objective]] = {}
+        lazy = lazy or max_resident is not None
+        self._residents = Residents(model.load_expert, model.device, max_resident if lazy else model.num_experts)
+        self._served: set[int] = set()
         for k in range(model.num_experts) if indices is None else indices:
-            if indices is not None or model.present[k]:
-                self.load(k)
+            here = 0 <= k < model.num_experts and model.present[k]
+            if lazy and here:
+                self._served.add(k)
+            elif here or indices is not None:
+                self.load(k)  # of one that is not there, says what is missing
 
     def load(self, k: int) -> None:
         """Load an expert, or load it again after its files were replaced. Raises what ``ParisModel.load_expert`` does."""
-        loaded = self.model.load_expert(k)
+        loaded = self.model.load_expert(k)  # without the lock: the others go on
         with self._lock:
+            self._residents.put(k, loaded)
             self._cache.forget(k)
-            self._experts[k] = loaded
+            self._served.add(k)
 
     def unload(self, k: int) -> None:
         """Retire an expert; from now on it is masked."""
         with self._lock:
-            self._experts.pop(k, None)
+            self._served.discard(k)
+            self._residents.drop(k)
             self._cache.forget(k)
 
     def available(self) -> list[bool]:
-        """Which experts are loaded."""
-        return [k in self._experts for k in range(self.num_experts)]
+        """Which experts can be asked."""
+        return [k in self._served for k in range(self.num_experts)]
+
+    @property
+    def resident(self) -> list[bool]:
+        """Which experts are in memory now."""
+        return [k in self._residents for k in range(self.num_experts)]
+
+    @property
+    def loads(self) -> int:
+        """How often an expert was read from its file."""
+        return self._residents.loads
 
     @property
     def cache_stats(self) -> dict[str, int]:
@@ -141,14 +172,17 @@ class LocalExperts:
         Raises:
             ExpertError: an expert is not loaded, or failed; names it.
         """
-        return [self._velocity(call) for call in calls]
+        # Those in memory first: in turn, each would make room for the one before it, and every one be read again at every step.
+        order = sorted(range(len(calls)), key=lambda i: calls[i].expert not in self._residents)
+        velocities = {i: self._velocity(calls[i]) for i in order}
+        return [velocities[i] for i in range(len(calls))]
 
     def _velocity(self, call: ExpertCall) -> Tensor:
         with self._lock:
-            if call.expert not in self._experts:
+            if call.expert not in self._served:
                 raise ExpertError(call.expert, "is not loaded")
-            module, objective = self._experts[call.expert]
             try:
+                module, objective = self._residents.get(call.expert)
                 keys_values, cond = self._keys_values(call, module)
                 return self._guided(call, cond, module, objective, keys_values)
             except Exception as error:

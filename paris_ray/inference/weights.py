@@ -14,6 +14,7 @@ from paris_ray.config import ClipText, SamplingConfig, VaeCodec
 from paris_ray.data.codec import build_vae, load_codec
 from paris_ray.data.text import build_text_encoder, load_text_encoder
 from paris_ray.diffusion.path import Objective
+from paris_ray.inference.precision import check_precision, set_precision
 from paris_ray.inference.strict import EXPERT_FILE, PICKLED, load_expert, load_router, read_config, refuse_pickles
 from paris_ray.models import DiT, Router
 from paris_ray.storage import Folder
@@ -38,7 +39,7 @@ class ExpertFiles:
         objectives: of each expert, as the model declares them.
         present: which experts have files.
         device: where they run.
-        precision: ``fp32`` or ``bf16``; DDPM experts stay in fp32, because near t = 1 their errors are amplified.
+        precision: ``fp32``, ``bf16`` or ``int8`` (:mod:`paris_ray.inference.precision`); DDPM experts stay in fp32.
         ignore_tensors: names of tensors that weight files may hold besides.
     """
 
@@ -68,7 +69,7 @@ class ExpertFiles:
             raise ValueError(
                 f"{folder.uri}/config.json: objective is {objective.name!r}, {INFO} says {self.objectives[k]!r}; assemble the model again"
             )
-        return module.to(torch.bfloat16 if self.precision == "bf16" and objective.name == "flow" else torch.float32), objective
+        return set_precision(module, objective, self.precision), objective
 
 
 @dataclass
@@ -85,7 +86,7 @@ class ParisModel:
         null_length: its tokens.
         present: which experts have files.
         device: where sampling runs.
-        precision: of the experts, ``fp32`` or ``bf16``; DDPM experts stay in fp32, because near t = 1 their errors are amplified.
+        precision: of the experts, ``fp32``, ``bf16`` or ``int8`` (:mod:`paris_ray.inference.precision`); DDPM experts stay in fp32.
         ignore_tensors: names of tensors that weight files may hold besides.
     """
 
@@ -148,15 +149,14 @@ def load_model(path: str | os.PathLike[str], device: str = "cpu", precision: str
     Args:
         path: folder or URI; from an object store, files are copied to a local cache first.
         device: torch device of sampling.
-        precision: ``fp32`` or ``bf16``.
+        precision: of the experts, ``fp32``, ``bf16`` or ``int8``.
         ignore_tensors: names of tensors that weight files may hold besides.
 
     Raises:
         FileNotFoundError: a file that a model must have is missing.
         ValueError: a setting or a tensor does not fit.
     """
-    if precision not in ("fp32", "bf16"):
-        raise ValueError(f"precision: {precision!r} is not one of fp32, bf16")
+    check_precision(precision)
     if str(path).endswith(PICKLED):
         refuse_pickles(Folder(os.path.dirname(str(path)) or "."), EXPERT_FILE, [os.path.basename(str(path))])
     folder = Folder(path)
