@@ -291,7 +291,7 @@ class SamplingConfig(Strict):
     steps: Annotated[int, Field(ge=1, le=1000)] = 50
     guidance_scale: Annotated[float, Field(ge=1, le=50)] = 7.5
     routing: str = "top-2"
-    solver: Literal["euler", "heun"] = "euler"
+    solver: Literal["euler", "heun", "midpoint", "dpmpp_2m"] = "euler"
 
 
 class ServeConfig(Strict):

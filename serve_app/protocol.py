@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field
 
 from paris_ray.diffusion.routing import Routing
+from paris_ray.diffusion.solvers import evaluations
 
 MAX_BODY_BYTES = 64 * 1024
 T = TypeVar("T")
@@ -80,7 +81,8 @@ class GenerationRequest(BaseModel):
     guidance_scale: Annotated[float, Field(ge=1, le=50)] | None = None
     negative_prompt: str | None = None
     routing: str | None = None
-    solver: Literal["euler", "heun"] | None = None
+    # Evaluations of the velocity a step: euler and dpmpp_2m one, heun and midpoint two.
+    solver: Literal["euler", "heun", "midpoint", "dpmpp_2m"] | None = None
 
     # OpenAI's fields that change nothing here, accepted with values that ask for nothing else.
     user: str | None = None
@@ -164,7 +166,7 @@ class Limits(BaseModel):
 
     max_images_per_request: Annotated[int, Field(ge=1)] = 10
     max_steps: Annotated[int, Field(ge=1)] = 200
-    # Evaluations of the velocity over all pictures of a request: n × steps, and about twice that with heun. One picture may always have max_steps.
+    # Evaluations of the velocity over all pictures of a request: n × steps, twice that with heun or midpoint. One picture may always have max_steps.
     max_image_steps: Annotated[int, Field(ge=1)] = 1000
     max_prompt_chars: Annotated[int, Field(ge=1)] = 4000
 
@@ -238,7 +240,7 @@ def resolve(request: GenerationRequest, card: ModelCard, limits: Limits, client:
     steps = _default(request.num_inference_steps, int(card.sampling["steps"]))
     _at_most("num_inference_steps", steps, limits.max_steps, "use fewer steps")
     solver = _default(request.solver, str(card.sampling["solver"]))
-    work = n * (steps if solver == "euler" else 2 * steps - 1)
+    work = n * evaluations(solver, steps)
     most = max(limits.max_image_steps, 2 * limits.max_steps)
     if work > most:
         raise ApiError(

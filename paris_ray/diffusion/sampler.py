@@ -1,13 +1,8 @@
-"""Solvers as generators, guidance, noise by seed, and the driver that puts them together.
-
-A solver is a generator: it yields (x, t) and is sent the velocity there, and it returns the final x. So the same Euler or Heun drives one image
-in a notebook and a thousand, each at its own step, in the engine.
-"""
+"""Guidance, noise by seed, and the driver that puts a solver, a velocity and noise together."""
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -16,52 +11,38 @@ from torch import Tensor
 from paris_ray import rng
 from paris_ray.diffusion.ensemble import Conditioning
 from paris_ray.diffusion.path import expand
+from paris_ray.diffusion.solvers import SOLVERS, Solver, dpmpp_2m, euler, evaluations, heun, midpoint, time_grid
 
-Solver = Generator[tuple[Tensor, float], Tensor, Tensor]
+__all__ = [
+    "SOLVERS", "WHOLE_RANGE", "Cancelled", "Solver", "VelocityFn", "dpmpp_2m", "euler", "evaluations", "guidance_at", "guided", "heun",
+    "initial_noise", "midpoint", "sample", "time_grid",
+]  # fmt: skip
+
 VelocityFn = Callable[[Tensor, Tensor], Tensor]
-
-
-def time_grid(steps: int) -> list[float]:
-    """Times from noise to data, steps + 1 of them: linear from 1 to 0.001, then 0.
-
-    As diffusers' ``FlowMatchEulerDiscreteScheduler`` with 1000 training steps and shift 1.
-    """
-    if steps < 1:
-        raise ValueError(f"steps: {steps} must be at least 1")
-    return [*(float(s) for s in np.linspace(1.0, 0.001, steps)), 0.0]
-
-
-def euler(x: Tensor, times: Sequence[float]) -> Solver:
-    """Euler's method, order 1, one velocity a step."""
-    for t, t_next in itertools.pairwise(times):
-        v = yield x, t
-        x = x + (t_next - t) * v
-    return x
-
-
-def heun(x: Tensor, times: Sequence[float]) -> Solver:
-    """Heun's method, order 2, two velocities a step; Euler for the last, whose end t = 0 experts never saw."""
-    for t, t_next in itertools.pairwise(times):
-        v = yield x, t
-        guess = x + (t_next - t) * v
-        if t_next == 0:
-            return guess
-        v_next = yield guess, t_next
-        x = x + (t_next - t) * (v + v_next) / 2
-    return x
-
-
-SOLVERS: dict[str, Callable[[Tensor, Sequence[float]], Solver]] = {"euler": euler, "heun": heun}
-
-
-def evaluations(solver: str, steps: int) -> int:
-    """How many velocities a solver asks for."""
-    return steps if solver == "euler" else 2 * steps - 1
 
 
 def initial_noise(seed: int, index: int, shape: tuple[int, ...]) -> Tensor:
     """The noise that picture ``index`` of a request with ``seed`` starts from; the same alone and in any batch, on any device. float32, CPU."""
     return torch.from_numpy(rng.normal(rng.key(seed, index), "noise", np.array([0]), shape)[0])
+
+
+WHOLE_RANGE = (0.0, 1.0)
+"""The guidance interval that guides everywhere."""
+
+
+def guidance_at(t: float, scale: float, interval: tuple[float, float] = WHOLE_RANGE) -> float:
+    """The guidance scale of a row at time t: ``scale`` inside of the interval, ends included, and 1 outside, where it then costs one pass.
+
+    Kynkäänniemi et al., arXiv 2404.07724: guidance at high noise narrows what can be drawn, and at low noise it does little for its cost. Their
+    interval is one of noise levels σ; here σ = t/(1 − t), so t = σ/(1 + σ).
+
+    Args:
+        t: time in [0, 1]; 1 is noise.
+        scale: guidance scale, 1 is off.
+        interval: lowest and highest time with guidance.
+    """
+    low, high = interval
+    return scale if low <= t <= high else 1.0
 
 
 def guided(velocity: Callable[[Tensor, Tensor, Tensor], Tensor], x: Tensor, t: Tensor, cond: Conditioning) -> Tensor:
@@ -105,13 +86,19 @@ def sample(
         velocity_fn: (x (N, …), t (N,)) → velocity (N, …).
         noise: x at times[0], (N, …).
         times: decreasing times; see :func:`time_grid`.
-        solver: ``euler`` or ``heun``.
+        solver: ``euler``, ``heun``, ``midpoint`` or ``dpmpp_2m``.
         callback: called with (evaluation, x, t) before each velocity.
         cancelled: asked before each velocity.
 
+    Returns:
+        x at times[-1], (N, …).
+
     Raises:
         Cancelled: ``cancelled`` said so.
+        ValueError: no such solver.
     """
+    if solver not in SOLVERS:
+        raise ValueError(f"solver: {solver!r} is not one of {', '.join(SOLVERS)}")
     run = SOLVERS[solver](noise, times)
     x, t = next(run)
     step = 0

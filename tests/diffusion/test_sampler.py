@@ -1,9 +1,13 @@
-"""Solvers on equations with known answers, the published time grid, guidance, noise by seed."""
+"""Solvers on equations with known answers and against diffusers', the published time grid, guidance, noise by seed."""
 
 from __future__ import annotations
 
 import itertools
 import math
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from typing import get_args
 
 import numpy as np
 import pytest
@@ -11,59 +15,72 @@ import torch
 from scipy import stats
 from torch import Tensor
 
-from paris_ray.diffusion.sampler import Cancelled, evaluations, guided, initial_noise, sample, time_grid
+from paris_ray.config import SamplingConfig
+from paris_ray.diffusion.ensemble import Conditioning
+from paris_ray.diffusion.sampler import SOLVERS, Cancelled, evaluations, guidance_at, guided, initial_noise, sample, time_grid
 
-from .closed_form import Mixture, conditioning
+from .closed_form import Mixture, Velocity, conditioning
 
 F64 = torch.float64
 
 
-def grid(steps: int, start: float = 1.0, end: float = 0.2) -> list[float]:
+# -- solvers ------------------------------------------------------------------------------------------------------------
+
+
+def grid(steps: int, start: float, end: float = 0.2) -> list[float]:
     return [start + (end - start) * i / steps for i in range(steps + 1)]
 
 
+def slopes(solver: str, velocity: Velocity, answer: Callable[[Tensor, float, float], Tensor], start: float) -> list[float]:
+    """The slope of the error's logarithm over two halvings of the step."""
+    x = torch.tensor([[0.5], [0.7]], dtype=F64)
+    errors = [float((sample(velocity, x, grid(steps, start), solver) - answer(x, start, 0.2)).abs().max()) for steps in (160, 320, 640)]
+    return [math.log2(a / b) for a, b in itertools.pairwise(errors)]
+
+
 ODES = {
-    # dx/dt = 2x: x(t) = x(1)·exp(2(t − 1))
-    "linear": (lambda x, t: 2 * x, lambda x1, t: x1 * math.exp(2 * (t - 1))),
-    # dx/dt = cos(5t)·x: x(t) = x(1)·exp((sin 5t − sin 5)/5)
-    "forced": (lambda x, t: torch.cos(5 * t)[:, None] * x, lambda x1, t: x1 * math.exp((math.sin(5 * t) - math.sin(5)) / 5)),
-    # dx/dt = −x²: x(t) = 1/(1/x(1) + t − 1)
-    "nonlinear": (lambda x, t: -(x**2), lambda x1, t: 1 / (1 / x1 + t - 1)),
+    # dx/dt = 2x: x(t) = x(s)·exp(2(t − s))
+    "linear": (lambda x, t: 2 * x, lambda x, s, t: x * math.exp(2 * (t - s))),
+    # dx/dt = cos(5t)·x: x(t) = x(s)·exp((sin 5t − sin 5s)/5)
+    "forced": (lambda x, t: torch.cos(5 * t)[:, None] * x, lambda x, s, t: x * math.exp((math.sin(5 * t) - math.sin(5 * s)) / 5)),
+    # dx/dt = −x²: x(t) = 1/(1/x(s) + t − s)
+    "nonlinear": (lambda x, t: -(x**2), lambda x, s, t: 1 / (1 / x + t - s)),
 }
 
 
-@pytest.mark.parametrize(("solver", "order"), [("euler", 1), ("heun", 2)])
+@pytest.mark.parametrize(("solver", "order"), [("euler", 1), ("heun", 2), ("midpoint", 2), ("dpmpp_2m", 2)])
 @pytest.mark.parametrize("ode", sorted(ODES))
 def test_observed_order(solver: str, order: int, ode: str) -> None:
-    velocity, answer = ODES[ode]
-    start = torch.tensor([[0.5], [0.7]], dtype=F64)
-    errors = [float((sample(velocity, start, grid(steps), solver) - answer(start, 0.2)).abs().max()) for steps in (160, 320, 640)]
-    observed = [math.log2(a / b) for a, b in itertools.pairwise(errors)]
-    assert observed == pytest.approx([order, order], abs=0.1)
+    assert slopes(solver, *ODES[ode], start=0.9) == pytest.approx([order, order], abs=0.1)
+
+
+@pytest.mark.parametrize(("solver", "order"), [("euler", 1), ("heun", 2), ("midpoint", 2), ("dpmpp_2m", 2)])
+def test_order_on_the_flow_of_a_gaussian_from_pure_noise(solver: str, order: int) -> None:
+    """Data N(m, s²): x_t is N((1−t)m, (1−t)²s² + t²), and the flow keeps each point at its quantile. At least that order: midpoint has 3."""
+    m, s = 0.8, 0.3
+
+    def std(t: float) -> float:
+        return math.hypot((1 - t) * s, t)
+
+    def velocity(x: Tensor, t: Tensor) -> Tensor:
+        a, b = (1 - t)[:, None], t[:, None]
+        return -m + (b - a * s**2) / (a**2 * s**2 + b**2) * (x - a * m)  # E[ε | x] − E[x_0 | x]
+
+    found = slopes(solver, velocity, lambda x, t, end: (1 - end) * m + std(end) / std(t) * (x - (1 - t) * m), start=1.0)
+    assert min(found) > order - 0.1
 
 
 def test_straight_lines_are_exact_in_one_step() -> None:
-    """With one data point v = (x − x_0)/t, and Euler lands on it in any number of steps."""
+    """With one data point v = (x − x_0)/t, and every solver lands on it in any number of steps."""
     x0 = torch.randn(2, 3, dtype=F64)
-    for solver in ("euler", "heun"):
+    for solver in SOLVERS:
         for steps in (1, 4, 25):
             end = sample(lambda x, t: (x - x0) / t[:, None], torch.randn(2, 3, dtype=F64), time_grid(steps), solver)
             torch.testing.assert_close(end, x0, rtol=1e-9, atol=1e-9)
 
 
-def test_sampling_the_closed_form_draws_the_data() -> None:
-    """Noise pushed through the marginal flow of a mixture is distributed as the mixture: moments and shares of components."""
-    mixture = Mixture(clusters=2, each=1, dim=2, seed=3)
-    noise = torch.randn(4000, 2, generator=torch.Generator().manual_seed(0), dtype=F64)
-    end = sample(mixture.velocity, noise, time_grid(60), "heun")
-    mean = (mixture.weights[:, None] * mixture.means).sum(0)
-    second = (mixture.weights[:, None] * (mixture.means**2 + mixture.stds[:, None] ** 2)).sum(0)
-    torch.testing.assert_close(end.mean(0), mean, rtol=0, atol=0.06)
-    torch.testing.assert_close((end**2).mean(0), second, rtol=0.08, atol=0.05)
-
-
 def test_evaluations_are_counted_right() -> None:
-    for solver in ("euler", "heun"):
+    for solver in SOLVERS:
         for steps in (1, 2, 25):
             times: list[float] = []
 
@@ -74,6 +91,13 @@ def test_evaluations_are_counted_right() -> None:
             sample(velocity, torch.ones(1, 1), time_grid(steps), solver)
             assert len(times) == evaluations(solver, steps)
             assert min(times) > 0  # t = 0 is never asked for
+            assert max(times) == 1.0
+    with pytest.raises(ValueError, match="solver: 'none' is not one of euler, heun, midpoint, dpmpp_2m"):
+        evaluations("none", 3)
+
+
+def test_every_solver_can_be_a_runs_default() -> None:
+    assert get_args(SamplingConfig.model_fields["solver"].annotation) == tuple(SOLVERS)
 
 
 @pytest.mark.parametrize("steps", [1, 2, 10, 25, 50, 1000])
@@ -85,6 +109,57 @@ def test_the_grid_is_diffusers_own(steps: int) -> None:
     assert len(time_grid(steps)) == steps + 1
     with pytest.raises(ValueError, match="steps: 0 must be at least 1"):
         time_grid(0)
+
+
+def with_scheduler(scheduler: object, velocity: Velocity, x: Tensor, sigmas: Sequence[float] | None) -> tuple[Tensor, list[float]]:
+    """Sample with one of diffusers' schedulers, at given sigmas or its own; the result and the sigmas."""
+    if sigmas is not None:
+        scheduler.sigmas = torch.tensor(sigmas, dtype=F64)  # type: ignore[attr-defined]
+    used = scheduler.sigmas.tolist()  # type: ignore[attr-defined]
+    scheduler.set_begin_index(0)  # type: ignore[attr-defined]
+    for t, time in zip(used[:-1], scheduler.timesteps, strict=True):  # type: ignore[attr-defined]
+        x = scheduler.step(velocity(x, torch.full((len(x),), t, dtype=F64)), time, x).prev_sample  # type: ignore[attr-defined]
+    return x, used
+
+
+@pytest.mark.parametrize("steps", [1, 2, 3, 10, 25, 50])
+@pytest.mark.parametrize("own", [False, True], ids=["our-times", "diffusers-times"])
+def test_dpmpp_2m_is_diffusers_own(steps: int, own: bool) -> None:
+    diffusers = pytest.importorskip("diffusers")
+    scheduler = diffusers.DPMSolverMultistepScheduler(
+        solver_order=2, algorithm_type="dpmsolver++", prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=1.0
+    )
+    scheduler.set_timesteps(steps)
+    mixture = Mixture()
+    noise = torch.randn(6, 4, generator=torch.Generator().manual_seed(0), dtype=F64)
+    expected, times = with_scheduler(scheduler, mixture.velocity, noise, None if own else time_grid(steps))
+    # diffusers steps in float32.
+    found = sample(mixture.velocity, noise, times, "dpmpp_2m")
+    torch.testing.assert_close(found, expected, rtol=2e-5, atol=2e-5)
+    # Which is no other solver's end.
+    if steps > 3:
+        assert min(float((sample(mixture.velocity, noise, times, other) - expected).abs().max()) for other in SOLVERS if other != "dpmpp_2m") > 1e-3
+
+
+@pytest.mark.parametrize("steps", [1, 2, 10, 50])
+def test_euler_is_diffusers_own(steps: int) -> None:
+    diffusers = pytest.importorskip("diffusers")
+    scheduler = diffusers.FlowMatchEulerDiscreteScheduler(num_train_timesteps=1000, shift=1.0)
+    scheduler.set_timesteps(steps)
+    mixture = Mixture()
+    noise = torch.randn(6, 4, generator=torch.Generator().manual_seed(0), dtype=F64)
+    expected, _ = with_scheduler(scheduler, mixture.velocity, noise, None)
+    torch.testing.assert_close(sample(mixture.velocity, noise, time_grid(steps), "euler"), expected, rtol=2e-5, atol=2e-5)
+
+
+def test_solvers_and_their_costs_need_no_torch() -> None:
+    """A front end counts the work of a request with them."""
+    code = "import sys; from paris_ray.diffusion import solvers; print(solvers.evaluations('heun', 5), 'torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
+    assert done.stdout.split() == ["9", "False"]
+
+
+# -- noise and guidance -------------------------------------------------------------------------------------------------
 
 
 def test_noise_is_the_same_alone_in_any_batch_and_between_calls() -> None:
@@ -124,11 +199,40 @@ def test_guidance_is_the_formula_row_by_row_in_one_call(scales: list[float]) -> 
     assert net.rows == [3 + sum(s != 1 for s in scales)]
 
 
+INTERVALS = [(0.0, 1.0), (0.2, 0.8), (0.5, 1.0), (0.0, 0.3), (0.9995, 1.0)]
+
+
+@pytest.mark.parametrize("solver", sorted(SOLVERS))
+@pytest.mark.parametrize("interval", INTERVALS)
+def test_guidance_in_an_interval_is_two_velocities_inside_and_one_outside(solver: str, interval: tuple[float, float]) -> None:
+    """Three rows, one of them without guidance, against a velocity that decides by itself, row by row."""
+    x, scales, cond = torch.randn(3, 2, 2, 2, dtype=F64), [3.0, 1.0, 7.5], conditioning(3)
+    net, rows, alone = Net(), [], Net()
+
+    def velocity(x: Tensor, t: Tensor) -> Tensor:
+        scale = torch.tensor([guidance_at(float(t[0]), s, interval) for s in scales], dtype=F64)
+        return guided(net, x, t, Conditioning(cond.text, cond.pooled, cond.null_text, scale, cond.digests))
+
+    def plain(x: Tensor, t: Tensor) -> Tensor:
+        inside = interval[0] <= float(t[0]) <= interval[1]
+        rows.append(5 if inside else 3)
+        conditional, unconditional = alone(x, t, cond.text), alone(x, t, cond.null_text)
+        guided_row = torch.tensor([inside and s != 1 for s in scales]).view(3, 1, 1, 1)
+        scale = torch.tensor(scales, dtype=F64).view(3, 1, 1, 1)
+        return torch.where(guided_row, unconditional + scale * (conditional - unconditional), conditional)
+
+    found, expected = sample(velocity, x, time_grid(10), solver), sample(plain, x, time_grid(10), solver)
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
+    # Outside of the interval each row is in the one call once.
+    assert net.rows == rows
+    assert len(set(rows)) == (1 if interval == (0.0, 1.0) else 2)
+
+
 def test_callbacks_and_cancelling() -> None:
     seen: list[tuple[int, float]] = []
     sample(lambda x, t: x, torch.ones(2, 1), time_grid(4), callback=lambda i, x, t: seen.append((i, t)))
     assert seen == list(enumerate(time_grid(4)[:-1]))
     with pytest.raises(Cancelled, match="before evaluation 2"):
         sample(lambda x, t: x, torch.ones(2, 1), time_grid(4), cancelled=iter([False, False, True]).__next__)
-    with pytest.raises(KeyError):
+    with pytest.raises(ValueError, match="solver: 'none' is not one of euler"):
         sample(lambda x, t: x, torch.ones(1, 1), time_grid(2), solver="none")

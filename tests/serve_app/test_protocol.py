@@ -52,6 +52,15 @@ def test_defaults_come_from_the_model():
     assert 0 <= job.seed < 2**48
 
 
+def test_every_solver_can_be_asked_for_and_counts_its_evaluations():
+    from paris_ray.diffusion.solvers import SOLVERS
+
+    for solver in SOLVERS:
+        assert resolve(parse(prompt="x", solver=solver), CARD, Limits()).solver == solver
+    # One evaluation a step: a thousand are as many as a request may ask for.
+    assert resolve(parse(prompt="x", n=10, num_inference_steps=100, solver="dpmpp_2m"), CARD, Limits()).n == 10
+
+
 def test_a_drawn_seed_is_another_each_time_and_seed_zero_stays_zero():
     assert len({resolve(parse(prompt="x"), CARD, Limits()).seed for _ in range(20)}) == 20
     assert resolve(parse(prompt="x", seed=0), CARD, Limits()).seed == 0
@@ -92,6 +101,7 @@ def test_fields_without_effect_are_accepted():
         ({"prompt": "x", "num_inference_steps": 10**400}, "num_inference_steps", "limit of 200"),
         ({"prompt": "x", "num_inference_steps": 200, "n": 10}, "num_inference_steps", "2000 evaluations"),
         ({"prompt": "x", "num_inference_steps": 60, "n": 10, "solver": "heun"}, "num_inference_steps", "1190 evaluations"),
+        ({"prompt": "x", "num_inference_steps": 60, "n": 10, "solver": "midpoint"}, "num_inference_steps", "1200 evaluations"),
         ({"prompt": "x", "guidance_scale": 0.5}, "guidance_scale", "greater"),
         ({"prompt": "x", "guidance_scale": True}, "guidance_scale", "number"),
         ({"prompt": "x", "routing": "top-4"}, "routing", "top-3"),
