@@ -273,6 +273,8 @@ class ExpertConfig(TrainedConfig):
     objective: Literal["flow", "ddpm"] = "flow"
     # Noise schedule of a ddpm expert.
     noise_schedule: Literal["cosine", "linear"] = "cosine"
+    # Weights to start from: a safetensors file or a folder with one, of a DiT, PixArt-α or another expert; null: start anew.
+    init_from: str | None = None
 
 
 class RouterConfig(TrainedConfig):

@@ -13,9 +13,10 @@ from paris_ray import rng
 from paris_ray.config import RunConfig
 from paris_ray.diffusion.path import objective, training_times
 from paris_ray.models.dit import DiT
+from paris_ray.models.init_from import init_from
 from paris_ray.stages import expert_name
 from paris_ray.storage import Folder
-from paris_ray.training import samples
+from paris_ray.training import checkpoint, samples
 from paris_ray.training.checkpoint import tensor_bytes
 from paris_ray.training.draws import Draw
 from paris_ray.training.loop import TIME_BINS, Batch
@@ -54,7 +55,13 @@ class ExpertTask:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(rng.key(self.config.seed, "init", self.k))
             shape = self.spec.model.model_dump(exclude={"size"})
-            return DiT(image_size=side, in_channels=channels, out_channels=channels, text_embed_dim=self.encoders.text_width, **shape)
+            model = DiT(image_size=side, in_channels=channels, out_channels=channels, text_embed_dim=self.encoders.text_width, **shape)
+        # A resumed training has all weights in its checkpoint, and the source may be gone by then.
+        if self.spec.init_from is not None and checkpoint.latest(self.folder) is None:
+            report = init_from(model, self.spec.init_from)
+            self.folder.write_json("init.json", report.as_json())
+            print(f"{self.stage}: {report}", flush=True)
+        return model
 
     # -- the loop's task ----------------------------------------------------------------------------------------
 
