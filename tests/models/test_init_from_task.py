@@ -46,5 +46,5 @@ def test_an_expert_starts_from_given_weights_and_only_starts(tmp_path: Path, cap
     checkpoint.save(task.folder, 16, {"model": dict(task.model.named_parameters()), "ema": {}, "optimizer": {}}, {"seconds": 0.0, "line": {}}, [])
     weights.unlink()
     ExpertTask(config, 0, CPU)  # resumes without the source
-    with pytest.raises(FileNotFoundError, match="init_from: .*does not exist"):
+    with pytest.raises(FileNotFoundError, match=r"init_from: .*does not exist"):
         ExpertTask(fake.make_config(tmp_path / "run", experts__2__init_from=weights), 2, CPU)
