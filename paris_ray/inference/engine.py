@@ -23,7 +23,7 @@ from paris_ray import rng
 from paris_ray.diffusion.ensemble import Conditioning, Experts, ensemble_velocity, routing_weights
 from paris_ray.diffusion.path import x0_from_velocity
 from paris_ray.diffusion.routing import Routing
-from paris_ray.diffusion.sampler import SOLVERS, Solver, evaluations, initial_noise, time_grid
+from paris_ray.diffusion.sampler import SOLVERS, Solver, evaluations, guidance_at, initial_noise, time_grid
 from paris_ray.inference.experts import ExpertError, LocalExperts, pad_rows, padded
 from paris_ray.inference.prompts import EncodedPrompt, Prompts
 from paris_ray.inference.request import EngineFull, EngineStopped, ImageRequest, ImageResult, Preview, validate
@@ -262,7 +262,7 @@ class Engine:
             torch.stack([row.text.states for row in rows]),
             torch.stack([row.text.pooled for row in rows]),
             torch.stack([row.null.states for row in rows]),
-            torch.tensor([row.ticket.guidance for row in rows], device=x.device),
+            torch.tensor([guidance_at(row.t, row.ticket.guidance, row.ticket.request.guidance_interval) for row in rows], device=x.device),
             tuple(f"{row.text.digest}:{row.null.digest}" for row in rows),
         )
         try:

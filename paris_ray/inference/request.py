@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from paris_ray.diffusion.routing import Routing
-from paris_ray.diffusion.sampler import SOLVERS
+from paris_ray.diffusion.sampler import SOLVERS, WHOLE_RANGE
 
 if TYPE_CHECKING:
     from paris_ray.inference.weights import ParisModel
@@ -39,8 +39,9 @@ class ImageRequest:
         steps: solver steps, 1 … 1000.
         guidance_scale: 1 (off) … 50.
         routing: ``top-k``, ``threshold``, ``full``, ``caption`` or ``expert-k``.
-        solver: ``euler`` or ``heun`` (about two evaluations a step).
+        solver: ``euler`` or ``dpmpp_2m`` (one evaluation a step), ``heun`` or ``midpoint`` (two).
         client: whose request it is; waiting clients are served in turn.
+        guidance_interval: lowest and highest time with guidance, 0 ≤ low < high ≤ 1 (0 is data, 1 is noise); outside it is off and costs one pass.
     """
 
     prompt: str
@@ -52,6 +53,7 @@ class ImageRequest:
     routing: str | None = None
     solver: str | None = None
     client: str = ""
+    guidance_interval: tuple[float, float] = WHOLE_RANGE
 
 
 @dataclass(frozen=True)
@@ -112,6 +114,10 @@ def validate(request: ImageRequest, model: ParisModel) -> ImageRequest:
     scale = request.guidance_scale
     if isinstance(scale, bool) or not isinstance(scale, int | float) or not 1 <= scale <= MAX_GUIDANCE:
         raise ValueError(f"guidance_scale: {scale!r} must be a number from 1 (off) to {MAX_GUIDANCE:g}")
+    interval = request.guidance_interval
+    pair = isinstance(interval, tuple | list) and len(interval) == 2 and all(type(end) in (int, float) for end in interval)
+    if not pair or not 0 <= interval[0] < interval[1] <= 1:
+        raise ValueError(f"guidance_interval: {interval!r} must be two times, low and high, with 0 ≤ low < high ≤ 1 (0 is data, 1 is noise)")
     if request.solver not in SOLVERS:
         raise ValueError(f"solver: {request.solver!r} is not one of {', '.join(SOLVERS)}")
     if Routing.parse(str(request.routing), model.num_experts).kind == "caption" and not model.router_reads_text:

@@ -16,6 +16,7 @@ import torch
 from paris_ray.diffusion.sampler import initial_noise
 from paris_ray.inference.engine import Engine, EngineFull, EngineStopped, ImageRequest, generate
 from paris_ray.inference.experts import ExpertError, LocalExperts
+from paris_ray.models import DiT
 
 torch.set_num_threads(1)
 
@@ -103,18 +104,34 @@ def reference(model, request, available=None, choose=None):
         total = torch.zeros_like(x)
         for k in experts:
             if weights[k]:
-                conditional = expert_velocity(model, k, x, t, text)
-                unconditional = expert_velocity(model, k, x, t, null)
-                total += weights[k] * (unconditional + request.guidance_scale * (conditional - unconditional))
+                v = expert_velocity(model, k, x, t, text)
+                if request.guidance_interval[0] <= t <= request.guidance_interval[1]:
+                    unconditional = expert_velocity(model, k, x, t, null)
+                    v = unconditional + request.guidance_scale * (v - unconditional)
+                total += weights[k] * v
         return total
 
     times = [1 - 0.999 * i / (request.steps - 1) for i in range(request.steps)] if request.steps > 1 else [1.0]
     times.append(0.0)
     x = initial_noise(request.seed, request.index, model.latent_shape).double()
+    looks = []  # (λ, x̂_0) of the steps so far
     for t, after in itertools.pairwise(times):
         v = velocity(x, t)
         guess = x + (after - t) * v
-        x = guess if request.solver == "euler" or after == 0 else x + (after - t) * (v + velocity(guess, after)) / 2
+        looks.append((math.log((1 - t) / t) if t < 1 else -math.inf, x - t * v))
+        if request.solver == "midpoint":
+            x = x + (after - t) * velocity((x + guess) / 2, (t + after) / 2)
+        elif request.solver == "heun" and after != 0:
+            x = x + (after - t) * (v + velocity(guess, after)) / 2
+        elif request.solver == "dpmpp_2m" and after != 0 and len(looks) > 1:
+            # As the paper has it, with α = 1 − t and σ = t: arXiv 2211.01095, algorithm 2.
+            (earlier, x0_before), (now, x0) = looks[-2:]
+            h = math.log((1 - after) / after) - now
+            r = (now - earlier) / h
+            d = (1 + 1 / (2 * r)) * x0 - 1 / (2 * r) * x0_before
+            x = after / t * x - (1 - after) * ((math.exp(-h) if now > -math.inf else 0.0) - 1) * d
+        else:
+            x = guess
     return x.numpy(), history
 
 
@@ -136,6 +153,10 @@ def close(result, expected):
         {"routing": "top-1", "seed": 4},
         {"routing": "full", "guidance_scale": 1.0},
         {"routing": "threshold", "solver": "heun", "steps": 3},
+        {"solver": "midpoint", "steps": 3},
+        {"solver": "dpmpp_2m", "steps": 6},
+        {"guidance_interval": (0.2, 0.8), "steps": 5, "guidance_scale": 7.5},
+        {"guidance_interval": (0.0, 0.5), "solver": "heun", "routing": "full"},
         {"negative_prompt": "blue ground", "routing": "top-3", "index": 2},
         {"prompt": "", "steps": 1, "routing": "full"},
     ],
@@ -183,10 +204,11 @@ def test_caption_routing_draws_from_the_router_at_noise(model):
 
 
 def crowd(n):
-    solvers, routings = ["euler", "heun"], ["top-2", "full", "caption", "threshold", "top-1", "expert-1"]
+    solvers, routings = ["euler", "heun", "midpoint", "dpmpp_2m"], ["top-2", "full", "caption", "threshold", "top-1", "expert-1"]
     return [
-        ask(prompt=f"thing {i % 7}", seed=100 + i, steps=2 + i % 5, guidance_scale=[1.0, 3.0, 7.5][i % 3], solver=solvers[i % 2],
-            routing=routings[i % 6], negative_prompt="" if i % 4 else "bad", client=f"c{i % 3}")
+        ask(prompt=f"thing {i % 7}", seed=100 + i, steps=2 + i % 5, guidance_scale=[1.0, 3.0, 7.5][i % 3], solver=solvers[i % 4],
+            routing=routings[i % 6], negative_prompt="" if i % 4 else "bad", client=f"c{i % 3}",
+            guidance_interval=(0.3, 0.7) if i % 5 == 0 else (0.0, 1.0))
         for i in range(n)
     ]  # fmt: skip
 
@@ -248,6 +270,22 @@ def test_each_expert_is_called_at_most_once_a_tick(model):
     assert metrics["evaluations"] == sum(len(f.result().routing) for f in futures)
     assert metrics["rows_per_expert"] == [sum(n for tick in recorder.calls for j, n in tick if j == k) for k in range(4)]
     assert (metrics["finished"], metrics["active"], metrics["queued"], metrics["failed"]) == (30, 0, 0, 0)
+
+
+def test_a_guidance_interval_halves_the_passes_outside_of_it(model, monkeypatch):
+    """Rows that the networks themselves see of eight pictures: sixteen inside of the interval, eight outside."""
+    rows, forward = [], DiT.forward
+
+    def counting(self, x, *arguments, **keywords):
+        rows.append(len(x))
+        return forward(self, x, *arguments, **keywords)
+
+    monkeypatch.setattr(DiT, "forward", counting)
+    times = np.append(np.linspace(1, 0.001, 8), 0)[:-1]
+    for interval, inside in (((0.0, 1.0), 8), ((0.25, 0.75), int(((times >= 0.25) & (times <= 0.75)).sum())), ((0.9, 0.95), 0)):
+        rows.clear()
+        generate(model, [ask(routing="expert-0", steps=8, guidance_interval=interval, index=i) for i in range(8)])
+        assert sorted(rows) == [8] * (8 - inside) + [16] * inside
 
 
 def test_nobody_waits_for_anothers_end(model):
@@ -540,6 +578,12 @@ def test_bf16_is_near_and_keeps_ddpm_experts_in_fp32(model):
         ({"steps": 2.5}, r"steps: 2.5 must be"),
         ({"guidance_scale": 0.5}, r"guidance_scale: 0.5 must be a number from 1"),
         ({"guidance_scale": float("nan")}, r"guidance_scale: nan"),
+        ({"guidance_interval": (0.8, 0.2)}, r"guidance_interval: \(0.8, 0.2\) must be two times, low and high, with 0 ≤ low < high ≤ 1"),
+        ({"guidance_interval": (0.2, 1.5)}, r"guidance_interval: \(0.2, 1.5\) must be"),
+        ({"guidance_interval": (float("nan"), 1.0)}, r"guidance_interval: \(nan, 1.0\) must be"),
+        ({"guidance_interval": (0.2, True)}, r"guidance_interval: \(0.2, True\) must be"),
+        ({"guidance_interval": (0.2,)}, r"guidance_interval: \(0.2,\) must be"),
+        ({"guidance_interval": None}, r"guidance_interval: None must be"),
         ({"solver": "rk4"}, r"solver: 'rk4' is not one of euler, heun"),
         ({"routing": "top-9"}, r"routing: 'top-9' is not one of top-1 … top-4"),
         ({"seed": -1}, r"seed: -1 must be"),
