@@ -337,8 +337,7 @@ def _features(tensors: Mapping[str, Tensor], block: _Adaln) -> Tensor:
 def _fold(tensors: Mapping[str, Tensor], blocks: list[_Adaln]) -> tuple[dict[str, Tensor], dict[str, Folded]]:
     """The module's rule: values of ``t_block.1``, all tables and the last time bias, and the report on them."""
     weights, biases = [f"{block.modulation}.weight" for block in blocks], [f"{block.modulation}.bias" for block in blocks]
-    weight = torch.stack([tensors[name].double() for name in weights]).mean(0)  # (6D, D)
-    bias = torch.stack([tensors[name].double() for name in biases]).mean(0)  # (6D,)
+    weight, bias = _mean(tensors, weights), _mean(tensors, biases)  # (6D, D), (6D,)
     features = _features(tensors, blocks[0])  # (T, D): ours
     shared = F.linear(features, weight, bias)  # (T, 6D)
     own_bias = f"{blocks[0].time[1]}.bias"
@@ -358,6 +357,14 @@ def _fold(tensors: Mapping[str, Tensor], blocks: list[_Adaln]) -> tuple[dict[str
         folded[f"layers.{i}.scale_shift_table"] = Folded((weights[i], biases[i], *others), _ratio(error, size))
     folded["t_block.1.weight"], folded["t_block.1.bias"] = Folded(tuple(weights), _ratio(lost, total)), Folded(tuple(biases), 0.0)
     return values, folded
+
+
+def _mean(tensors: Mapping[str, Tensor], names: list[str]) -> Tensor:
+    """In float64, one after the other: all of a DiT-XL's at once would be 2 GB."""
+    total = torch.zeros_like(tensors[names[0]], dtype=torch.float64)
+    for name in names:
+        total += tensors[name]
+    return total / len(names)
 
 
 def _ratio(error: float, size: float) -> float:
