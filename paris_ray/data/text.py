@@ -202,7 +202,12 @@ class Clip(_Frozen):
     """A CLIP text tower (Radford et al. 2021) through open_clip: causal mask, no padding mask, all states after the final norm.
 
     Captions are padded with the end-of-text token, as the released checkpoint's tokenizer does; a caption's length ends with its first one,
-    and the state there is the pooled vector.
+    and the state there is the pooled vector. States equal those of transformers' ``CLIPTextModel`` without a mask.
+
+    Token ids equal those of transformers' ``CLIPTokenizer`` for plain captions, contractions, emoji, other scripts and captions that are too long.
+    They differ where a caption needs cleaning: OpenAI's own cleaning, with which CLIP was trained, repairs mojibake, ligatures, curly quotes and
+    control characters (ftfy) and resolves ``&amp;`` and its like, and transformers' does not. Of a caption cleaned beforehand both make the same. The
+    other difference: the words ``<start_of_text>`` and ``<end_of_text>`` are special tokens here, ``<|startoftext|>`` and ``<|endoftext|>`` there.
 
     Args:
         config: a transformers ``CLIPTextConfig`` as a dict.

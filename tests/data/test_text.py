@@ -158,6 +158,71 @@ def test_clip_saved_files_open_in_transformers_and_agree(clip, tmp_path):
     assert torch.equal(again.encode(ids, lengths), encoder.encode(ids, lengths))
 
 
+PLAIN = [
+    "I'll go, we're here, they've left, I'd say I'm sure it can't be Dog'S", "'ll", "a_b-c/d; 3.14 × 10,000!!!",
+    "😀 smile \U0001f469\u200d\U0001f469\u200d\U0001f467 🍎🍏", "İstanbul straße ΑΒΓς", "中文字符 日本語 العربية हिन्दी",
+    "tab\tand\nnewline  and\u00a0more", "x² ½ ① é É", " ".join(f"word{i}" for i in range(200)), "word " * 200, "", "   ",
+]  # fmt: skip
+DIRTY = {
+    "salt &amp; pepper": "salt & pepper", "a &lt;b&gt; tag": "a <b> tag", "&amp;amp; twice": "& twice", "cafÃ© au lait": "café au lait",
+    "schÃ¶n": "schön", "âœ” No problems": "✔ No problems", "it’s “quoted”": "it's \"quoted\"", "ﬁne ﬂow": "fine flow", "\x00nul": "nul",
+}  # fmt: skip
+"""What is cleaned here and not in transformers, and what it becomes."""
+
+
+@pytest.fixture(scope="module")
+def their_tokenizer(clip, tmp_path_factory):
+    from transformers import CLIPTokenizer
+
+    folder = tmp_path_factory.mktemp("tokenizer")
+    clip[1].save(str(folder))
+    tokenizer = CLIPTokenizer.from_pretrained(folder / "tokenizer")
+    return lambda captions: tokenizer(captions, padding="max_length", truncation=True, max_length=77, return_tensors="np")["input_ids"]
+
+
+def test_clip_states_of_odd_captions_are_transformers_tokens_included(clip, their_tokenizer):
+    model, encoder = clip
+    captions = PLAIN + list(DIRTY)
+    theirs = their_tokenizer(PLAIN + list(DIRTY.values()))
+    ids, lengths = tensors(encoder, captions)
+    for caption, mine, wanted in zip(captions, ids.tolist(), theirs.tolist(), strict=True):
+        assert mine == wanted, caption
+    with torch.no_grad():
+        wanted = model(input_ids=torch.from_numpy(theirs)).last_hidden_state
+    torch.testing.assert_close(encoder.encode(ids, lengths), wanted, atol=1e-5, rtol=1e-5)
+
+
+def test_clip_tokens_that_differ_from_transformers(clip, their_tokenizer):
+    """The difference that the docstring states; when a version of either closes it, the docstring must go."""
+    dirty = list(DIRTY)
+    assert (clip[1].tokenize(dirty)[0] != their_tokenizer(dirty)).any(1).all()
+    special = ["<start_of_text>", "<|startoftext|>"]
+    mine, theirs = clip[1].tokenize(special)[0], their_tokenizer(special)
+    assert (mine[0, 1], theirs[1, 1]) == (49406, 49406)
+    assert (mine[1] != theirs[1]).any()
+    assert (mine[0] != theirs[0]).any()
+
+
+def test_clip_map_reads_a_file_in_half_precision(clip, tmp_path):
+    """The released text_encoder may be float16; states are those of its values in float32."""
+    model, _ = clip
+    half = {name: value.half().contiguous() for name, value in model.state_dict().items()}
+    from safetensors.torch import save_file
+
+    (tmp_path / "text_encoder").mkdir()
+    save_file(half, tmp_path / "text_encoder" / "model.safetensors")
+    (tmp_path / "text_encoder" / "config.json").write_text(json.dumps(model.config.to_dict()))
+    import copy
+
+    rounded = copy.deepcopy(model)
+    rounded.load_state_dict({name: value.float() for name, value in half.items()})
+    encoder = build_text_encoder(ClipText(source=str(tmp_path)))
+    ids, lengths = tensors(encoder, CAPTIONS[:3])
+    with torch.no_grad():
+        wanted = rounded(input_ids=ids.long()).last_hidden_state
+    torch.testing.assert_close(encoder.encode(ids, lengths), wanted, atol=1e-5, rtol=1e-5)
+
+
 def test_clip_has_the_same_bytes_alone_and_in_a_batch(clip):
     check_batch_invariance(clip[1])
 
