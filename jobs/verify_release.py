@@ -1,0 +1,48 @@
+"""Check a downloaded Paris checkpoint: files, headers, shapes, parameter counts, strict loading, one picture per routing.
+
+python -m jobs.verify_release PATH --out DIR
+
+Prints a report in Markdown, fit to post. The exit code is 0 only if everything holds, 1 if something does not. Works with memory for one expert.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections.abc import Sequence
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the job; returns its exit code."""
+    parser = argparse.ArgumentParser(prog="verify_release", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("path", metavar="PATH", help="folder or URI of the checkpoint")
+    parser.add_argument("--out", metavar="DIR", help="also write report.md and the pictures there")
+    parser.add_argument("--no-pictures", action="store_true", help="headers and checksums only; reads no weight's value")
+    parser.add_argument("--steps", type=int, default=50, help="of each picture (50)")
+    parser.add_argument("--device", default="cpu", help="where pictures are drawn (cpu)")
+    parser.add_argument("--precision", default="fp32", choices=("fp32", "bf16", "int8"), help="of the experts for the pictures (fp32)")
+    parser.add_argument("--max-resident", type=int, metavar="N", help="experts in memory at once while drawing (as many as fit)")
+    parser.add_argument("--ignore-tensor", action="append", default=[], metavar="NAME", help="a tensor that files may hold besides; repeatable")
+    args = parser.parse_args(argv)
+
+    from paris_ray.inference import release
+    from paris_ray.storage import Folder
+
+    if not Folder(args.path).files(recursive=True):
+        print(f"verify_release: {args.path} is not there or holds no file; give the folder of a downloaded checkpoint", file=sys.stderr)
+        return 2
+    began = time.monotonic()
+    report = release.verify(
+        args.path, not args.no_pictures, args.device, args.precision, args.steps, args.max_resident, args.ignore_tensor,
+        say=lambda line: print(f"verify_release: {line}", file=sys.stderr, flush=True),
+    )  # fmt: skip
+    text = release.hide_path(release.markdown(report, time.monotonic() - began), args.path)
+    print(text, end="")
+    if args.out:
+        release.write(report, text, args.out)
+    return 0 if report.holds else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
