@@ -34,14 +34,14 @@ def open_image(data: bytes, max_pixels: int) -> Image.Image:
     Image.MAX_IMAGE_PIXELS = max_pixels
     try:
         image = Image.open(io.BytesIO(data), formats=FORMATS)
-    except (Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
-        raise RejectError(f"too many pixels: {error}") from None
+    except (Image.DecompressionBombWarning, Image.DecompressionBombError):
+        raise RejectError(f"too many pixels: more than twice the limit of {max_pixels} (data.max_pixels)") from None
     except UnidentifiedImageError:
         raise RejectError(f"not an image: the content is none of {', '.join(FORMATS)}") from None
     except Exception as error:  # decoders of broken headers raise anything: SyntaxError, struct.error, ValueError …
         raise RejectError(f"broken image: {type(error).__name__}: {error}") from None
     if image.width * image.height > max_pixels:
-        raise RejectError(f"too many pixels: {image.width} × {image.height}, the limit is {max_pixels}")
+        raise RejectError(f"too many pixels: {image.width} × {image.height}, the limit is {max_pixels} (data.max_pixels)")
     return image
 
 
