@@ -87,9 +87,10 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--seed", type=int)
     parser.add_argument("--steps", type=int, dest="num_inference_steps")
     parser.add_argument("--guidance", type=float, dest="guidance_scale")
+    parser.add_argument("--guidance-interval", type=float, nargs=2, metavar=("LOW", "HIGH"), help="times with guidance; 0 is data, 1 is noise")
     parser.add_argument("--negative", dest="negative_prompt")
     parser.add_argument("--routing", help="top-2, threshold, full, caption, expert-3 …")
-    parser.add_argument("--solver", choices=["euler", "heun"])
+    parser.add_argument("--solver", choices=["euler", "heun", "midpoint", "dpmpp_2m"])
     arguments = vars(parser.parse_args(argv))
     url, out = arguments.pop("url"), Path(arguments.pop("out"))
     formats = {".png": "png", ".jpg": "jpeg", ".jpeg": "jpeg", ".webp": "webp"}

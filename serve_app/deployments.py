@@ -148,7 +148,16 @@ class Sampler:
         try:
             for index in range(job.index, job.index + job.n):
                 request = ImageRequest(
-                    job.prompt, job.negative_prompt, job.seed, index, job.steps, job.guidance_scale, job.routing, job.solver, job.client
+                    job.prompt,
+                    job.negative_prompt,
+                    job.seed,
+                    index,
+                    job.steps,
+                    job.guidance_scale,
+                    job.routing,
+                    job.solver,
+                    job.client,
+                    job.guidance_interval,
                 )
                 try:
                     futures.append(self.engine.submit(request))

@@ -36,8 +36,10 @@ def encode(picture: Picture, output_format: str, job: Job, card: ModelCard, degr
 def parameters(picture: Picture, job: Job, card: ModelCard) -> str:
     """What the picture was made from, in the customary form of ``parameters`` chunks."""
     negative = f"\nNegative prompt: {job.negative_prompt}" if job.negative_prompt else ""
+    low, high = job.guidance_interval
+    interval = "" if (low, high) == (0.0, 1.0) else f"CFG interval: {low:g} to {high:g}, "
     return (
-        f"{job.prompt}{negative}\nSteps: {job.steps}, Sampler: {job.solver}, CFG scale: {job.guidance_scale:g}, "
+        f"{job.prompt}{negative}\nSteps: {job.steps}, Sampler: {job.solver}, CFG scale: {job.guidance_scale:g}, {interval}"
         f"Seed: {job.seed}, Index: {picture.index}, Size: {card.size}, "
         f"Routing: {job.routing}, Model hash: {card.fingerprint or 'unknown'}, Model: {card.id}"
     )

@@ -16,7 +16,7 @@ import numpy as np
 import pydantic
 import pydantic_core
 from numpy.typing import NDArray
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
 from paris_ray.diffusion.routing import Routing
 from paris_ray.diffusion.solvers import evaluations
@@ -60,6 +60,12 @@ class ApiError(Exception):
 # -- requests -----------------------------------------------------------------------------------------------------------
 
 
+def _rising(ends: list[float]) -> list[float]:
+    if len(ends) != 2 or not ends[0] < ends[1]:
+        raise ValueError("not two rising numbers")
+    return ends
+
+
 class GenerationRequest(BaseModel):
     """Body of ``POST /v1/images/generations``. A field that is null counts as not given."""
 
@@ -79,6 +85,8 @@ class GenerationRequest(BaseModel):
     index: Annotated[int, Field(ge=0, lt=2**31)] | None = None
     num_inference_steps: Annotated[int, Field(ge=1)] | None = None
     guidance_scale: Annotated[float, Field(ge=1, le=50)] | None = None
+    # Lowest and highest time with guidance, [low, high] with 0 ≤ low < high ≤ 1 (0 is data, 1 is noise); outside it is off and costs one pass.
+    guidance_interval: Annotated[list[Annotated[float, Field(ge=0, le=1)]], AfterValidator(_rising)] | None = None
     negative_prompt: str | None = None
     routing: str | None = None
     # Evaluations of the velocity a step: euler and dpmpp_2m one, heun and midpoint two.
@@ -108,6 +116,7 @@ UNSUPPORTED = {
 """Fields of OpenAI's API that this server knows and refuses, and what to do instead."""
 
 _RULES = {
+    "guidance_interval": "must be two times [low, high] with 0 <= low < high <= 1, where 0 is data and 1 is noise; leave it out to guide everywhere",
     "stream": "streaming is not supported; leave out stream (or send false)",
     "partial_images": "streaming is not supported; leave out partial_images (or send 0)",
     "response_format": "only 'b64_json' is served; pictures are not kept here, so there are no URLs",
@@ -218,6 +227,8 @@ class Job:
     solver: str
     # Whose job it is; waiting clients are served in turn.
     client: str = ""
+    # Lowest and highest time with guidance.
+    guidance_interval: tuple[float, float] = (0.0, 1.0)
 
 
 def resolve(request: GenerationRequest, card: ModelCard, limits: Limits, client: str = "") -> Job:
@@ -267,7 +278,8 @@ def resolve(request: GenerationRequest, card: ModelCard, limits: Limits, client:
     guidance = _default(request.guidance_scale, float(card.sampling["guidance_scale"]))
     index = _default(request.index, 0)
     _at_most("index", index + n, 2**31, "choose a smaller one")
-    return Job(request.prompt, request.negative_prompt or "", n, seed, index, steps, guidance, str(routing), solver, client)
+    low, high = _default(request.guidance_interval, [0.0, 1.0])
+    return Job(request.prompt, request.negative_prompt or "", n, seed, index, steps, guidance, str(routing), solver, client, (low, high))
 
 
 def _default(value: T | None, default: T) -> T:

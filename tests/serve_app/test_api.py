@@ -110,11 +110,20 @@ def test_routing_is_honoured_and_echoed(client, routing):
 
 @pytest.mark.parametrize(
     "change",
-    [{"guidance_scale": 9.0}, {"negative_prompt": "leaves"}, {"prompt": "blue boat"}, {"routing": "expert-0"}, {"routing": "expert-1"},
-     {"num_inference_steps": 6}, {"solver": "heun"}, {"index": 1}],
+    [{"guidance_scale": 9.0}, {"guidance_interval": [0.2, 0.6]}, {"negative_prompt": "leaves"},
+     {"prompt": "blue boat"}, {"routing": "expert-0"}, {"routing": "expert-1"}, {"num_inference_steps": 6}, {"solver": "heun"}, {"index": 1}],
 )  # fmt: skip
 def test_every_field_changes_the_picture(client, change):
     assert post(client, seed=3, **change)["data"][0]["b64_json"] != post(client, seed=3)["data"][0]["b64_json"]
+
+
+def test_guidance_interval_is_honoured(client, sampler):
+    from paris_ray.inference.engine import ImageRequest, generate
+
+    found = pixels(post(client, seed=3, guidance_scale=9.0, guidance_interval=[0.2, 0.6])["data"][0])
+    request = ImageRequest("red apple", seed=3, guidance_scale=9.0, guidance_interval=(0.2, 0.6))
+    np.testing.assert_array_equal(found, generate(sampler.model, [request])[0].image)
+    assert not np.array_equal(found, pixels(post(client, seed=3, guidance_scale=9.0)["data"][0]))
 
 
 @pytest.mark.parametrize(("name", "kind"), [("png", "PNG"), ("jpeg", "JPEG"), ("webp", "WEBP")])

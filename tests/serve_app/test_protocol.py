@@ -66,6 +66,11 @@ def test_a_drawn_seed_is_another_each_time_and_seed_zero_stays_zero():
     assert resolve(parse(prompt="x", seed=0), CARD, Limits()).seed == 0
 
 
+def test_guidance_interval():
+    assert resolve(parse(prompt="x"), CARD, Limits()).guidance_interval == (0.0, 1.0)
+    assert resolve(parse(prompt="x", guidance_interval=[0, 0.8]), CARD, Limits()).guidance_interval == (0.0, 0.8)
+
+
 def test_null_is_not_given():
     everything = dict.fromkeys(GenerationRequest.model_fields) | {"prompt": "x", "seed": 1, "style": None}
     assert resolve(parse_request(json.dumps(everything).encode()), CARD, Limits()) == resolve(parse(prompt="x", seed=1), CARD, Limits())
@@ -104,6 +109,12 @@ def test_fields_without_effect_are_accepted():
         ({"prompt": "x", "num_inference_steps": 60, "n": 10, "solver": "midpoint"}, "num_inference_steps", "1200 evaluations"),
         ({"prompt": "x", "guidance_scale": 0.5}, "guidance_scale", "greater"),
         ({"prompt": "x", "guidance_scale": True}, "guidance_scale", "number"),
+        ({"prompt": "x", "guidance_interval": [0.8, 0.2]}, "guidance_interval", "0 <= low < high <= 1"),
+        ({"prompt": "x", "guidance_interval": [0.2]}, "guidance_interval", "two times"),
+        ({"prompt": "x", "guidance_interval": [0.2, 0.4, 0.6]}, "guidance_interval", "two times"),
+        ({"prompt": "x", "guidance_interval": [0.2, 1.5]}, "guidance_interval", "two times"),
+        ({"prompt": "x", "guidance_interval": [0.2, True]}, "guidance_interval", "two times"),
+        ({"prompt": "x", "guidance_interval": 0.5}, "guidance_interval", "two times"),
         ({"prompt": "x", "routing": "top-4"}, "routing", "top-3"),
         ({"prompt": "x", "routing": "expert-3"}, "routing", "expert-2"),
         ({"prompt": "x", "routing": "top-२"}, "routing", "not one of"),
