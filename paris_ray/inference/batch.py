@@ -1,0 +1,190 @@
+"""A file's worth of pictures as files: what is drawn already is kept, routing and a contact sheet beside them."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import io
+import json
+import math
+import re
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from typing import Any
+
+from paris_ray.inference.engine import Engine
+from paris_ray.inference.experts import LocalExperts
+from paris_ray.inference.prompt_file import Order
+from paris_ray.inference.request import ImageRequest, ImageResult
+from paris_ray.inference.weights import ParisModel, load_model
+from paris_ray.manifest import fingerprint
+from paris_ray.progress import Progress
+from paris_ray.storage import Folder
+
+Drawn = tuple[int, "ImageResult | Exception"]
+"""The number of a request and what became of it."""
+
+ROUTING = "routing.jsonl"
+TILE, PER_SHEET, COLUMNS = 192, 240, 8
+SAMPLE = 1 << 20
+
+
+class Artist:
+    """A model with its experts in one process: this one, or that of a Ray actor.
+
+    Args:
+        model: folder or URI.
+        device: torch device.
+        precision: of the experts.
+        max_resident: experts in memory at once; ``None`` is as many as fit.
+        threads: of matrix products on a CPU.
+        max_rows: pictures stepped at once.
+    """
+
+    def __init__(
+        self, model: str, device: str = "cpu", precision: str = "fp32", max_resident: int | None = None, threads: int = 1, max_rows: int = 64
+    ):
+        self.model = load_model(model, device, precision)
+        self.engine = Engine(self.model, LocalExperts(self.model, threads=threads, lazy=True, max_resident=max_resident), max_rows, 2 * max_rows)
+
+    def draw(self, requests: Sequence[ImageRequest]) -> Iterator[Drawn]:
+        """Pictures as they are finished, each with the number of its request; one that fails does not stop the others."""
+        waiting = deque(enumerate(requests))
+        running: dict[int, Future[ImageResult]] = {}
+        while waiting or running:
+            while waiting and len(running) < self.engine.max_queue:
+                number, request = waiting.popleft()
+                running[number] = self.engine.submit(request)
+            self.engine.tick()
+            for number in [number for number, future in running.items() if future.done()]:
+                future = running.pop(number)
+                error = future.exception()
+                yield number, error if isinstance(error, Exception) else future.result()
+
+    def draw_all(self, numbers: Sequence[int], requests: Sequence[ImageRequest]) -> list[Drawn]:
+        """As :meth:`draw`, all at once and with the numbers given: what an actor is asked."""
+        return [(numbers[i], result) for i, result in self.draw(requests)]
+
+
+@dataclass
+class Summary:
+    """How a batch went: pictures drawn now, kept from before, and failed with the reason, by name."""
+
+    drawn: int = 0
+    kept: int = 0
+    failed: dict[str, str] = field(default_factory=dict)
+    sheets: list[str] = field(default_factory=list)
+
+
+def identity(model: ParisModel) -> str:
+    """What tells a model from another: its fingerprint and precision; without one, a sample of its weight files."""
+    found = model.info.get("model_fingerprint")
+    if not found:
+        digest = hashlib.sha256()
+        for entry in model.folder.files(recursive=True):
+            if entry.name.endswith((".safetensors", "config.json")):
+                with model.folder.open(entry.name) as file:
+                    digest.update(f"{entry.name}:{entry.size};".encode() + file.read(SAMPLE))
+                    file.seek(max(0, entry.size - SAMPLE))
+                    digest.update(file.read(SAMPLE))
+        found = digest.hexdigest()
+    return f"{found}:{model.precision}"
+
+
+def name_of(request: ImageRequest, model: str) -> str:
+    """File name of a picture: readable, and the same exactly when the same is asked of the same model."""
+    asked = {**dataclasses.asdict(request), "guidance_scale": float(request.guidance_scale or 0.0), "client": "", "model": model}
+    words = re.sub(r"[^a-z0-9]+", "-", request.prompt.lower()).strip("-")[:40].strip("-") or "picture"
+    return f"{words}-{request.seed}-{request.index}-{fingerprint(asked)[:12]}.png"
+
+
+def generate_files(
+    orders: Sequence[Order],
+    names: Sequence[str],
+    out: str,
+    draw: Callable[[Sequence[ImageRequest]], Iterable[Drawn]],
+    encode: Callable[[ImageRequest, ImageResult], bytes],
+) -> Summary:
+    """Draw what is not there yet, then write ``routing.jsonl`` and the contact sheets of all of it.
+
+    Args:
+        orders: the pictures.
+        names: their files' names, :func:`name_of`; equal ones are drawn once.
+        out: folder or URI; other files there are left alone.
+        draw: gives pictures in any order.
+        encode: a picture as PNG, with a text chunk ``routing``: JSON with ``steps`` and ``degraded``.
+    """
+    folder, summary = Folder(out), Summary()
+    folder.sweep()  # what a killed attempt left unfinished
+    wanted = {name: order.request for name, order in zip(names, orders, strict=True)}
+    there = {name for name in wanted if folder.exists(name) and _routing_of(folder, name) is not None}
+    summary.kept = len(there)
+    progress = Progress(folder / "events", "generate", len(wanted), "pictures")
+    progress.update(summary.kept, message=f"{summary.kept} are there already" if there else "", force=bool(there))
+    todo = [name for name in wanted if name not in there]
+    try:
+        for number, result in draw([wanted[name] for name in todo]):
+            name = todo[number]
+            if isinstance(result, Exception):
+                summary.failed[name] = f"{type(result).__name__}: {result}"
+            else:
+                folder.write_bytes(name, encode(wanted[name], result))
+                summary.drawn += 1
+            progress.update(summary.kept + summary.drawn, message=f"{len(summary.failed)} failed" if summary.failed else "")
+        rows = [(order, name) for order, name in zip(orders, names, strict=True) if name not in summary.failed]
+        folder.write_bytes(ROUTING, "".join(_routing_line(folder, order, name) for order, name in rows).encode())
+        for i in range(0, len(rows), PER_SHEET):
+            summary.sheets.append(f"contact-sheet-{i // PER_SHEET:03d}.png")
+            folder.write_bytes(summary.sheets[-1], contact_sheet(folder, rows[i : i + PER_SHEET]))
+    except BaseException as error:
+        progress.fail(f"{type(error).__name__}; the same command goes on from here")
+        raise
+    progress.finish(f"{summary.drawn} drawn, {summary.kept} kept, {len(summary.failed)} failed")
+    return summary
+
+
+def _routing_of(folder: Folder, name: str) -> dict[str, Any] | None:
+    """The text chunk of a picture, ``None`` if it is no whole picture of ours."""
+    from PIL import Image
+
+    try:
+        with Image.open(io.BytesIO(folder.read_bytes(name)), formats=["PNG"]) as image:
+            image.load()
+            found = json.loads(image.info["routing"])
+    except (OSError, SyntaxError, KeyError, ValueError):
+        return None
+    return found if isinstance(found, dict) and "steps" in found else None
+
+
+def _routing_line(folder: Folder, order: Order, name: str) -> str:
+    said = _routing_of(folder, name) or {}
+    request = {key: value for key, value in dataclasses.asdict(order.request).items() if key != "client"}
+    line = {"file": name, "line": order.line, **request, "degraded": said.get("degraded", []), "weights": said.get("steps", [])}
+    return json.dumps(line, ensure_ascii=False) + "\n"
+
+
+def contact_sheet(folder: Folder, rows: Sequence[tuple[Order, str]]) -> bytes:
+    """A PNG with all pictures in the order of the file, each over the start of its prompt; a row a prompt where all have as many pictures."""
+    from PIL import Image, ImageDraw, ImageFont
+
+    counts = {sum(other.line == order.line for other, _ in rows) for order, _ in rows}
+    columns = counts.pop() if len(counts) == 1 and 1 not in counts and max(counts) <= 12 else min(COLUMNS, len(rows))
+    with Image.open(io.BytesIO(folder.read_bytes(rows[0][1])), formats=["PNG"]) as first:
+        side = first.width * max(1, TILE // first.width) if first.width <= TILE else TILE
+    cell, font = side + 8, ImageFont.load_default(11)
+    page = Image.new("RGB", (columns * cell, math.ceil(len(rows) / columns) * (cell + 14)), (246, 247, 249))
+    pen = ImageDraw.Draw(page)
+    for i, (order, name) in enumerate(rows):
+        x, y = i % columns * cell, i // columns * (cell + 14)
+        with Image.open(io.BytesIO(folder.read_bytes(name)), formats=["PNG"]) as picture:
+            method = Image.Resampling.NEAREST if picture.width <= side else Image.Resampling.LANCZOS
+            page.paste(picture.convert("RGB").resize((side, side), method), (x + 4, y + 4))
+        label = order.request.prompt
+        while label and pen.textlength(label, font) > side:
+            label = label[: min(len(label) - 1, 80)]
+        pen.text((x + 4, y + side + 5), label, (60, 64, 70), font)
+    file = io.BytesIO()
+    page.save(file, "PNG", optimize=True)
+    return file.getvalue()
