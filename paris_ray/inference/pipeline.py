@@ -14,7 +14,7 @@ import torch
 from diffusers import DiffusionPipeline
 from diffusers.utils import BaseOutput
 
-from paris_ray.diffusion.sampler import evaluations
+from paris_ray.diffusion.sampler import WHOLE_RANGE, evaluations
 from paris_ray.inference.engine import Engine, ImageRequest, ImageResult
 from paris_ray.inference.experts import LocalExperts
 from paris_ray.inference.save import save_model
@@ -150,6 +150,7 @@ class ParisPipeline(DiffusionPipeline):
         seed: int | None = None,
         routing: str | None = None,
         solver: str | None = None,
+        guidance_interval: tuple[float, float] = WHOLE_RANGE,
     ) -> ParisPipelineOutput | tuple[Any, ...]:
         """Draw pictures. What is ``None`` takes the model's default.
 
@@ -167,12 +168,19 @@ class ParisPipeline(DiffusionPipeline):
             seed: instead of ``generator``: picture i of the call (prompt by prompt) is the engine's picture ``ImageRequest(seed, index=i)``.
             routing: ``top-k``, ``threshold``, ``full``, ``caption`` or ``expert-k``.
             solver: name of the solver.
+            guidance_interval: lowest and highest time with guidance; see :class:`ImageRequest`.
 
         Raises:
             ValueError: an argument is not valid; names it.
         """
         requests = self._requests(prompt, negative_prompt, num_images_per_prompt, generator, seed)
-        settings: dict[str, Any] = {"steps": num_inference_steps, "guidance_scale": guidance_scale, "routing": routing, "solver": solver}
+        settings: dict[str, Any] = {
+            "steps": num_inference_steps,
+            "guidance_scale": guidance_scale,
+            "routing": routing,
+            "solver": solver,
+            "guidance_interval": guidance_interval,
+        }
         if output_type not in OUTPUTS:
             raise ValueError(f"output_type: {output_type!r} is not one of {', '.join(OUTPUTS)}")
         for name, value in (("height", height), ("width", width)):

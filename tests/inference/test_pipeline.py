@@ -58,6 +58,13 @@ def test_defaults_are_the_models(pipe, checkpoint):
     assert all(sum(w > 0 for w in step["weights"]) == 2 for step in output.routing[0])
 
 
+def test_guidance_in_an_interval(pipe, checkpoint):
+    output = pipe("a fox", seed=1, num_inference_steps=4, guidance_interval=(0.2, 0.8), output_type="latent")
+    expected = engine(checkpoint, prompt="a fox", seed=1, steps=4, guidance_interval=(0.2, 0.8))
+    assert output.images.numpy().tobytes() == expected.latent[None].tobytes()
+    assert not torch.equal(output.images, pipe("a fox", seed=1, num_inference_steps=4, output_type="latent").images)
+
+
 def test_output_types(pipe, checkpoint):
     expected = engine(checkpoint, prompt="a fox", seed=1, steps=2)
     ask = {"prompt": "a fox", "seed": 1, "num_inference_steps": 2}

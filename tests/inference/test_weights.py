@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import tiny_model
 import torch
+from released import write_checkpoint
 from safetensors.torch import load_file, save_file
 
 from paris_ray.inference import weights
@@ -137,80 +138,14 @@ def test_experts_must_fit_the_model(tmp_path):
 
 # -- the released layout ------------------------------------------------------------------------------------------------
 
-D, L, HEADS, LATENT, TEXT = 16, 2, 2, 8, 32
-
-
-def table_of_an_expert():
-    d = D
-    shapes = {
-        "patch_embed.weight": (d, 4, 2, 2), "patch_embed.bias": (d,), "pos_embed": (1, 16, d), "time_embed.mlp.0.weight": (d, 256),
-        "time_embed.mlp.0.bias": (d,), "time_embed.mlp.2.weight": (d, d), "time_embed.mlp.2.bias": (d,), "text_proj.weight": (d, TEXT),
-        "text_proj.bias": (d,), "t_block.1.weight": (6 * d, d), "t_block.1.bias": (6 * d,), "final_layer.scale_shift_table": (2, d),
-        "final_layer.linear.weight": (16, d), "final_layer.linear.bias": (16,),
-    }  # fmt: skip
-    for i in range(L):
-        here = f"layers.{i}."
-        shapes |= {here + "scale_shift_table": (6, d), here + "mlp.0.weight": (4 * d, d), here + "mlp.0.bias": (4 * d,)}
-        shapes |= {here + "mlp.2.weight": (d, 4 * d), here + "mlp.2.bias": (d,)}
-        for name in ("attn", "cross_attn"):
-            shapes |= {f"{here}{name}.in_proj_weight": (3 * d, d), f"{here}{name}.in_proj_bias": (3 * d,)}
-            shapes |= {f"{here}{name}.out_proj.weight": (d, d), f"{here}{name}.out_proj.bias": (d,)}
-    return shapes
-
-
-def table_of_the_router():
-    d = D
-    shapes = {
-        "patch_embed.weight": (d, 4, 2, 2), "patch_embed.bias": (d,), "pos_embed": (1, 16, d), "cls_token": (1, 1, d),
-        "time_embed.mlp.0.weight": (d, 256), "time_embed.mlp.0.bias": (d,), "time_embed.mlp.2.weight": (d, d), "time_embed.mlp.2.bias": (d,),
-        "head.0.weight": (d, d), "head.0.bias": (d,), "head.2.weight": (d,), "head.2.bias": (d,), "head.4.weight": (3, d), "head.4.bias": (3,),
-    }  # fmt: skip
-    for i in range(L):
-        here = f"layers.{i}."
-        shapes |= {here + "attn.in_proj_weight": (3 * d, d), here + "attn.in_proj_bias": (3 * d,), here + "attn.out_proj.weight": (d, d)}
-        shapes |= {here + "attn.out_proj.bias": (d,), here + "mlp.0.weight": (4 * d, d), here + "mlp.0.bias": (4 * d,)}
-        shapes |= {here + "mlp.2.weight": (d, 4 * d), here + "mlp.2.bias": (d,)}
-        shapes |= {here + "adaLN_modulation.1.weight": (6 * d, d), here + "adaLN_modulation.1.bias": (6 * d,)}
-    return shapes
+L, HEADS, LATENT, TEXT = 2, 2, 8, 32
 
 
 @pytest.fixture(scope="module")
 def released(tmp_path_factory):
     """A checkpoint as published, at toy size: no paris.json, no image_size in the experts, diffusers' VAE, transformers' CLIP."""
-    from diffusers import AutoencoderKL
-    from transformers import CLIPTextConfig, CLIPTextModel
-
-    path = tmp_path_factory.mktemp("released")
-    g = torch.Generator().manual_seed(0)
-
-    def write(folder, name, shapes, config):
-        (path / folder).mkdir()
-        save_file({key: torch.randn(shape, generator=g) * 0.1 for key, shape in shapes.items()}, path / folder / name)
-        (path / folder / "config.json").write_text(json.dumps(config))
-
-    for k in range(3):
-        config = {
-            "model_type": "dit_expert", "expert_id": k, "architecture": "dit", "hidden_size": D, "num_layers": L, "num_heads": HEADS, "patch_size": 2,
-            "in_channels": 4, "out_channels": 4, "mlp_ratio": 4.0, "use_text_conditioning": True, "use_class_conditioning": False,
-            "num_classes": 1000, "text_embed_dim": TEXT, "use_dit_time_embed": True, "use_adaln_single": True, "cfg_dropout_prob": 0.1,
-        }  # fmt: skip
-        write(f"expert_{k}", EXPERT_FILE, table_of_an_expert(), config)
-    router = {"model_type": "router", "architecture": "dit", "num_clusters": 3, "hidden_size": D, "num_layers": L, "num_heads": HEADS,
-              "patch_size": 2, "in_channels": 4, "use_dit_time_embed": True}  # fmt: skip
-    write("router", ROUTER_FILE, table_of_the_router(), router)
-    top = {"model_name": "Paris", "num_experts": 3, "dataset_name": "LAION-Aesthetic", "image_size": LATENT, "num_channels": 4,
-           "expert_architecture": "dit", "router_architecture": "dit", "use_latents": True, "vae_name": "stabilityai/sd-vae-ft-mse",
-           "text_encoder_name": "openai/clip-vit-large-patch14", "something_else": 1}  # fmt: skip
-    (path / "config.json").write_text(json.dumps(top))
-    (path / "model_index.json").write_text(json.dumps({"_class_name": "DDMPipeline"}))
-    torch.manual_seed(0)
-    vae = AutoencoderKL(
-        down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2, block_out_channels=(8, 8), norm_num_groups=4
-    )  # fmt: skip
-    vae.save_pretrained(path / "vae")
-    text = CLIPTextConfig(hidden_size=TEXT, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2, max_position_embeddings=12,
-                          vocab_size=49408, bos_token_id=49406, eos_token_id=49407)  # fmt: skip
-    CLIPTextModel(text).save_pretrained(path / "text_encoder")
+    path = tmp_path_factory.mktemp("released") / "paris"
+    write_checkpoint(path)
     return path
 
 
