@@ -94,7 +94,7 @@ def _png(model: Any) -> Callable[[Any, Any], bytes]:
 
     def png(request: Any, result: Any) -> bytes:
         job = Job(request.prompt, request.negative_prompt, 1, request.seed, request.index, request.steps, float(request.guidance_scale),
-                  request.routing, request.solver)  # fmt: skip
+                  request.routing, request.solver, guidance_interval=tuple(request.guidance_interval))  # fmt: skip
         weights = np.array([step["weights"] for step in result.routing], np.float32)
         picture = Picture(result.image, result.index, tuple(float(step["t"]) for step in result.routing), weights)
         return encode(picture, "png", job, card, tuple(result.degraded))

@@ -164,8 +164,14 @@ def _network(report: Report, folder: Folder, kind: str, latent: int, count: int,
     loaded = report.attempt(f"{name}: loads strictly", lambda: _load(folder, kind, latent, count, ignore, values))
     types = ", ".join(sorted({entry["dtype"] for entry in header.values()}))
     total = f"{_count(header, ignore):,}" if header else "?"
-    report.networks.append((name, str(len(header)), types, total, "yes" if counted else "no", "yes" if loaded else "no"))
+    known = counted and _found(report, f"{name}: parameters").endswith("as published")
+    report.networks.append((name, str(len(header)), types, total, "yes" if known else "another size" if counted else "no", "yes" if loaded else "no"))
     return read and counted and loaded
+
+
+def _found(report: Report, name: str) -> str:
+    """What a check found, by its name."""
+    return next(check.found for check in report.checks if check.name == name)
 
 
 def _header(folder: Folder, name: str, header: dict[str, Any]) -> str:
@@ -293,7 +299,7 @@ def markdown(report: Report, took: float | None = None) -> str:
     lines = [f"# Verification of {_cell(report.name)}", "", verdict, "", system + (f", {took:.0f} s" if took is not None else ""), ""]
     if failed:
         lines += ["## What fails", "", *(f"- **{_cell(check.name)}**: {_cell(check.found)}" for check in failed), ""]
-    lines += ["## Networks", "", *_table(("network", "tensors", "types", "parameters", "as counted", "loads strictly"), report.networks), ""]
+    lines += ["## Networks", "", *_table(("network", "tensors", "types", "parameters", "as published", "loads strictly"), report.networks), ""]
     if report.pictures:
         rows = [(d.routing, f"{d.seconds:.1f} s", " ".join(f"{100 * s:.0f}" for s in d.shares), f"`{d.sha256}`") for d in report.pictures]
         lines += [

@@ -120,13 +120,15 @@ def test_another_model_is_another_picture(run, prompts, checkpoint, model, tmp_p
 def test_json_lines_say_more(run, tmp_path, model):
     path = tmp_path / "prompts.jsonl"
     rows = [{"prompt": "a fox", "n": 2, "seed": 3}, {"prompt": "a fox", "routing": "top-1", "guidance_scale": 1, "steps": 3, "solver": "heun"},
-            {"prompt": "", "negative_prompt": "blur", "seed": None}, {"prompt": "a fox", "seed": 3}]  # fmt: skip
+            {"prompt": "", "negative_prompt": "blur", "seed": None, "guidance_interval": [0.2, 0.8]}, {"prompt": "a fox", "seed": 3}]  # fmt: skip
     path.write_text("\n".join(map(json.dumps, rows)))
     assert run(path, "--seed", "5") == 0
     said = lines(tmp_path / "out")
     assert [(one["seed"], one["index"], one["steps"], one["routing"]) for one in said] == [
         (3, 0, 2, "top-2"), (3, 1, 2, "top-2"), (5, 0, 3, "top-1"), (5, 0, 2, "top-2"), (3, 0, 2, "top-2"),
     ]  # fmt: skip
+    with Image.open(tmp_path / "out" / said[3]["file"]) as image:
+        assert "CFG interval: 0.2 to 0.8" in image.info["parameters"]
     assert said[0]["file"] == said[4]["file"]  # asked twice, drawn once
     assert len(pictures(tmp_path / "out")) == 4
     (expected,) = generate(model, [ImageRequest("a fox", seed=5, steps=3, guidance_scale=1.0, routing="top-1", solver="heun")])

@@ -44,7 +44,7 @@ def test_a_whole_checkpoint(checkpoint, tmp_path, capsys):
         if file.is_file():
             assert f"| {file.relative_to(checkpoint)} | {file.stat().st_size:,} | `{hashlib.sha256(file.read_bytes()).hexdigest()}` |" in text
     parameters = sum(int(np.prod(s)) for s in released.expert_table(16, 2).values())
-    assert f"| expert_1 | 40 | F32 | {parameters:,} | yes | yes |" in text
+    assert f"| expert_1 | 40 | F32 | {parameters:,} | another size | yes |" in text
     assert (out / "report.md").read_text() == text
     for routing in ("top-1", "top-2", "full"):
         pixels = np.asarray(Image.open(out / f"{routing}.png"))
@@ -127,7 +127,9 @@ def test_published_sizes_are_counted(tmp_path):
     (tmp_path / "expert_0" / "config.json").write_text(json.dumps(released.expert_config(0, released.XL, 768)))
     released.write_hollow(tmp_path / "expert_0" / released.EXPERT_FILE, released.expert_table(1152, 28, 32, 768))
     released.write_hollow(tmp_path / "router" / released.ROUTER_FILE, table)
-    found = {check.name: check for check in release.verify(str(tmp_path), pictures=False).checks}
+    report = release.verify(str(tmp_path), pictures=False)
+    assert report.networks[0][3:] == ("605,970,448", "yes", "yes")
+    found = {check.name: check for check in report.checks}
     assert found["expert_0: parameters"].holds
     assert found["expert_0: parameters"].found == "605,970,448, as published"
     assert found["expert_0: loads strictly"].holds
