@@ -8,6 +8,7 @@ The same command again continues where it was cut off, and does nothing when all
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import signal
 import sys
@@ -54,6 +55,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             _farewell(config, "is complete already")
             return 0
         serving.check_exposed(config)
+        run_all.check_source(config, args.rebuild)
         with _lock(config):
             run_all.prepare(config, args.rebuild)
             return _demo(config, args.rebuild)
@@ -130,6 +132,8 @@ def _timings(config: RunConfig, seconds: dict[str, float], total: float) -> None
 
 
 def _farewell(config: RunConfig, state: str) -> None:
+    with contextlib.suppress(FileNotFoundError):
+        print("\n" + (Folder(config.run_dir) / "eval").read_bytes("table.md").decode().rstrip())
     print(f"\nThe run {config.name} {state}. Report: {Folder(config.run_dir).uri}/{REPORT}")
     print(f"Next: make serve (the model behind http://{config.serve.host}:{config.serve.port} until make stop)")
 

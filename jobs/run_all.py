@@ -40,6 +40,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     exit_on_signals()
     try:
         config = cli.load(args)
+        check_source(config, args.rebuild)
         if args.dry_run:
             cli.print_plan(config)
             return 0
@@ -78,15 +79,18 @@ def _run(config: RunConfig, args: argparse.Namespace) -> int:
     return 0
 
 
+def check_source(config: RunConfig, rebuild: Sequence[str] = ()) -> None:
+    """Raise ConfigError when the folder of images is not there and has yet to be read."""
+    if "embed" in rebuild or cli.status(config, "embed").state != "valid":
+        cli.check_source(config)
+
+
 def prepare(config: RunConfig, rebuild: Sequence[str] = ()) -> None:
     """Check that the run can start, and write ``RUN/config.yaml``.
 
     Raises:
-        ConfigError: the folder of images is missing.
         StaleError: a stage was made from other inputs, or a rebuild would make one so.
     """
-    if "embed" in rebuild or cli.status(config, "embed").state != "valid":
-        cli.check_source(config)
     if bad := cli.refused(config, rebuild):
         raise StaleError(cli.refusal(config, bad))
     every = [*stages.names(config), "evaluate"]

@@ -20,8 +20,8 @@ from paris_ray.manifest import published
 
 EXAMPLE = """\
 curl -s {url}/v1/images/generations -H 'content-type: application/json' \\
-  -d '{{"prompt": "red apple", "response_format": "b64_json"}}' | python3 -c \\
-  'import base64, json, sys; open("apple.png", "wb").write(base64.b64decode(json.load(sys.stdin)["data"][0]["b64_json"]))'"""
+  -d '{{"prompt": "lion face", "response_format": "b64_json"}}' | python3 -c \\
+  'import base64, json, sys; open("lion.png", "wb").write(base64.b64decode(json.load(sys.stdin)["data"][0]["b64_json"]))'"""
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -540,11 +540,16 @@ def _models_in(annotation: Any) -> list[type[BaseModel]]:
     return [model for inner in getattr(annotation, "__args__", ()) for model in _models_in(inner)]
 
 
+_UNIONS = ("source", "embedding", "codec", "text")
+_TAGS = ("openmoji", "folder", "timm", "efficientnet_lite0", "vae", "patch_pca", "clip", "minilm")
+
+
 def _explain(error: pydantic.ValidationError) -> str:
     lines = []
     for item in error.errors():
         location = item["loc"]
-        key = ".".join(str(part) for part in location) or "config"
+        # A union's tag is pydantic's, not a key that anybody writes.
+        key = ".".join(str(part) for i, part in enumerate(location) if not (i and location[i - 1] in _UNIONS and part in _TAGS)) or "config"
         if item["type"] == "extra_forbidden":
             known = _known_keys(location[:-1])
             hint = _nearest(str(location[-1]), known) or f" Known here: {', '.join(known)}."

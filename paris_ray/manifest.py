@@ -263,6 +263,7 @@ class Lock:
         self.token = uuid.uuid4().hex
         deadline = time.monotonic() + self.wait
         first: dict[str, Any] | None = None
+        waiting = False
         while not self.folder.create(LOCK, self._claim()):
             owner = self._owner()
             if owner is None:
@@ -276,7 +277,11 @@ class Lock:
                 if first is None:
                     print(f"{self.folder.uri} was locked by {owner['what']} on {owner['host']}; waiting to see whether it lives", file=sys.stderr)
                     first = owner
-            elif time.monotonic() > deadline:
+            elif time.monotonic() < deadline:
+                if not waiting:
+                    print(f"{self.folder.uri} is being written by {owner['what']} (process {owner['pid']}); waiting for it", file=sys.stderr)
+                    waiting = True
+            else:
                 raise LockedError(
                     f"{self.folder.uri} is being written by {owner['what']} (process {owner['pid']} on {owner['host']}). "
                     "Only one writer is allowed: wait for it, or stop it and run this again."

@@ -96,6 +96,8 @@ def main(argv: list[str] | None = None) -> int:
     formats = {".png": "png", ".jpg": "jpeg", ".jpeg": "jpeg", ".webp": "webp"}
     if out.suffix.lower() not in formats:
         parser.error(f"--out {out}: the name must end in {', '.join(formats)}")
+    if not out.absolute().parent.is_dir():
+        parser.error(f"--out {out}: there is no folder {out.absolute().parent}; make it first")
     request = {name: value for name, value in arguments.items() if value is not None}
     try:
         answer = generate(url, key=os.environ.get("PARIS_API_KEY"), output_format=formats[out.suffix.lower()], **request)

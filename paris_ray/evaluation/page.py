@@ -130,4 +130,4 @@ def legend(experts: int) -> str:
 def image(uri: str, text: str, kind: str = "") -> str:
     """A picture with its description; pass only data URIs."""
     css = f' class="{escape(kind)}"' if kind else ""
-    return f'<img src="{escape(uri)}" alt="{escape(text)}"{css} loading="lazy">'
+    return f'<img src="{escape(uri)}" alt="{escape(text)}"{css}>'
