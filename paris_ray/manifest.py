@@ -315,7 +315,9 @@ class Lock:
                 if owner.get("token") != self.token:
                     by = f"{owner['what']} (process {owner['pid']} on {owner['host']}) has it" if owner else "nobody has it"
                     print(f"{self.folder.uri}: {self.what} has lost its lock, now {by}; stopping, so that there is one writer only", file=sys.stderr)
-                    os.kill(os.getpid(), signal.SIGINT)
+                    # What runs under nohup may ignore the first.
+                    ignored = signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+                    os.kill(os.getpid(), signal.SIGTERM if ignored else signal.SIGINT)
                     return
                 self.folder.write_bytes(LOCK, self._claim())
             except OSError:

@@ -10,6 +10,8 @@ for _name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
     os.environ[_name] = "1"
 os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
 os.environ["HF_HUB_OFFLINE"] = "1"
+# A busy machine of two cores needs longer than Ray's half minute to start.
+os.environ["RAY_raylet_start_wait_time_s"] = "180"  # noqa: SIM112, Ray spells it so
 # Explicit: an unset mode would be switched to tokens by the first ray.init, but not in its clients.
 os.environ["RAY_AUTH_MODE"] = "token"
 os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)

@@ -263,9 +263,13 @@ def test_an_owner_that_took_a_dead_lock_keeps_it_when_another_is_late(tmp_path: 
         assert folder.read_json("_lock.json")["what"] == "quick"
 
 
-def test_who_lost_the_lock_is_interrupted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_who_lost_the_lock_is_interrupted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], request: pytest.FixtureRequest
+) -> None:
     monkeypatch.setattr(manifest, "LEASE_SECONDS", 0.4)
     folder = Folder(tmp_path)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # tests in the background of a shell ignore it
+    request.addfinalizer(lambda: signal.signal(signal.SIGINT, before))
     with pytest.raises(KeyboardInterrupt), Lock(folder, "old"):  # noqa: PT012
         claim(folder, what="new")
         time.sleep(10)
