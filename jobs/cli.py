@@ -84,7 +84,8 @@ def load(args: argparse.Namespace, stages_named: Sequence[str] = ()) -> RunConfi
     except ValueError as error:
         raise ConfigError(f"sampling.{error}") from None
     data = tree["data"]
-    for part, key in ((data["source"], "uri"), (data["codec"], "source"), (data["text"], "source"), (data["embedding"], "weights")):
+    named = [(data["source"], "uri"), (data["codec"], "source"), (data["text"], "source"), (data["embedding"], "weights")]
+    for part, key in [*named, *((expert, "init_from") for expert in (tree["expert"], *tree["experts"]))]:
         value = part.get(key)
         if value and "://" not in value and os.path.exists(os.path.expanduser(value)):
             part[key] = os.path.abspath(os.path.expanduser(value))

@@ -179,6 +179,12 @@ def published(folder: Folder) -> dict[str, Any] | None:
     return _read(folder, MANIFEST)
 
 
+def recorded(folder: Folder) -> dict[str, Any] | None:
+    """The inputs that a stage's folder was finished or started with, ``None`` if it was not."""
+    found = _read(folder, MANIFEST) or _read(folder, STARTED)
+    return None if found is None else dict(found["inputs"])
+
+
 def damage(folder: Folder, manifest: dict[str, Any], verify: bool = False) -> list[str]:
     """What of a manifest's files is altered (by size; with ``verify`` by checksum too), and what of its result is missing."""
     found = {entry.name: entry.size for entry in folder.files(recursive=True)}

@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from paris_ray.config import RunConfig
-from paris_ray.manifest import Stage, Status, published, require
-from paris_ray.storage import Folder
+from paris_ray.manifest import Stage, Status, fingerprint, published, recorded, require
+from paris_ray.storage import Folder, safetensors_at
 
 CONTROL_ROUTER = "control_router"
 
@@ -77,7 +77,7 @@ def config_part(config: RunConfig, name: str) -> dict[str, Any]:
         k = int(name.removeprefix("expert-"))
         if not 0 <= k < config.num_experts:
             raise ValueError(f"expert {k}: there are experts 0…{config.num_experts - 1}")
-        spec = tree["experts"][k]
+        spec = _without(tree["experts"][k], "init_from")  # what it holds counts, not where it lies: a parent of the stage
         return {"seed": config.seed, "expert": k, **_weights_part(spec)}
     if name in ("router", CONTROL_ROUTER):
         spec = tree["router"] | ({"text": "none"} if name == CONTROL_ROUTER else {})
@@ -87,6 +87,16 @@ def config_part(config: RunConfig, name: str) -> dict[str, Any]:
     if name == "evaluate":
         return {"seed": config.seed, **tree["evaluation"]}
     raise ValueError(f"{name!r} is not a stage")
+
+
+def _source_print(source: str, made: Folder) -> str:
+    """Fingerprint of the weights that an expert starts from. An expert that has started has them in its checkpoints: then they may be gone."""
+    found, names = safetensors_at(source)
+    if names:
+        return fingerprint({name: found.sketch(name) for name in names})
+    if (then := recorded(made)) is not None and "init_from" in then["parents"]:
+        return str(then["parents"]["init_from"])
+    raise FileNotFoundError(f"init_from: {source} holds no safetensors file; give a file, or a folder with one")
 
 
 def stage(config: RunConfig, name: str) -> Stage:
@@ -108,6 +118,8 @@ def stage(config: RunConfig, name: str) -> Stage:
     elif name.startswith("expert-"):
         parent("encoders", run / "encoders", "embed")
         parent("shard", folder(config, name.replace("expert", "shard")), "partition")
+        if (source := config.experts[int(name.removeprefix("expert-"))].init_from) is not None:
+            prints["init_from"] = _source_print(source, folder(config, name))
     elif name in ("router", CONTROL_ROUTER):
         parent("encoders", run / "encoders", "embed")
         for k in range(config.num_experts):

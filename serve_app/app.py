@@ -14,6 +14,7 @@ from ray import serve
 from ray.serve import Application
 from ray.serve.config import BackpressureConfig
 
+from paris_ray.inference.hub import open_model
 from paris_ray.storage import Folder
 from serve_app.deployments import Api, ExpertGroup, Sampler
 from serve_app.protocol import Limits, key_digests
@@ -34,7 +35,7 @@ class Args(Limits):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    # Folder or URI: what jobs.assemble made, or a released Paris checkpoint.
+    # Folder, URI or repository of the hub: what jobs.assemble made, or a released Paris checkpoint.
     model: str
     # together: all experts in the sampler's process. apart: one process per expert. Or groups such as [[0, 1], [2, 3]].
     placement: Annotated[Literal["together", "apart"] | tuple[tuple[int, ...], ...], BeforeValidator(_from_command_line)] = "together"
@@ -46,7 +47,8 @@ class Args(Limits):
     sampler_gpus: Annotated[float, Field(ge=0)] = 0.0
     # Threads of each process; part of what "the same bytes" means.
     threads: Annotated[int, Field(ge=1)] = 1
-    precision: Literal["fp32", "bf16"] = "fp32"
+    # Of the experts' weights; int8 has one scale per output channel.
+    precision: Literal["fp32", "bf16", "int8"] = "fp32"
     # Pictures that the sampler steps at once, and pictures that may wait; past it 429.
     max_rows: Annotated[int, Field(ge=1)] = 64
     max_queue: Annotated[int, Field(ge=1)] = 256
@@ -77,13 +79,15 @@ def build(args: Args) -> Application:
         ValueError: an argument cannot be used.
         FileNotFoundError: there is no model.
     """
-    folder = Folder(args.model)
+    folder = open_model(args.model)
     try:
         info = folder.read_json("paris.json" if folder.exists("paris.json") else "config.json")
     except FileNotFoundError:
         raise FileNotFoundError(f"model: {folder.uri} has neither paris.json nor config.json; give the folder that jobs.assemble made") from None
     groups = groups_of(args, int(info["num_experts"]))
-    common = {"model": folder.uri, "threads": args.threads, "precision": args.precision}
+    # A repository of the hub stays one: each node fetches it.
+    model = folder.uri if folder.uri == Folder(args.model).uri else args.model
+    common = {"model": model, "threads": args.threads, "precision": args.precision}
 
     def group(name: str, indices: tuple[int, ...]) -> Application:
         options = {"num_cpus": args.cpus, "num_gpus": args.gpus}

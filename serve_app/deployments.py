@@ -46,7 +46,7 @@ class Sampler:
         groups: the handles of the expert groups and what each is meant to hold; none places all experts here.
         threads: CPU threads of this process.
         gpus: GPUs that this replica was given.
-        precision: ``fp32`` or ``bf16``.
+        precision: of the experts, ``fp32``, ``bf16`` or ``int8``.
         max_rows: pictures stepped at once.
         max_queue: pictures that may wait.
     """
@@ -219,7 +219,7 @@ class ExpertGroup:
         indices: which experts.
         threads: CPU threads of this process.
         gpus: GPUs that this replica was given.
-        precision: ``fp32`` or ``bf16``.
+        precision: of the experts, ``fp32``, ``bf16`` or ``int8``.
     """
 
     def __init__(self, model: str, indices: Sequence[int], threads: int = 1, gpus: float = 0.0, precision: str = "fp32"):

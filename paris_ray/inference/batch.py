@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import io
 import json
 import math
@@ -28,7 +27,6 @@ Drawn = tuple[int, "ImageResult | Exception"]
 
 ROUTING = "routing.jsonl"
 TILE, PER_SHEET, COLUMNS = 192, 240, 8
-SAMPLE = 1 << 20
 
 
 class Artist:
@@ -79,17 +77,11 @@ class Summary:
 
 
 def identity(model: ParisModel) -> str:
-    """What tells a model from another: its fingerprint and precision; without one, a sample of its weight files."""
+    """What tells a model from another: its fingerprint and precision; without one, a sketch of its weight files."""
     found = model.info.get("model_fingerprint")
     if not found:
-        digest = hashlib.sha256()
-        for entry in model.folder.files(recursive=True):
-            if entry.name.endswith((".safetensors", "config.json")):
-                with model.folder.open(entry.name) as file:
-                    digest.update(f"{entry.name}:{entry.size};".encode() + file.read(SAMPLE))
-                    file.seek(max(0, entry.size - SAMPLE))
-                    digest.update(file.read(SAMPLE))
-        found = digest.hexdigest()
+        names = [entry.name for entry in model.folder.files(recursive=True) if entry.name.endswith((".safetensors", "config.json"))]
+        found = fingerprint({name: model.folder.sketch(name) for name in names})
     return f"{found}:{model.precision}"
 
 

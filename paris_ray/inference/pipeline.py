@@ -72,7 +72,7 @@ class ParisPipeline(DiffusionPipeline):
         """Load a model; experts follow when they are first needed.
 
         Args:
-            pretrained_model_name_or_path: folder or URI in the released layout.
+            pretrained_model_name_or_path: folder, URI or repository of the hub (``owner/name``, ``owner/name@revision``), in the released layout.
             torch_dtype: float32 or bfloat16.
             device: torch device.
             precision: instead of ``torch_dtype``: ``fp32``, ``bf16`` or ``int8``.

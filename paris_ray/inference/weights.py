@@ -14,6 +14,7 @@ from paris_ray.config import ClipText, SamplingConfig, VaeCodec
 from paris_ray.data.codec import build_vae, load_codec
 from paris_ray.data.text import build_text_encoder, load_text_encoder
 from paris_ray.diffusion.path import Objective
+from paris_ray.inference.hub import open_model
 from paris_ray.inference.precision import check_precision, set_precision
 from paris_ray.inference.strict import EXPERT_FILE, PICKLED, load_expert, load_router, read_config, refuse_pickles
 from paris_ray.models import DiT, Router
@@ -147,7 +148,8 @@ def load_model(path: str | os.PathLike[str], device: str = "cpu", precision: str
     router. Experts without files are allowed and reported in ``present``.
 
     Args:
-        path: folder or URI; from an object store, files are copied to a local cache first.
+        path: folder or URI, or a repository of the hub (:func:`paris_ray.inference.hub.open_model`); from elsewhere, files are copied to a local
+            cache first.
         device: torch device of sampling.
         precision: of the experts, ``fp32``, ``bf16`` or ``int8``.
         ignore_tensors: names of tensors that weight files may hold besides.
@@ -159,7 +161,7 @@ def load_model(path: str | os.PathLike[str], device: str = "cpu", precision: str
     check_precision(precision)
     if str(path).endswith(PICKLED):
         refuse_pickles(Folder(os.path.dirname(str(path)) or "."), EXPERT_FILE, [os.path.basename(str(path))])
-    folder = Folder(path)
+    folder = open_model(path)
     names = {entry.name for entry in folder.files(recursive=True)}
     if not names:
         raise FileNotFoundError(f"{folder.uri} holds no model; give the folder that jobs.assemble made, or a released Paris checkpoint")
@@ -189,7 +191,7 @@ def load_model(path: str | os.PathLike[str], device: str = "cpu", precision: str
 
 def open_experts(path: str | os.PathLike[str], device: str = "cpu", precision: str = "fp32", ignore_tensors: Collection[str] = ()) -> ExpertFiles:
     """The experts of a model, without loading router, codec or text encoder; arguments and errors as of :func:`load_model`."""
-    folder = Folder(path)
+    folder = open_model(path)
     if folder.exists(INFO):
         info = _read_info(folder)
         latent, text_width = info["latent"], info["text"]["width"]

@@ -41,7 +41,7 @@ from torch import Tensor
 
 from paris_ray.models.dit import DiT
 from paris_ray.models.layers import timestep_embedding
-from paris_ray.storage import Folder
+from paris_ray.storage import safetensors_at
 
 FOLD_TIMES = 200
 """Times on DiT's 0…1000 scale, evenly spaced, over which adaLN is folded."""
@@ -115,22 +115,16 @@ def read_weights(source: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dic
     from safetensors.torch import load_file
 
     path = str(source).rstrip("/")
-    parent, last = os.path.split(path)
-    if re.search(r"\.(pt|pth|bin|ckpt|pkl|npz)$", last):
+    if re.search(r"\.(pt|pth|bin|ckpt|pkl|npz)$", path):
         raise ValueError(
             f"init_from: {path} is refused: pickled weights can run code when they are read. "
             "Convert them to safetensors where you trust them (safetensors.torch.save_file)."
         )
-    if last.endswith(".safetensors"):
-        folder, names = Folder(parent or "."), [last]
-        if not folder.exists(last):
-            raise FileNotFoundError(f"init_from: {path} does not exist")
-    else:
-        folder = Folder(path)
-        found = sorted(entry.name for entry in folder.files())
-        names = [name for name in found if name.endswith(".safetensors")]
-        if not names:
-            raise FileNotFoundError(f"init_from: {path} holds no safetensors file, only {', '.join(found) or 'nothing'}; convert what is there first")
+    folder, names = safetensors_at(path)
+    if not names:
+        found = ", ".join(entry.name for entry in folder.files())
+        why = f"holds no safetensors file, only {found}; convert what is there first" if found else "does not exist"
+        raise FileNotFoundError(f"init_from: {path} {why}")
     tensors: dict[str, Tensor] = {}
     for name in names:
         try:

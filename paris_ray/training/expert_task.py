@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from paris_ray import rng
-from paris_ray.config import RunConfig
+from paris_ray.config import ConfigError, RunConfig
 from paris_ray.diffusion.path import objective, training_times
 from paris_ray.models.dit import DiT
 from paris_ray.models.init_from import init_from
@@ -58,7 +58,10 @@ class ExpertTask:
             model = DiT(image_size=side, in_channels=channels, out_channels=channels, text_embed_dim=self.encoders.text_width, **shape)
         # A resumed training has all weights in its checkpoint, and the source may be gone by then.
         if self.spec.init_from is not None and checkpoint.latest(self.folder) is None:
-            report = init_from(model, self.spec.init_from)
+            try:
+                report = init_from(model, self.spec.init_from)
+            except (ValueError, FileNotFoundError) as error:
+                raise ConfigError(f"experts.{self.k}.{error}") from error  # no further try would change it
             self.folder.write_json("init.json", report.as_json())
             print(f"{self.stage}: {report}", flush=True)
         return model

@@ -1,4 +1,4 @@
-"""``init_from`` of an expert's config: used at the first start only, part of what the stage depends on."""
+"""``init_from`` of an expert's config: used at the first start only; its content is part of what the stage depends on, its place is not."""
 
 from __future__ import annotations
 
@@ -10,8 +10,9 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from paris_ray import stages
+from paris_ray.config import ConfigError
 from paris_ray.models import DiT
-from paris_ray.stages import config_part
 from paris_ray.training import checkpoint
 from paris_ray.training.expert_task import ExpertTask
 
@@ -39,12 +40,36 @@ def test_an_expert_starts_from_given_weights_and_only_starts(tmp_path: Path, cap
     assert "expert-0: initialised from layout paris" in capsys.readouterr().out
     assert not (tmp_path / "run/experts/1/init.json").exists()
 
-    assert config_part(config, "expert-0")["init_from"] == str(weights)
-    assert config_part(config, "expert-0") != config_part(plain, "expert-0")
-    assert config_part(config, "expert-1") == config_part(plain, "expert-1")
-
     checkpoint.save(task.folder, 16, {"model": dict(task.model.named_parameters()), "ema": {}, "optimizer": {}}, {"seconds": 0.0, "line": {}}, [])
     weights.unlink()
     ExpertTask(config, 0, CPU)  # resumes without the source
-    with pytest.raises(FileNotFoundError, match=r"init_from: .*does not exist"):
+    with pytest.raises(ConfigError, match=r"experts\.2\.init_from: .*does not exist"):
         ExpertTask(fake.make_config(tmp_path / "run", experts__2__init_from=weights), 2, CPU)
+
+
+def test_a_stage_depends_on_the_content_of_its_source_not_on_its_place(tmp_path: Path) -> None:
+    source = tmp_path / "a" / "start.safetensors"
+    source.parent.mkdir()
+    save_file({"x": torch.arange(1 << 19).float()}, source)  # 2 MiB: more than is read of it
+    plain = fake.make_run(tmp_path / "run")
+    config = fake.make_config(tmp_path / "run", experts__0__init_from=source)
+    stage = stages.stage(config, "expert-0")
+    assert stage.begin().state == "absent"
+    assert stages.status(config, "expert-0").state == "partial"
+    assert stages.status(config, "expert-1").state == "absent"
+    (without,) = stages.status(plain, "expert-0").reasons
+    assert without.startswith("parents.init_from:")
+    assert without.endswith("→ null")
+
+    # Elsewhere, as a folder: the same weights.
+    moved = source.parent.rename(tmp_path / "b") / "start.safetensors"
+    assert stages.status(fake.make_config(tmp_path / "run", experts__0__init_from=moved.parent), "expert-0").state == "partial"
+    # Other weights of the same size, there where it was.
+    source.parent.mkdir()
+    save_file({"x": torch.arange(1 << 19).float() + 1}, source)
+    assert stages.status(config, "expert-0").state == "stale"
+    # Gone: whoever has started goes on, whoever has not is told.
+    source.unlink()
+    assert stages.status(config, "expert-0").state == "partial"
+    with pytest.raises(FileNotFoundError, match=r"init_from: .*start\.safetensors holds no safetensors"):
+        stages.stage(fake.make_config(tmp_path / "run", experts__1__init_from=source), "expert-1")
