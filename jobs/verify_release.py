@@ -24,9 +24,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--precision", default="fp32", choices=("fp32", "bf16", "int8"), help="of the experts for the pictures (fp32)")
     parser.add_argument("--max-resident", type=int, metavar="N", help="experts in memory at once while drawing (as many as fit)")
     parser.add_argument("--ignore-tensor", action="append", default=[], metavar="NAME", help="a tensor that files may hold besides; repeatable")
+    parser.add_argument(
+        "--ignore-setting", action="append", default=[], metavar="NAME", help="an unknown setting that configs may hold besides; repeatable"
+    )
+    parser.add_argument("--norm-eps", type=float, metavar="X", help="epsilon of the networks' norms, such as 1e-5 (the configs' own, or 1e-6)")
+    parser.add_argument("--threads", type=int, default=1, metavar="N", help="while drawing on a CPU; a picture's last bits depend on them (1)")
     args = parser.parse_args(argv)
+    if args.threads < 1:
+        parser.error(f"--threads: {args.threads} must be at least 1")
 
-    from paris_ray.inference import release
+    from paris_ray.inference import release, release_report
     from paris_ray.storage import Folder
 
     if not Folder(args.path).files(recursive=True):
@@ -35,12 +42,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     began = time.monotonic()
     report = release.verify(
         args.path, not args.no_pictures, args.device, args.precision, args.steps, args.max_resident, args.ignore_tensor,
+        args.ignore_setting, args.norm_eps, args.threads,
         say=lambda line: print(f"verify_release: {line}", file=sys.stderr, flush=True),
     )  # fmt: skip
-    text = release.hide_path(release.markdown(report, time.monotonic() - began), args.path)
+    text = release_report.hide_path(release_report.markdown(report, time.monotonic() - began), args.path)
     print(text, end="")
     if args.out:
-        release.write(report, text, args.out)
+        release_report.write(report, text, args.out)
     return 0 if report.holds else 1
 
 

@@ -247,6 +247,11 @@ class Folder:
         except FileNotFoundError:
             pass
 
+    def rename(self, name: str, new_name: str) -> None:
+        """Give a file of an object store another name, in place of a file that has it; the store copies it by itself."""
+        self.fs.copy_file(self._at(name), self._at(new_name))
+        self.delete(name)
+
     def sweep(self) -> None:
         """Delete what writers that were killed left unfinished. Only for the one writer of a folder, before it begins."""
         if not self.is_local:

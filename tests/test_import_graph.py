@@ -15,9 +15,11 @@ ROOT = Path(__file__).parents[1]
 
 WITHOUT_RAY = [
     "paris_ray.config", "paris_ray.storage", "paris_ray.manifest", "paris_ray.stages", "paris_ray.rng", "paris_ray.progress", "paris_ray.presets",
+    "paris_ray.headers", "paris_ray.layout",
     "paris_ray.models", "paris_ray.models.dit", "paris_ray.models.router", "paris_ray.models.layers",
     "paris_ray.diffusion.path", "paris_ray.diffusion.ensemble", "paris_ray.diffusion.routing", "paris_ray.diffusion.sampler",
-    "paris_ray.data.schema", "paris_ray.data.sources", "paris_ray.data.images", "paris_ray.data.text", "paris_ray.data.codec",
+    "paris_ray.data.schema", "paris_ray.data.sources", "paris_ray.data.images", "paris_ray.data.text", "paris_ray.data.clip",
+    "paris_ray.data.codec",
     "paris_ray.data.embedding", "paris_ray.data.encoders", "paris_ray.data.openmoji", "paris_ray.data.kmeans", "paris_ray.data.balance",
     "paris_ray.training.loop", "paris_ray.training.ema", "paris_ray.training.checkpoint", "paris_ray.training.shard", "paris_ray.training.draws",
     "paris_ray.evaluation.metrics",
@@ -154,6 +156,8 @@ LEVELS = [
         "paris_ray.rng",
         "paris_ray.progress",
         "paris_ray.presets",
+        "paris_ray.headers",
+        "paris_ray.layout",
     },
     {"paris_ray.diffusion", "paris_ray.models", "paris_ray.data.kmeans", "paris_ray.data.balance"},
     {"paris_ray.training", "paris_ray.inference", "paris_ray.data", "paris_ray.evaluation"},

@@ -102,6 +102,20 @@ def test_other_file_systems_by_uri(tmp_path: Path) -> None:
         folder.delete_all()
 
 
+@pytest.mark.parametrize("uri", ["memory://renames/model", "mock:///"])
+def test_a_file_of_a_store_takes_anothers_place(uri: str) -> None:
+    """In a file system of fsspec and in one of pyarrow's own."""
+    folder = Folder(uri)
+    folder.write_bytes("waiting", b"new")
+    folder.write_bytes("here", b"the old one")
+    folder.rename("waiting", "here")
+    assert folder.read_bytes("here") == b"new"
+    assert [entry.name for entry in folder.files()] == ["here"]
+    with pytest.raises(OSError, match="waiting"):
+        folder.rename("waiting", "here")
+    assert folder.read_bytes("here") == b"new"
+
+
 def test_a_failed_upload_to_a_store_leaves_nothing() -> None:
     folder = Folder("memory://paris-ray-failed")
     with pytest.raises(RuntimeError, match="half way"):

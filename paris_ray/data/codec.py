@@ -13,13 +13,18 @@ from numpy.typing import NDArray
 from paris_ray.config import ConfigError
 from paris_ray.config import PatchPcaCodec as PatchPcaConfig
 from paris_ray.config import VaeCodec as VaeConfig
-from paris_ray.data.encoders import in_chunks, weights_fingerprint
+from paris_ray.data.encoders import frozen, in_chunks, weights_fingerprint
+from paris_ray.headers import Header, Shape, check_header, does_not_fit, read_header
+from paris_ray.layout import VAE_FILE
 from paris_ray.storage import Folder
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 Images = NDArray[np.uint8]
+
+GPU_ROWS = 16
+"""Pictures of one forward pass of a VAE on a GPU, at most; on a CPU it is one."""
 
 
 class Codec(Protocol):
@@ -190,18 +195,17 @@ class VaeCodec:
         model: the VAE.
         scaling_factor: ``None`` takes the VAE's own.
         device: where it runs.
-        rows: pictures of one forward pass on a GPU; on a CPU it is one.
     """
 
     kind = "vae"
 
-    def __init__(self, model: Any, scaling_factor: float | None = None, device: str = "cpu", rows: int = 16):
+    def __init__(self, model: Any, scaling_factor: float | None = None, device: str = "cpu"):
         self.model = model.to(device).eval().requires_grad_(False)
         config = model.config
         self.channels, self.downsampling = int(config.latent_channels), 2 ** (len(config.block_out_channels) - 1)
         self.scaling_factor = float(config.scaling_factor if scaling_factor is None else scaling_factor)
         self.shift = float(getattr(config, "shift_factor", None) or 0.0)
-        self.device, self.rows = device, 1 if device == "cpu" else rows
+        self.device = device
         self.fingerprint = weights_fingerprint(model.state_dict())
 
     def encode(self, images: Images | Tensor) -> Tensor:
@@ -212,8 +216,8 @@ class VaeCodec:
             pixels = batch.to(self.device).permute(0, 3, 1, 2).float() / 127.5 - 1
             return (self.model.encode(pixels).latent_dist.mode() - self.shift) * self.scaling_factor
 
-        with torch.inference_mode():
-            return in_chunks(one, torch.as_tensor(images), self.rows)
+        with frozen(self.device):
+            return in_chunks(one, torch.as_tensor(images), self.device, GPU_ROWS, on_cpu=1)
 
     def decode(self, latents: Tensor) -> Images:
         """Scaled latents (N, C, h, w) → (N, H, W, 3) uint8."""
@@ -223,8 +227,8 @@ class VaeCodec:
             pixels = self.model.decode(batch / self.scaling_factor + self.shift).sample
             return ((pixels + 1) * 127.5).round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1)
 
-        with torch.inference_mode():
-            return np.asarray(in_chunks(one, latents.to(self.device, torch.float32), self.rows).cpu().numpy())
+        with frozen(self.device):
+            return np.asarray(in_chunks(one, latents.to(self.device, torch.float32), self.device, GPU_ROWS, on_cpu=1).cpu().numpy())
 
     def save(self, folder: str) -> None:
         """Write ``vae/`` in diffusers' layout."""
@@ -241,15 +245,55 @@ class VaeCodec:
         }
 
 
-def _load_vae(path: str, scaling_factor: float | None, device: str) -> VaeCodec:
+_OLD_NAMES = {".query.": ".to_q.", ".key.": ".to_k.", ".value.": ".to_v.", ".proj_attn.": ".to_out.0."}
+"""Parts of the attention in files of before diffusers 0.12, as that of sd-vae-ft-mse; diffusers still reads them."""
+
+
+def read_vae(folder: str, where: str | None = None) -> dict[str, Shape]:
+    """The tensors that a VAE's ``config.json`` implies, after comparing them with the header of its file; no weights are read.
+
+    Args:
+        folder: local.
+        where: what messages call it, if not by its path.
+
+    Raises:
+        ValueError: a tensor is missing, misshapen or too many; names it.
+    """
+    import torch
     from diffusers import AutoencoderKL
 
+    with torch.device("meta"):
+        model = AutoencoderKL.from_config(AutoencoderKL.load_config(folder))
+    wanted = {name: tuple(value.shape) for name, value in model.state_dict().items()}
+    where = f"{where or folder}/{VAE_FILE}"
+    header: Header = {}
+    for name, entry in read_header(os.path.join(folder, VAE_FILE), where).items():
+        for old, new in _OLD_NAMES.items():
+            name = name.replace(old, new)  # noqa: PLW2901
+        header[name] = entry
+    check_header(where, header, wanted)
+    return wanted
+
+
+def _load_vae(path: str, scaling_factor: float | None, device: str, where: str | None = None) -> VaeCodec:
+    """From a local folder or a repository of the hub, whole or not at all."""
+    from diffusers import AutoencoderKL
+
+    where = where or path
+    # diffusers fills in random values for what does not fit, and goes on; by way of accelerate it would raise before it says what that is.
+    options = {"use_safetensors": True, "low_cpu_mem_usage": False, "ignore_mismatched_sizes": True, "output_loading_info": True}
     try:
-        model = AutoencoderKL.from_pretrained(path, use_safetensors=True)
+        model, info = AutoencoderKL.from_pretrained(path, **options)
     except OSError as error:
-        raise ConfigError(
-            f"data.codec.source: {path!r} holds no AutoencoderKL with safetensors weights that this machine can reach: {str(error).splitlines()[0]}"
+        raise ValueError(
+            f"{where} holds no AutoencoderKL with safetensors weights that this machine can reach: {str(error).splitlines()[0]}"
         ) from None
+    problems = [f"tensor {name} is missing from the file" for name in sorted(info["missing_keys"])]
+    problems += [f"tensor {name} is in the file but not in the network" for name in sorted(info["unexpected_keys"])]
+    for name, there, here in info["mismatched_keys"]:
+        problems.append(f"tensor {name} has shape {tuple(there)} in the file, {tuple(here)} in the network")
+    if problems:
+        raise ValueError(does_not_fit(where, problems))
     return VaeCodec(model, scaling_factor, device)
 
 
@@ -258,7 +302,10 @@ def build_vae(config: VaeConfig, device: str = "cpu") -> VaeCodec:
     source = config.source
     if os.path.isdir(os.path.join(source, "vae")):
         source = os.path.join(source, "vae")
-    return _load_vae(source, config.scaling_factor, device)
+    try:
+        return _load_vae(source, config.scaling_factor, device)
+    except ValueError as error:
+        raise ConfigError(f"data.codec.source: {error}") from None
 
 
 def load_codec(folder: str, meta: dict[str, Any], device: str = "cpu") -> Codec:
@@ -266,19 +313,19 @@ def load_codec(folder: str, meta: dict[str, Any], device: str = "cpu") -> Codec:
 
     Args:
         folder: ``RUN/encoders`` or a model folder; path or URI.
-        meta: its entry ``codec`` in ``encoders.json`` or ``paris.json``.
+        meta: its entry ``codec`` in ``encoders.json`` or ``paris.json``; a fingerprint of ``None`` takes whatever weights are there.
         device: where it runs; PCA always runs on the CPU.
 
     Raises:
-        ValueError: the weights are not those that ``meta`` names, or the kind is unknown.
+        ValueError: the weights do not fit their config or are not those that ``meta`` names, or the kind is unknown.
     """
     if meta["kind"] == "patch_pca":
         codec: Codec = PatchPcaCodec.load(folder)
     elif meta["kind"] == "vae":
-        codec = _load_vae((Folder(folder) / "vae").local(), meta["scaling_factor"], device)
+        codec = _load_vae((Folder(folder) / "vae").local(), meta["scaling_factor"], device, f"{folder}/vae")
     else:
         raise ValueError(f"codec.kind is {meta['kind']!r}; known are patch_pca and vae")
-    if codec.fingerprint != meta["fingerprint"]:
+    if meta["fingerprint"] not in (None, codec.fingerprint):
         raise ValueError(
             f"the codec in {folder} has the fingerprint {codec.fingerprint}, its description says {meta['fingerprint']}; restore the file"
         )

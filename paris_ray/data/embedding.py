@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from paris_ray.config import ConfigError, Embedding, TimmEmbedding
-from paris_ray.data.encoders import chunk_rows, in_chunks, weights_fingerprint
+from paris_ray.data.encoders import frozen, in_chunks, weights_fingerprint
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -55,8 +55,8 @@ class ImageEmbedder:
 
         if not len(images):
             return np.empty((0, self.width), np.float32)
-        with torch.inference_mode():
-            found = in_chunks(self._embed, torch.from_numpy(np.array(images, order="C")), chunk_rows(self.device, GPU_ROWS))
+        with frozen(self.device):
+            found = in_chunks(self._embed, torch.from_numpy(np.array(images, order="C")), self.device, GPU_ROWS)
         return np.asarray(found.cpu().numpy())
 
     def meta(self) -> dict[str, Any]:

@@ -84,14 +84,14 @@ def sample(
 
     Args:
         velocity_fn: (x (N, …), t (N,)) → velocity (N, …).
-        noise: x at times[0], (N, …).
+        noise: x at times[0], (N, …). In a type below float32 it says what ``velocity_fn`` takes; times and the solver's state are float32 or wider.
         times: decreasing times; see :func:`time_grid`.
         solver: ``euler``, ``heun``, ``midpoint`` or ``dpmpp_2m``.
         callback: called with (evaluation, x, t) before each velocity.
         cancelled: asked before each velocity.
 
     Returns:
-        x at times[-1], (N, …).
+        x at times[-1], (N, …), of the noise's type.
 
     Raises:
         Cancelled: ``cancelled`` said so.
@@ -99,7 +99,8 @@ def sample(
     """
     if solver not in SOLVERS:
         raise ValueError(f"solver: {solver!r} is not one of {', '.join(SOLVERS)}")
-    run = SOLVERS[solver](noise, times)
+    wide = torch.promote_types(noise.dtype, torch.float32)  # steps of bfloat16 near t = 1 are 1/256
+    run = SOLVERS[solver](noise.to(wide), times)
     x, t = next(run)
     step = 0
     while True:
@@ -107,10 +108,10 @@ def sample(
             raise Cancelled(f"cancelled before evaluation {step} at t = {t:.3f}")
         if callback is not None:
             callback(step, x, t)
-        v = velocity_fn(x, torch.full((x.shape[0],), t, dtype=x.dtype, device=x.device))
+        v = velocity_fn(x.to(noise.dtype), torch.full((x.shape[0],), t, dtype=wide, device=x.device))
         try:
-            x, t = run.send(v)
+            x, t = run.send(v.to(wide))
         except StopIteration as done:
             result: Tensor = done.value
-            return result
+            return result.to(noise.dtype)
         step += 1

@@ -7,12 +7,14 @@ from typing import Any
 
 from paris_ray import stages
 from paris_ray.config import RunConfig
+from paris_ray.data.encoders import NULL_TEXT
+from paris_ray.layout import EXPERT_FILE, INFO, ROUTER_FILE, model_index, released_config
 from paris_ray.manifest import fingerprint, published
 from paris_ray.progress import Progress
 from paris_ray.storage import Folder, copy_file
 
-EXPERT_FILES = ("config.json", "diffusion_pytorch_model.safetensors")
-ROUTER_FILES = ("config.json", "pytorch_model.safetensors")
+EXPERT_FILES = ("config.json", EXPERT_FILE)
+ROUTER_FILES = ("config.json", ROUTER_FILE)
 ENCODER_PARTS = ("codec/", "vae/", "text_encoder/", "tokenizer/")
 
 OPENMOJI = (
@@ -50,11 +52,11 @@ def assemble(config: RunConfig, rebuild: bool = False) -> dict[str, Any]:
             progress.update(done, message=name)
             copy_file(folder, source, model, name)
         info = _info(config, model, {name: checksum for name, (_, _, checksum) in sources.items()})
-        model.write_json("paris.json", info)
-        model.write_json("config.json", _released_config(config, info))
-        model.write_json("model_index.json", _model_index(info))
+        model.write_json(INFO, info)
+        model.write_json("config.json", released_config(info, **_names(config)))
+        model.write_json("model_index.json", model_index(info))
         model.write_bytes("README.md", _card(info).encode())
-        named = {*sources, "paris.json", "config.json", "model_index.json", "README.md"}
+        named = {*sources, INFO, "config.json", "model_index.json", "README.md"}
         for entry in model.files(recursive=True):
             if entry.name not in named and not entry.name.startswith("_"):
                 model.delete(entry.name)  # left by an assembly that did not end
@@ -78,7 +80,7 @@ def _sources(config: RunConfig, encoders: Folder) -> dict[str, tuple[Folder, str
     for name in ROUTER_FILES:
         sources[f"router/{name}"] = (folder, f"export/{name}", _published(folder, f"export/{name}", "router"))
     for entry in encoders.files(recursive=True):
-        if entry.name == "null_text.safetensors" or entry.name.startswith(ENCODER_PARTS):
+        if entry.name == NULL_TEXT or entry.name.startswith(ENCODER_PARTS):
             sources[entry.name] = (encoders, entry.name, _published(encoders, entry.name, "embed"))
     return sources
 
@@ -129,30 +131,14 @@ def _info(config: RunConfig, model: Folder, checksums: dict[str, str]) -> dict[s
     }
 
 
-def _released_config(config: RunConfig, info: dict[str, Any]) -> dict[str, Any]:
+def _names(config: RunConfig) -> dict[str, str]:
+    """What the run was made from, for the released config."""
     codec, text = config.data.codec, config.data.text
     return {
-        "model_name": info["name"],
-        "num_experts": info["num_experts"],
         "dataset_name": config.data.source.kind,
-        "image_size": info["latent"]["size"],
-        "num_channels": info["latent"]["channels"],
-        "expert_architecture": "dit",
-        "router_architecture": "dit",
-        "use_latents": True,
         "vae_name": codec.source if codec.kind == "vae" else codec.kind,
         "text_encoder_name": text.source if text.kind == "clip" else text.kind,
     }
-
-
-def _model_index(info: dict[str, Any]) -> dict[str, Any]:
-    """As the released one: its pipeline's class is not in diffusers, and is not needed to load a model here."""
-    index: dict[str, Any] = {"_class_name": "DDMPipeline", "num_experts": info["num_experts"]}
-    if info["codec"]["kind"] == "vae":
-        index["vae"] = ["diffusers", "AutoencoderKL"]
-    if info["text"]["kind"] == "clip":
-        index |= {"text_encoder": ["transformers", "CLIPTextModel"], "tokenizer": ["transformers", "CLIPTokenizer"]}
-    return index
 
 
 def _card(info: dict[str, Any]) -> str:

@@ -68,6 +68,8 @@ class ParisPipeline(DiffusionPipeline):
         precision: str | None = None,
         max_resident: int | None = None,
         ignore_tensors: Collection[str] = (),
+        ignore_settings: Collection[str] = (),
+        norm_eps: float | None = None,
     ) -> ParisPipeline:
         """Load a model; experts follow when they are first needed.
 
@@ -77,14 +79,15 @@ class ParisPipeline(DiffusionPipeline):
             device: torch device.
             precision: instead of ``torch_dtype``: ``fp32``, ``bf16`` or ``int8``.
             max_resident: experts in memory at once; ``None`` is as many as fit.
-            ignore_tensors: names of tensors that weight files may hold besides.
+            ignore_tensors, ignore_settings, norm_eps: as of :func:`paris_ray.inference.weights.load_model`.
 
         Raises:
             FileNotFoundError, ValueError: as :func:`paris_ray.inference.weights.load_model`.
         """
         if torch_dtype not in PRECISION_OF:
             raise ValueError(f"torch_dtype: {torch_dtype} is not one of torch.float32, torch.bfloat16; for int8 pass precision='int8'")
-        return cls(load_model(pretrained_model_name_or_path, device, precision or PRECISION_OF[torch_dtype], ignore_tensors), max_resident)
+        precision = precision or PRECISION_OF[torch_dtype]
+        return cls(load_model(pretrained_model_name_or_path, device, precision, ignore_tensors, ignore_settings, norm_eps), max_resident)
 
     def save_pretrained(self, save_directory: str | os.PathLike[str], safe_serialization: bool = True, overwrite: bool = False) -> None:  # type: ignore[override]
         """Write the model in the released layout; see :func:`paris_ray.inference.save.save_model`."""
@@ -123,7 +126,9 @@ class ParisPipeline(DiffusionPipeline):
         precision = PRECISION_OF[dtypes[0]] if dtypes else self.model.precision
         device = torch.device(devices[0]) if devices else self.device
         if (device, precision) != (self.device, self.model.precision):
-            self._use(load_model(self.model.folder.uri, str(device), precision, self.model.ignore_tensors), self.max_resident)
+            old = self.model
+            model = load_model(old.folder.uri, str(device), precision, old.ignore_tensors, old.ignore_settings, old.norm_eps)
+            self._use(model, self.max_resident)
         return self
 
     def enable_model_cpu_offload(self, *args: Any, **kwargs: Any) -> None:

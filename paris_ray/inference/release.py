@@ -5,78 +5,39 @@ from __future__ import annotations
 import hashlib
 import io
 import math
-import platform
 import time
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
-from paris_ray.inference.strict import EXPERT_FILE, PICKLED, ROUTER_FILE, load_expert, load_router, read_config
-from paris_ray.inference.weights import INFO, load_model
+from paris_ray.data.clip import read_clip
+from paris_ray.data.codec import read_vae
+from paris_ray.headers import Header, Shape, read_header
+from paris_ray.inference.release_report import Check, Drawn, Report
+from paris_ray.inference.strict import PICKLED, load_expert, load_router, read_config
+from paris_ray.inference.weights import load_model, read_info
+from paris_ray.layout import EXPERT_FILE, INFO, ROUTER_FILE, TEXT_FILE, VAE_FILE
 from paris_ray.storage import Folder
 
 XL2 = {"hidden_size": 1152, "num_layers": 28, "num_heads": 16, "patch_size": 2, "in_channels": 4, "out_channels": 4, "text_embed_dim": 768}
 B2 = {"hidden_size": 768, "num_layers": 12, "num_heads": 12, "patch_size": 2, "in_channels": 4, "num_clusters": 8}
-PUBLISHED = {"expert": (XL2, 605_970_448), "router": (B2, 129_136_904)}
-"""Shapes of the released networks, and their parameters as the public module lists count them."""
+SD_VAE = {"block_out_channels": [128, 256, 512, 512], "layers_per_block": 2, "latent_channels": 4}
+VIT_L14 = {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12}
+PUBLISHED: dict[str, tuple[dict[str, Any], int]] = {
+    "expert": (XL2, 605_970_448), "router": (B2, 129_136_904), "vae": (SD_VAE, 83_653_863), "text_encoder": (VIT_L14, 123_060_480),
+}  # fmt: skip
+"""Shapes of the released networks, and their parameters: of expert and router as the public module lists count them, of sd-vae-ft-mse and of CLIP
+ViT-L/14's text tower as their libraries do."""
+
+FILES = {"expert": EXPERT_FILE, "router": ROUTER_FILE, "vae": VAE_FILE, "text_encoder": TEXT_FILE}
+
+AT_ZERO = ("cross_attn.out_proj.weight", "final_layer.linear.weight", "adaLN_modulation.1.weight")
+"""Ends of the names of matrices that are zero before training, and may be after a little of it."""
 
 ROUTINGS = ("top-1", "top-2", "full")
 PROMPT, SEED = "a photograph of a red fox in a snowy forest", 0
-PARTS = ("config.json", "router/config.json", f"router/{ROUTER_FILE}", "vae/config.json", "text_encoder/config.json")
 
 
-@dataclass(frozen=True)
-class Check:
-    """One thing that was looked at: whether it holds, and what was found."""
-
-    name: str
-    holds: bool
-    found: str
-
-
-@dataclass(frozen=True)
-class Drawn:
-    """A picture: its routing, PNG, and the checksum of its pixels."""
-
-    routing: str
-    png: bytes
-    sha256: str
-    seconds: float
-    shares: list[float]
-
-
-@dataclass
-class Report:
-    """What a verification found.
-
-    Attributes:
-        name: of the model.
-        checks: in the order they were made.
-        files: name, bytes, sha256.
-        networks: rows of the table of networks.
-        pictures: one per routing, if they were asked for.
-        settings: how the pictures were drawn.
-    """
-
-    name: str = "unknown"
-    checks: list[Check] = field(default_factory=list)
-    files: list[tuple[str, int, str]] = field(default_factory=list)
-    networks: list[tuple[str, ...]] = field(default_factory=list)
-    pictures: list[Drawn] = field(default_factory=list)
-    settings: str = ""
-
-    @property
-    def holds(self) -> bool:
-        """Whether everything does."""
-        return bool(self.checks) and all(check.holds for check in self.checks)
-
-    def attempt(self, name: str, look: Callable[[], str]) -> bool:
-        """Make a check; an error is its failure, and the next one follows all the same."""
-        try:
-            self.checks.append(Check(name, True, look()))
-        except Exception as error:
-            self.checks.append(Check(name, False, f"{type(error).__name__}: {error}"))
-        return self.checks[-1].holds
+Shapes = dict[str, Shape]
 
 
 class Mismatch(ValueError):
@@ -91,6 +52,9 @@ def verify(
     steps: int = 50,
     max_resident: int | None = None,
     ignore_tensors: Collection[str] = (),
+    ignore_settings: Collection[str] = (),
+    norm_eps: float | None = None,
+    threads: int = 1,
     say: Callable[[str], None] = lambda line: None,
 ) -> Report:
     """Check a checkpoint in the released layout, to the end whatever is found on the way.
@@ -105,9 +69,15 @@ def verify(
         steps: of each picture.
         max_resident: experts in memory at once while drawing; ``None`` is as many as fit.
         ignore_tensors: names of tensors that weight files may hold besides.
+        ignore_settings: names of unknown settings that the networks' configs may hold besides.
+        norm_eps: epsilon of the networks' norms; ``None`` is their configs', or else 1e-6.
+        threads: of this process while drawing on a CPU; a picture's last bits depend on them.
         say: told what is being done.
     """
+    allowed: dict[str, Any] = {"ignore_settings": ignore_settings, "norm_eps": norm_eps}
     folder, report = Folder(path), Report()
+    asked = {"tensors allowed besides": ignore_tensors, "settings allowed besides": ignore_settings, "epsilon of the norms": norm_eps and [norm_eps]}
+    report.options = "; ".join(f"{what}: {', '.join(map(str, given))}" for what, given in asked.items() if given)
     names = [entry.name for entry in folder.files(recursive=True)]
     for entry in folder.files(recursive=True):
         say(f"sha256 of {entry.name}")
@@ -116,16 +86,33 @@ def verify(
     report.attempt("config.json", lambda: _top_config(folder, config))
     report.name = str(config.get("model_name", "unknown"))
     count, latent = config.get("num_experts", 8), config.get("image_size", 32)
-    report.attempt("all parts are there", lambda: _parts(names, count))
+    info: dict[str, Any] = {}
+    if INFO in names:
+        report.attempt(INFO, lambda: f"format {_own(folder, info)['format']}")
+    needed = _parts(count, info)
+    report.attempt("all parts are there", lambda: _all_there(names, needed))
     report.attempt("no pickled weights", lambda: _no_pickles(names))
-    whole = []
-    for k in range(count):
-        say(f"expert {k}")
-        whole.append(_network(report, folder / f"expert_{k}", "expert", latent, count, ignore_tensors, values=pictures))
-    say("router")
-    whole.append(_network(report, folder / "router", "router", latent, count, ignore_tensors, values=pictures))
+
+    def expert(part: Folder) -> Shapes:
+        return _shapes(load_expert(part, latent, ignore_tensors, **allowed)[0])
+
+    def router(part: Folder) -> Shapes:
+        found = load_router(part, latent, ignore_tensors, **allowed)
+        if found.num_clusters != count:
+            raise Mismatch(f"num_clusters is {found.num_clusters}, config.json has {count} experts")
+        return _shapes(found)
+
+    kinds: dict[str, tuple[str, Callable[[Folder], Shapes]]] = {f"expert_{k}": ("expert", expert) for k in range(count)}
+    kinds["router"] = ("router", router)
+    if f"vae/{VAE_FILE}" in needed:
+        kinds["vae"] = ("vae", lambda part: read_vae(part.local(), part.uri))
+    if f"text_encoder/{TEXT_FILE}" in needed:
+        kinds["text_encoder"] = ("text_encoder", lambda part: read_clip(part.local(), part.uri)[1])
+    for name, (kind, fit) in kinds.items():
+        say(name)
+        _network(report, folder / name, kind, fit, set(ignore_tensors), values=pictures)
     if pictures:
-        _pictures(report, folder, device, precision, steps, max_resident, ignore_tensors, say)
+        _pictures(report, folder, device, precision, steps, max_resident, threads, {**allowed, "ignore_tensors": ignore_tensors}, say)
     return report
 
 
@@ -138,10 +125,22 @@ def _top_config(folder: Folder, config: dict[str, Any]) -> str:
     return f"{found['num_experts']} experts, latents {found['num_channels']} × {found['image_size']} × {found['image_size']}"
 
 
-def _parts(names: Sequence[str], count: int) -> str:
-    needed = [*PARTS, *(f"expert_{k}/{name}" for k in range(count) for name in ("config.json", EXPERT_FILE))]
-    if INFO in names:  # a model of our own may have another codec
-        needed = [name for name in needed if not name.startswith("vae/")]
+def _own(folder: Folder, info: dict[str, Any]) -> dict[str, Any]:
+    info.update(read_info(folder))
+    return info
+
+
+def _parts(count: int, info: dict[str, Any]) -> list[str]:
+    """Names of the files that a model must have. One of our own may have other encoders than the released one."""
+    networks = {**{f"expert_{k}": EXPERT_FILE for k in range(count)}, "router": ROUTER_FILE}
+    if info.get("codec", {}).get("kind", "vae") == "vae":
+        networks["vae"] = VAE_FILE
+    if info.get("text", {}).get("kind", "clip") == "clip":
+        networks["text_encoder"] = TEXT_FILE
+    return ["config.json", *(f"{part}/{name}" for part, weights in networks.items() for name in ("config.json", weights))]
+
+
+def _all_there(names: Sequence[str], needed: Sequence[str]) -> str:
     if absent := [name for name in needed if name not in names]:
         raise Mismatch(f"missing: {', '.join(absent)}")
     return f"{len(names)} files"
@@ -156,43 +155,49 @@ def _no_pickles(names: Sequence[str]) -> str:
 # -- networks -----------------------------------------------------------------------------------------------------------
 
 
-def _network(report: Report, folder: Folder, kind: str, latent: int, count: int, ignore: Collection[str], values: bool) -> bool:
-    name = folder.uri.rsplit("/", 1)[-1]
-    header: dict[str, Any] = {}
-    read = report.attempt(f"{name}: header", lambda: _header(folder, EXPERT_FILE if kind == "expert" else ROUTER_FILE, header))
-    counted = report.attempt(f"{name}: parameters", lambda: _parameters(folder, kind, header, ignore)) if read else False
-    loaded = report.attempt(f"{name}: loads strictly", lambda: _load(folder, kind, latent, count, ignore, values))
-    types = ", ".join(sorted({entry["dtype"] for entry in header.values()}))
-    total = f"{_count(header, ignore):,}" if header else "?"
-    known = counted and _found(report, f"{name}: parameters").endswith("as published")
-    report.networks.append((name, str(len(header)), types, total, "yes" if known else "another size" if counted else "no", "yes" if loaded else "no"))
-    return read and counted and loaded
+def _shapes(module: Any) -> Shapes:
+    return {name: tuple(value.shape) for name, value in module.state_dict().items()}
 
 
-def _found(report: Report, name: str) -> str:
-    """What a check found, by its name."""
-    return next(check.found for check in report.checks if check.name == name)
+def _network(report: Report, folder: Folder, kind: str, fit: Callable[[Folder], Shapes], ignore: set[str], values: bool) -> None:
+    """Check one network.
+
+    Args:
+        report: what was found goes here.
+        folder: of the network.
+        kind: a key of :data:`PUBLISHED`.
+        fit: compares the file with its config, without reading weights; gives the network's tensors.
+        ignore: names of tensors that the file may hold besides.
+        values: also look at the weights.
+    """
+    name, where = folder.uri.rsplit("/", 1)[-1], f"{folder.uri}/{FILES[kind]}"
+    header: Header = {}
+    shapes: Shapes = {}
+
+    def read() -> str:
+        header.update(read_header(folder.local_copy(FILES[kind]), where))
+        return f"{len(header)} tensors"
+
+    def loads() -> str:
+        shapes.update(fit(folder))
+        found = "every tensor with its shape, none besides"
+        return f"{found}; all values finite{_values(folder.local_copy(FILES[kind]), header.keys() - ignore)}" if values else found
+
+    there = report.attempt(f"{name}: header", read)
+    loaded = report.attempt(f"{name}: loads strictly", loads)
+    tensors = shapes or {tensor: shape for tensor, (shape, _) in header.items() if tensor not in ignore}
+    parameters = sum(math.prod(shape) for shape in tensors.values())
+    counted = report.attempt(f"{name}: parameters", lambda: _published(folder, kind, parameters)) if there else False
+    published = counted and report.checks[-1].found.endswith("as published")
+    types = ", ".join(sorted({dtype for _, dtype in header.values()}))
+    total = f"{parameters:,}" if header else "?"
+    known = "yes" if published else "another size" if counted else "no"
+    report.networks.append((name, str(len(header)), types, total, known, "yes" if loaded else "no"))
 
 
-def _header(folder: Folder, name: str, header: dict[str, Any]) -> str:
-    """The header of a safetensors file, read without its weights."""
-    from safetensors import safe_open
-
-    with safe_open(folder.local_copy(name), framework="pt") as file:
-        names = file.keys()
-        for key in names:
-            piece = file.get_slice(key)
-            header[key] = {"shape": tuple(piece.get_shape()), "dtype": piece.get_dtype()}
-    return f"{len(header)} tensors"
-
-
-def _count(header: dict[str, Any], ignore: Collection[str]) -> int:
-    return sum(math.prod(entry["shape"]) for name, entry in header.items() if name not in ignore)
-
-
-def _parameters(folder: Folder, kind: str, header: dict[str, Any], ignore: Collection[str]) -> str:
-    config, count = read_config(folder), _count(header, ignore)
-    size, published = PUBLISHED[kind]
+def _published(folder: Folder, kind: str, count: int) -> str:
+    config, (size, published) = read_config(folder), PUBLISHED[kind]
+    config = config.get("text_config", config)
     if any(config.get(key) != value for key, value in size.items()):
         return f"{count:,}; not the published size, so there is no number to compare with"
     if count != published:
@@ -200,23 +205,22 @@ def _parameters(folder: Folder, kind: str, header: dict[str, Any], ignore: Colle
     return f"{count:,}, as published"
 
 
-def _load(folder: Folder, kind: str, latent: int, count: int, ignore: Collection[str], values: bool) -> str:
-    import torch
+def _values(path: str, names: Collection[str]) -> str:
+    """Look at the weights themselves; returns a note on those that are zero and may be."""
+    from safetensors import safe_open
 
-    if kind == "expert":
-        module: torch.nn.Module = load_expert(folder, latent, ignore)[0]
-    else:
-        router = module = load_router(folder, latent, ignore)
-        if router.num_clusters != count:
-            raise Mismatch(f"num_clusters is {router.num_clusters}, config.json has {count} experts")
-    if not values:
-        return "every tensor with its shape, none besides"
-    for name, tensor in module.state_dict().items():
-        if not bool(torch.isfinite(tensor).all()):
-            raise Mismatch(f"tensor {name} has values that are not finite")
-        if tensor.dim() > 1 and not bool(tensor.any()):
-            raise Mismatch(f"tensor {name} is all zeros, as in a file that was not downloaded whole")
-    return "every tensor with its shape, none besides; all values finite"
+    zero = []
+    with safe_open(path, framework="pt") as file:
+        for name in sorted(names):
+            tensor = file.get_tensor(name)
+            if not bool(tensor.isfinite().all()):
+                raise Mismatch(f"tensor {name} has values that are not finite")
+            if tensor.dim() > 1 and not bool(tensor.any()):
+                if not name.endswith(AT_ZERO):
+                    raise Mismatch(f"tensor {name} is all zeros, as in a file that was not downloaded whole")
+                zero.append(name)
+    more = f" and {len(zero) - 3} more" if len(zero) > 3 else ""
+    return f"; all zeros, as before training: {', '.join(zero[:3])}{more}" if zero else ""
 
 
 # -- pictures -----------------------------------------------------------------------------------------------------------
@@ -229,16 +233,18 @@ def _pictures(
     precision: str,
     steps: int,
     max_resident: int | None,
-    ignore: Collection[str],
+    threads: int,
+    allowed: dict[str, Any],
     say: Callable[[str], None],
 ) -> None:
-    from paris_ray.inference.engine import ImageRequest, generate
+    from paris_ray.inference.engine import Engine, ImageRequest, generate
+    from paris_ray.inference.experts import LocalExperts
 
     say("router, VAE and text encoder")
     models = []
 
     def load() -> str:
-        model = load_model(folder.uri, device, precision, ignore)
+        model = load_model(folder.uri, device, precision, **allowed)
         models.append(model)
         return f"VAE {model.codec.fingerprint}, text encoder {model.text_encoder.fingerprint}, {model.image_size} pixels"
 
@@ -247,8 +253,8 @@ def _pictures(
             report.checks.append(Check(f"picture with {routing}", False, "not drawn: the model does not load"))
         return
     model = models[0]
-    guidance = 7.5
-    report.settings = f"“{PROMPT}”, seed {SEED}, {steps} Euler steps, guidance {guidance}, {precision} on {_device(device)}"
+    engine, guidance = Engine(model, LocalExperts(model, threads=threads, lazy=True, max_resident=max_resident)), 7.5
+    report.settings = f"“{PROMPT}”, seed {SEED}, {steps} Euler steps, guidance {guidance}, {precision} on {_device(device, threads)}"
     for routing in ROUTINGS:
 
         def draw(routing: str = routing) -> str:
@@ -256,7 +262,7 @@ def _pictures(
             began = time.monotonic()
             chosen = f"top-{min(int(routing[4:]), model.num_experts)}" if routing.startswith("top-") else routing
             request = ImageRequest(PROMPT, seed=SEED, steps=steps, guidance_scale=guidance, routing=chosen, solver="euler")
-            (result,) = generate(model, [request], max_resident)
+            (result,) = generate(engine, [request])
             seconds = time.monotonic() - began
             shares = [sum(step["weights"][k] for step in result.routing) / len(result.routing) for k in range(model.num_experts)]
             checksum = hashlib.sha256(result.image.tobytes()).hexdigest()
@@ -278,59 +284,7 @@ def _png(pixels: Any) -> bytes:
     return out.getvalue()
 
 
-def _device(device: str) -> str:
+def _device(device: str, threads: int) -> str:
     import torch
 
-    return torch.cuda.get_device_name(device) if device.startswith("cuda") else "CPU"
-
-
-# -- the report ---------------------------------------------------------------------------------------------------------
-
-
-def markdown(report: Report, took: float | None = None) -> str:
-    """The report as Markdown, fit to post: no paths of the machine it was made on."""
-    import torch
-
-    import paris_ray
-
-    failed = [check for check in report.checks if not check.holds]
-    verdict = f"**All {len(report.checks)} checks hold.**" if report.holds else f"**{len(failed)} of {len(report.checks)} checks fail.**"
-    system = f"paris_ray {paris_ray.__version__}, torch {torch.__version__}, Python {platform.python_version()}, {platform.system()}"
-    lines = [f"# Verification of {_cell(report.name)}", "", verdict, "", system + (f", {took:.0f} s" if took is not None else ""), ""]
-    if failed:
-        lines += ["## What fails", "", *(f"- **{_cell(check.name)}**: {_cell(check.found)}" for check in failed), ""]
-    lines += ["## Networks", "", *_table(("network", "tensors", "types", "parameters", "as published", "loads strictly"), report.networks), ""]
-    if report.pictures:
-        rows = [(d.routing, f"{d.seconds:.1f} s", " ".join(f"{100 * s:.0f}" for s in d.shares), f"`{d.sha256}`") for d in report.pictures]
-        lines += [
-            "## Pictures",
-            "",
-            report.settings,
-            "",
-            *_table(("routing", "time", "% of the weight, by expert", "sha256 of the pixels"), rows),
-            "",
-        ]
-    lines += ["## Checks", "", *_table(("check", "", "found"), [(c.name, "holds" if c.holds else "**fails**", c.found) for c in report.checks]), ""]
-    lines += ["## Files", "", *_table(("file", "bytes", "sha256"), [(name, f"{size:,}", f"`{digest}`") for name, size, digest in report.files])]
-    return "\n".join(lines) + "\n"
-
-
-def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    return [f"| {' | '.join(map(_cell, row))} |" for row in (head, ["---"] * len(head), *rows)]
-
-
-def _cell(text: str) -> str:
-    return " ".join(text.split()).replace("|", "\\|")
-
-
-def hide_path(text: str, path: str) -> str:
-    """A report without the folder that was checked, which may say whose machine it is."""
-    return text.replace(Folder(path).uri + "/", "").replace(Folder(path).uri, "the checkpoint")
-
-
-def write(report: Report, text: str, out: str) -> None:
-    """Write ``report.md`` and the pictures into a folder."""
-    folder = Folder(out)
-    for drawn in report.pictures:
-        folder.write_bytes(f"{drawn.routing}.png", drawn.png)
-    folder.write_bytes("report.md", text.encode())
+    return torch.cuda.get_device_name(device) if device.startswith("cuda") else f"a CPU with {threads} thread{'s' * (threads > 1)}"

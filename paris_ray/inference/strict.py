@@ -13,14 +13,12 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from paris_ray.diffusion.path import Objective, objective
+from paris_ray.headers import check_header, read_header
+from paris_ray.layout import EXPERT_FILE, ROUTER_FILE
 from paris_ray.models import DiT, Router
 from paris_ray.storage import Folder
 
-EXPERT_FILE = "diffusion_pytorch_model.safetensors"
-ROUTER_FILE = "pytorch_model.safetensors"
-
 PICKLED = (".pt", ".pth", ".bin", ".ckpt", ".pkl")
-FLOATS = {"F64", "F32", "F16", "BF16"}
 
 # What a config may say, beside shapes, and the only value that this code computes; None: any, it does not touch the maths of sampling.
 _EXPERT_FIXED: dict[str, Any] = {
@@ -29,9 +27,17 @@ _EXPERT_FIXED: dict[str, Any] = {
 }  # fmt: skip
 _ROUTER_FIXED: dict[str, Any] = {"model_type": "router", "architecture": "dit", "use_dit_time_embed": True}
 _SHAPE = {"image_size", "patch_size", "in_channels", "hidden_size", "num_layers", "num_heads", "mlp_ratio", "text_embed_dim", "norm_eps"}
+_EXPERT_SHAPE, _ROUTER_SHAPE = _SHAPE | {"out_channels"}, _SHAPE | {"num_clusters"}
 
 
-def load_expert(folder: Folder, latent_size: int, ignore: Collection[str] = (), device: str = "cpu") -> tuple[DiT, Objective]:
+def load_expert(
+    folder: Folder,
+    latent_size: int,
+    ignore: Collection[str] = (),
+    device: str = "cpu",
+    ignore_settings: Collection[str] = (),
+    norm_eps: float | None = None,
+) -> tuple[DiT, Objective]:
     """An expert from its folder in the released layout (``export/`` of a run, ``expert_k/`` of a model).
 
     Args:
@@ -39,6 +45,8 @@ def load_expert(folder: Folder, latent_size: int, ignore: Collection[str] = (), 
         latent_size: side of the latent where the config does not say, as the released ones do not.
         ignore: names of tensors that the file may hold besides.
         device: where the weights go; on CPU they stay mapped to the file.
+        ignore_settings: names of unknown settings that ``config.json`` may hold besides.
+        norm_eps: epsilon of the norms; ``None`` is the config's, or else 1e-6.
 
     Returns:
         the module in evaluation mode, without gradients, in the file's precision; and what its output means.
@@ -47,12 +55,11 @@ def load_expert(folder: Folder, latent_size: int, ignore: Collection[str] = (), 
         FileNotFoundError: a file is missing.
         ValueError: a setting or a tensor does not fit; the message says which, in which file, and what to do.
     """
-    config = read_config(folder)
+    config = expert_config(folder, ignore_settings, norm_eps)
     where = f"{folder.uri}/config.json"
-    arguments = _arguments(config, where, _EXPERT_FIXED, _SHAPE | {"out_channels"}, latent_size)
-    kind, schedule = config.get("objective") or "flow", config.get("noise_schedule") or "cosine"
+    arguments = _arguments(config, where, _EXPERT_FIXED, _EXPERT_SHAPE, latent_size)
     try:
-        meaning = objective(kind, schedule)
+        meaning = objective(*stated_objective(config))
         with torch.device("meta"), _Uninitialised():
             module = DiT(**arguments)
     except (TypeError, ValueError) as error:
@@ -61,11 +68,18 @@ def load_expert(folder: Folder, latent_size: int, ignore: Collection[str] = (), 
     return module, meaning
 
 
-def load_router(folder: Folder, latent_size: int, ignore: Collection[str] = (), device: str = "cpu") -> Router:
+def load_router(
+    folder: Folder,
+    latent_size: int,
+    ignore: Collection[str] = (),
+    device: str = "cpu",
+    ignore_settings: Collection[str] = (),
+    norm_eps: float | None = None,
+) -> Router:
     """A router from its folder in the released layout; see :func:`load_expert`."""
-    config = read_config(folder)
+    config = _read(folder, _ROUTER_FIXED.keys() | _ROUTER_SHAPE, ignore_settings, norm_eps)
     where = f"{folder.uri}/config.json"
-    arguments = _arguments(config, where, _ROUTER_FIXED, _SHAPE | {"num_clusters"}, latent_size)
+    arguments = _arguments(config, where, _ROUTER_FIXED, _ROUTER_SHAPE, latent_size)
     try:
         with torch.device("meta"), _Uninitialised():
             module = Router(**arguments)
@@ -92,6 +106,25 @@ def read_config(folder: Folder) -> dict[str, Any]:
     return config
 
 
+def expert_config(folder: Folder, ignore_settings: Collection[str] = (), norm_eps: float | None = None) -> dict[str, Any]:
+    """``config.json`` of an expert as :func:`load_expert` takes it: without the settings that are ignored, and with the epsilon that is given."""
+    return _read(folder, _EXPERT_FIXED.keys() | _EXPERT_SHAPE, ignore_settings, norm_eps)
+
+
+def stated_objective(config: dict[str, Any]) -> tuple[str, str]:
+    """Objective and noise schedule of an expert by its ``config.json``; the released ones name none, and are of flow matching."""
+    return config.get("objective") or "flow", config.get("noise_schedule") or "cosine"
+
+
+def _read(folder: Folder, known: Collection[str], ignore_settings: Collection[str], norm_eps: float | None) -> dict[str, Any]:
+    config = {key: value for key, value in read_config(folder).items() if key in known or key not in ignore_settings}
+    if norm_eps is None:
+        return config
+    if not 0 < norm_eps < 1:
+        raise ValueError(f"norm_eps: {norm_eps} must be between 0 and 1; 1e-6 and 1e-5 are usual")
+    return {**config, "norm_eps": norm_eps}
+
+
 def _arguments(config: dict[str, Any], where: str, fixed: dict[str, Any], shape: Collection[str], latent_size: int) -> dict[str, Any]:
     """The constructor's keywords from a config."""
     for key, value in config.items():
@@ -100,7 +133,10 @@ def _arguments(config: dict[str, Any], where: str, fixed: dict[str, Any], shape:
         if key not in fixed:
             if value is None or value is False:
                 continue  # a feature that is off
-            raise ValueError(f"{where}: unknown setting {key} = {value!r}, which may change what the network computes; remove it only if it does not")
+            raise ValueError(
+                f"{where}: unknown setting {key} = {value!r}, which may change what the network computes; "
+                f"if it does not, allow it by name (ignore_settings=({key!r},))"
+            )
         if fixed[key] is not None and value != fixed[key]:
             raise ValueError(f"{where}: {key} = {value!r} is not supported; this code computes only {fixed[key]!r}")
     return {"image_size": latent_size, **{key: config[key] for key in shape if key in config}}
@@ -112,7 +148,7 @@ def load_tensors(module: nn.Module, folder: Folder, name: str, ignore: Collectio
     Raises:
         FileNotFoundError, ValueError: as :func:`load_expert`.
     """
-    from safetensors import SafetensorError, safe_open
+    from safetensors import safe_open
 
     where = f"{folder.uri}/{name}"
     if not folder.exists(name):
@@ -120,30 +156,11 @@ def load_tensors(module: nn.Module, folder: Folder, name: str, ignore: Collectio
         raise FileNotFoundError(f"{where} does not exist; put the weights there as safetensors")
     path = folder.local_copy(name)
     wanted = {key: tuple(value.shape) for key, value in module.state_dict().items()}
-    try:
-        with safe_open(path, framework="pt", device=device) as file:
-            found = set(file.keys())
-            problems = [f"tensor {key} {shape} is missing from the file" for key, shape in wanted.items() if key not in found]
-            problems += [f"tensor {key} is in the file but not in the network" for key in sorted(found - wanted.keys() - set(ignore))]
-            for key in wanted.keys() & found:
-                piece = file.get_slice(key)
-                if tuple(piece.get_shape()) != wanted[key]:
-                    problems.append(f"tensor {key} has shape {tuple(piece.get_shape())} in the file, {wanted[key]} in the network")
-                elif piece.get_dtype() not in FLOATS:
-                    problems.append(f"tensor {key} is of type {piece.get_dtype()}; allowed are {', '.join(sorted(FLOATS))}")
-            if problems:
-                raise ValueError(_explain(where, problems))
-            tensors = {key: file.get_tensor(key) for key in wanted}
-    except SafetensorError as error:
-        raise ValueError(f"{where} is not a whole safetensors file ({error}); copy it again") from error
+    check_header(where, read_header(path, where), wanted, ignore)
+    with safe_open(path, framework="pt", device=device) as file:
+        tensors = {key: file.get_tensor(key) for key in wanted}
     module.load_state_dict(tensors, assign=True)
     module.eval().requires_grad_(False)
-
-
-def _explain(where: str, problems: list[str]) -> str:
-    shown = "".join(f"\n  - {problem}" for problem in problems[:10])
-    more = f"\n  … and {len(problems) - 10} more" if len(problems) > 10 else ""
-    return f"{where} does not fit the config.json beside it:{shown}{more}\nUse the weights and the config.json of one and the same network."
 
 
 def refuse_pickles(folder: Folder, name: str, among: Iterable[str] | None = None) -> None:

@@ -10,13 +10,15 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from paris_ray.config import ClipText, SamplingConfig, VaeCodec
-from paris_ray.data.codec import build_vae, load_codec
-from paris_ray.data.text import build_text_encoder, load_text_encoder
+from paris_ray.config import SamplingConfig
+from paris_ray.data.codec import load_codec
+from paris_ray.data.encoders import NULL_TEXT
+from paris_ray.data.text import load_text_encoder
 from paris_ray.diffusion.path import Objective
 from paris_ray.inference.hub import open_model
 from paris_ray.inference.precision import check_precision, set_precision
-from paris_ray.inference.strict import EXPERT_FILE, PICKLED, load_expert, load_router, read_config, refuse_pickles
+from paris_ray.inference.strict import PICKLED, load_expert, load_router, read_config, refuse_pickles, stated_objective
+from paris_ray.layout import EXPERT_FILE, INFO, UPLOAD
 from paris_ray.models import DiT, Router
 from paris_ray.storage import Folder
 
@@ -24,8 +26,6 @@ if TYPE_CHECKING:
     from paris_ray.data.codec import Codec
     from paris_ray.data.text import TextEncoder
 
-INFO = "paris.json"
-NULL_TEXT = "null_text.safetensors"
 FORMAT = 1
 
 
@@ -42,6 +42,8 @@ class ExpertFiles:
         device: where they run.
         precision: ``fp32``, ``bf16`` or ``int8`` (:mod:`paris_ray.inference.precision`); DDPM experts stay in fp32.
         ignore_tensors: names of tensors that weight files may hold besides.
+        ignore_settings: names of unknown settings that the networks' configs may hold besides.
+        norm_eps: epsilon of the networks' norms; ``None`` is their configs', or else 1e-6.
     """
 
     folder: Folder
@@ -52,6 +54,8 @@ class ExpertFiles:
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     precision: str = "fp32"
     ignore_tensors: Collection[str] = ()
+    ignore_settings: Collection[str] = ()
+    norm_eps: float | None = None
 
     @property
     def num_experts(self) -> int:
@@ -63,7 +67,7 @@ class ExpertFiles:
             raise ValueError(f"expert {k}: there are experts 0…{self.num_experts - 1}")
         channels, size, _ = self.latent_shape
         folder = self.folder / f"expert_{k}"
-        module, objective = load_expert(folder, size, self.ignore_tensors, str(self.device))
+        module, objective = load_expert(folder, size, self.ignore_tensors, str(self.device), self.ignore_settings, self.norm_eps)
         _same(f"{folder.uri}/config.json", in_channels=(module.in_channels, channels), out_channels=(module.out_channels, channels),
               image_size=(module.image_size, size), text_embed_dim=(module.text_embed_dim, self.text_width))  # fmt: skip
         if self.objectives[k] != objective.name:
@@ -89,6 +93,8 @@ class ParisModel:
         device: where sampling runs.
         precision: of the experts, ``fp32``, ``bf16`` or ``int8`` (:mod:`paris_ray.inference.precision`); DDPM experts stay in fp32.
         ignore_tensors: names of tensors that weight files may hold besides.
+        ignore_settings: names of unknown settings that the networks' configs may hold besides.
+        norm_eps: epsilon of the networks' norms; ``None`` is their configs', or else 1e-6.
     """
 
     folder: Folder
@@ -102,6 +108,8 @@ class ParisModel:
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     precision: str = "fp32"
     ignore_tensors: Collection[str] = ()
+    ignore_settings: Collection[str] = ()
+    norm_eps: float | None = None
 
     @property
     def num_experts(self) -> int:
@@ -135,17 +143,23 @@ class ParisModel:
             ValueError: its files do not fit; see :func:`paris_ray.inference.strict.load_expert`.
         """
         objectives = tuple(spec["objective"] for spec in self.info["experts"])
-        files = ExpertFiles(
-            self.folder, self.latent_shape, self.null_text.shape[-1], objectives, self.present, self.device, self.precision, self.ignore_tensors
-        )
+        files = ExpertFiles(self.folder, self.latent_shape, self.null_text.shape[-1], objectives, self.present, self.device, self.precision,
+                            self.ignore_tensors, self.ignore_settings, self.norm_eps)  # fmt: skip
         return files.load_expert(k)
 
 
-def load_model(path: str | os.PathLike[str], device: str = "cpu", precision: str = "fp32", ignore_tensors: Collection[str] = ()) -> ParisModel:
+def load_model(
+    path: str | os.PathLike[str],
+    device: str = "cpu",
+    precision: str = "fp32",
+    ignore_tensors: Collection[str] = (),
+    ignore_settings: Collection[str] = (),
+    norm_eps: float | None = None,
+) -> ParisModel:
     """Load a model: router, codec, text encoder and null text; experts follow with :meth:`ParisModel.load_expert`.
 
-    Reads nothing outside ``path``. A released model without ``paris.json`` has flow-matching experts, a VAE, a CLIP text tower and a text-blind
-    router. Experts without files are allowed and reported in ``present``.
+    Reads nothing outside ``path``. A released model without ``paris.json`` has a VAE, a CLIP text tower, a text-blind router, and experts of flow
+    matching where their own configs say nothing else. Experts without files are allowed and reported in ``present``.
 
     Args:
         path: folder or URI, or a repository of the hub (:func:`paris_ray.inference.hub.open_model`); from elsewhere, files are copied to a local
@@ -153,6 +167,9 @@ def load_model(path: str | os.PathLike[str], device: str = "cpu", precision: str
         device: torch device of sampling.
         precision: of the experts, ``fp32``, ``bf16`` or ``int8``.
         ignore_tensors: names of tensors that weight files may hold besides.
+        ignore_settings: names of unknown settings that the networks' configs may hold besides.
+        norm_eps: epsilon of the norms of experts and router; ``None`` is their configs', or else 1e-6. The released configs name none, and the only
+            port that reports running the released weights takes 1e-5.
 
     Raises:
         FileNotFoundError: a file that a model must have is missing.
@@ -166,13 +183,14 @@ def load_model(path: str | os.PathLike[str], device: str = "cpu", precision: str
     if not names:
         raise FileNotFoundError(f"{folder.uri} holds no model; give the folder that jobs.assemble made, or a released Paris checkpoint")
     if INFO in names:
-        info = _read_info(folder)
+        info = read_info(folder)
         codec, text_encoder = load_codec(folder.uri, info["codec"], device), load_text_encoder(folder.uri, info["text"], device)
     else:
+        config = _released_config(folder)
         codec, text_encoder = _released_encoders(folder, device)
-        info = _released_info(folder, codec, text_encoder)
+        info = _released_info(folder, config, codec, text_encoder)
     null_text, null_length = _null_text(folder) if NULL_TEXT in names else _encode_nothing(text_encoder)
-    router = load_router(folder / "router", info["latent"]["size"], ignore_tensors, device).float()
+    router = load_router(folder / "router", info["latent"]["size"], ignore_tensors, device, ignore_settings, norm_eps).float()
 
     where = f"{folder.uri}/router/config.json"
     _same(where, num_clusters=(router.num_clusters, info["num_experts"]))
@@ -186,27 +204,36 @@ def load_model(path: str | os.PathLike[str], device: str = "cpu", precision: str
         refuse_pickles(folder / f"expert_{k}", EXPERT_FILE)
         raise FileNotFoundError(f"{folder.uri}/expert_{k} has a config.json but no {EXPERT_FILE}; add it, or remove the folder")
     target = torch.device(device)
-    return ParisModel(folder, info, router, codec, text_encoder, null_text.to(target), null_length, present, target, precision, ignore_tensors)
+    return ParisModel(folder, info, router, codec, text_encoder, null_text.to(target), null_length, present, target, precision,
+                      ignore_tensors, ignore_settings, norm_eps)  # fmt: skip
 
 
-def open_experts(path: str | os.PathLike[str], device: str = "cpu", precision: str = "fp32", ignore_tensors: Collection[str] = ()) -> ExpertFiles:
+def open_experts(
+    path: str | os.PathLike[str],
+    device: str = "cpu",
+    precision: str = "fp32",
+    ignore_tensors: Collection[str] = (),
+    ignore_settings: Collection[str] = (),
+    norm_eps: float | None = None,
+) -> ExpertFiles:
     """The experts of a model, without loading router, codec or text encoder; arguments and errors as of :func:`load_model`."""
     folder = open_model(path)
     if folder.exists(INFO):
-        info = _read_info(folder)
+        info = read_info(folder)
         latent, text_width = info["latent"], info["text"]["width"]
         objectives = tuple(spec["objective"] for spec in info["experts"])
     else:
-        config = read_config(folder)
+        config = _released_config(folder)
         latent = {"channels": config["num_channels"], "size": config["image_size"]}
         text_width = (folder / "text_encoder").read_json("config.json")["hidden_size"]
-        objectives = ("flow",) * config["num_experts"]
+        objectives = tuple(spec["objective"] for spec in _released_experts(folder, config["num_experts"]))
     present = [folder.exists(f"expert_{k}/config.json") for k in range(len(objectives))]
     shape = (latent["channels"], latent["size"], latent["size"])
-    return ExpertFiles(folder, shape, text_width, objectives, present, torch.device(device), precision, ignore_tensors)
+    return ExpertFiles(folder, shape, text_width, objectives, present, torch.device(device), precision, ignore_tensors, ignore_settings, norm_eps)
 
 
-def _read_info(folder: Folder) -> dict[str, Any]:
+def read_info(folder: Folder) -> dict[str, Any]:
+    """``paris.json`` of a model. Raises FileNotFoundError, ValueError."""
     info: dict[str, Any] = folder.read_json(INFO)
     where = f"{folder.uri}/{INFO}"
     if info.get("format") != FORMAT:
@@ -219,25 +246,44 @@ def _read_info(folder: Folder) -> dict[str, Any]:
     return info
 
 
-def _released_encoders(folder: Folder, device: str) -> tuple[Codec, TextEncoder]:
-    if absent := [name for name in ("config.json", "vae", "text_encoder") if not folder.exists(name)]:
-        raise FileNotFoundError(f"{folder.uri} has neither {INFO} nor {', '.join(absent)}: it is not a whole model; copy what is missing")
-    length = (folder / "text_encoder").read_json("config.json").get("max_position_embeddings", 77)
-    codec = build_vae(VaeCodec(source=(folder / "vae").local()), device)
-    return codec, build_text_encoder(ClipText(source=(folder / "text_encoder").local(), max_length=length), device)
-
-
-def _released_info(folder: Folder, codec: Codec, text_encoder: TextEncoder) -> dict[str, Any]:
-    """What ``paris.json`` would say of a released checkpoint (arXiv 2510.03434 and its model card)."""
+def _released_config(folder: Folder) -> dict[str, Any]:
+    """``config.json`` of a model without ``paris.json``."""
+    if not folder.exists("config.json"):
+        if folder.exists(UPLOAD):
+            raise FileNotFoundError(f"{folder.uri}: a model is being written here, or its writing was cut off; write it again (overwrite=True)")
+        raise FileNotFoundError(f"{folder.uri} has neither {INFO} nor config.json: it is not a whole model; copy what is missing")
     config = read_config(folder)
     for key, value in {"expert_architecture": "dit", "router_architecture": "dit", "use_latents": True}.items():
         if config.get(key, value) != value:
             raise ValueError(f"{folder.uri}/config.json: {key} = {config[key]!r} is not supported; only {value!r} is")
     if missing := [key for key in ("num_experts", "image_size", "num_channels") if key not in config]:
         raise ValueError(f"{folder.uri}/config.json: {', '.join(missing)} missing; it is not the config of a released Paris checkpoint")
+    return config
+
+
+def _released_experts(folder: Folder, count: int) -> list[dict[str, Any]]:
+    """What ``paris.json`` would say of a released model's experts, by their own configs."""
+    unknown = dict.fromkeys(("cluster_size", "fingerprint", "manifest", "images"))
+    experts = []
+    for k in range(count):
+        there = folder.exists(f"expert_{k}/config.json")
+        kind, schedule = stated_objective(read_config(folder / f"expert_{k}") if there else {})
+        experts.append({"index": k, "objective": kind, "noise_schedule": schedule, **unknown})
+    return experts
+
+
+def _released_encoders(folder: Folder, device: str) -> tuple[Codec, TextEncoder]:
+    if absent := [name for name in ("vae", "text_encoder") if not folder.exists(name)]:
+        raise FileNotFoundError(f"{folder.uri} has neither {INFO} nor {', '.join(absent)}: it is not a whole model; copy what is missing")
+    length = (folder / "text_encoder").read_json("config.json").get("max_position_embeddings", 77)
+    codec = load_codec(folder.uri, {"kind": "vae", "scaling_factor": None, "fingerprint": None}, device)
+    return codec, load_text_encoder(folder.uri, {"kind": "clip", "max_length": length, "fingerprint": None}, device)
+
+
+def _released_info(folder: Folder, config: dict[str, Any], codec: Codec, text_encoder: TextEncoder) -> dict[str, Any]:
+    """What ``paris.json`` would say of a released checkpoint (arXiv 2510.03434 and its model card)."""
     count, size = config["num_experts"], config["image_size"]
     _same(f"{folder.uri}/vae/config.json", latent_channels=(codec.channels, config["num_channels"]))
-    unknown = dict.fromkeys(("noise_schedule", "cluster_size", "fingerprint", "manifest", "images"))
     return {
         "format": FORMAT,
         "name": config.get("model_name", "Paris"),
@@ -248,7 +294,7 @@ def _released_info(folder: Folder, codec: Codec, text_encoder: TextEncoder) -> d
         "text": text_encoder.meta(),
         "router": {"text": "none"},
         "sampling": SamplingConfig().model_dump(mode="json"),
-        "experts": [{"index": k, "objective": "flow", **unknown} for k in range(count)],
+        "experts": _released_experts(folder, count),
         "attribution": None,
         "model_fingerprint": None,
     }

@@ -156,7 +156,7 @@ class DiT(nn.Module):
 
         Args:
             x: latents (N, C, H, W), of the weights' type unless under autocast.
-            t: times in [0, 1], (N,); 1 is noise. Never in bfloat16, whose steps near 1 are 1/256.
+            t: times in [0, 1], (N,); 1 is noise; in float32 or better.
             text: text states (N, S, text_embed_dim), of the weights' type unless under autocast.
             keys_values: instead of ``text``, what :meth:`text_keys_values` made of it.
 

@@ -65,6 +65,8 @@ class TimeEmbedding(nn.Module):
 
     def forward(self, t: Tensor) -> Tensor:
         """(N,) → (N, D), in float32 or better."""
+        if t.dtype in (torch.bfloat16, torch.float16):
+            raise ValueError(f"t: times are {t.dtype}, whose steps near 1 are too coarse; give them in float32")
         return self.mlp(timestep_embedding(1000.0 * t.float(), self.frequency_width))  # (N, 256) → (N, D)
 
 

@@ -101,7 +101,7 @@ class Router(nn.Module):
 
         Args:
             x: noisy latents on the linear path, (N, C, H, W).
-            t: times in [0, 1], (N,); 1 is noise.
+            t: times in [0, 1], (N,); 1 is noise; in float32 or better.
             pooled: pooled text (N, text_embed_dim); required exactly when the router reads text.
 
         Returns:

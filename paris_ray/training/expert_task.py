@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from paris_ray import rng
 from paris_ray.config import ConfigError, RunConfig
 from paris_ray.diffusion.path import objective, training_times
+from paris_ray.layout import EXPERT_FILE
 from paris_ray.models.dit import DiT
 from paris_ray.models.init_from import init_from
 from paris_ray.stages import expert_name
@@ -33,10 +34,11 @@ class ExpertTask:
         config: the run's config.
         k: which expert.
         device: where the model is.
+        rank: which of the expert's workers this is; the first one reports.
     """
 
-    def __init__(self, config: RunConfig, k: int, device: torch.device):
-        self.config, self.k, self.device = config, k, device
+    def __init__(self, config: RunConfig, k: int, device: torch.device, rank: int = 0):
+        self.config, self.k, self.device, self.rank = config, k, device, rank
         self.spec = config.experts[k]
         self.stage = expert_name(k)
         run = Folder(config.run_dir)
@@ -62,8 +64,9 @@ class ExpertTask:
                 report = init_from(model, self.spec.init_from)
             except (ValueError, FileNotFoundError) as error:
                 raise ConfigError(f"experts.{self.k}.{error}") from error  # no further try would change it
-            self.folder.write_json("init.json", report.as_json())
-            print(f"{self.stage}: {report}", flush=True)
+            if self.rank == 0:
+                self.folder.write_json("init.json", report.as_json())
+                print(f"{self.stage}: {report}", flush=True)
         return model
 
     # -- the loop's task ----------------------------------------------------------------------------------------
@@ -148,5 +151,5 @@ class ExpertTask:
     def export(self, weights: dict[str, Tensor]) -> None:
         """Write ``export/``: the averaged weights and their config, nothing that differs between runs that made the same weights."""
         out = self.folder / "export"
-        out.write_bytes("diffusion_pytorch_model.safetensors", tensor_bytes(weights))
+        out.write_bytes(EXPERT_FILE, tensor_bytes(weights))
         out.write_json("config.json", self.export_config())

@@ -10,14 +10,16 @@ from torch import Tensor, nn
 
 from paris_ray import rng
 from paris_ray.config import RunConfig
+from paris_ray.data.encoders import pool
 from paris_ray.diffusion.path import interpolate, training_times
+from paris_ray.layout import ROUTER_FILE, router_config
 from paris_ray.models.router import Router
 from paris_ray.stages import CONTROL_ROUTER
 from paris_ray.storage import Folder
 from paris_ray.training.checkpoint import tensor_bytes
 from paris_ray.training.draws import Draw
 from paris_ray.training.loop import TIME_BINS, Batch
-from paris_ray.training.shard import Encoders, Rows, pool, read_rows
+from paris_ray.training.shard import Encoders, Rows, read_rows
 
 VALIDATION_ROWS = 8192
 """At most this many validation rows are used, the first by id."""
@@ -51,7 +53,7 @@ class RouterTask:
             torch.manual_seed(rng.key(config.seed, "init", self.stage))
             shape = self.spec.model.model_dump(exclude={"size"})
             width = self.encoders.text_width if self.reads_text else None
-            self.model: nn.Module = Router(config.num_experts, side, in_channels=channels, text_embed_dim=width, **shape).to(device)
+            self.model = Router(config.num_experts, side, in_channels=channels, text_embed_dim=width, **shape).to(device)
 
     # -- the loop's task ----------------------------------------------------------------------------------------
 
@@ -82,7 +84,7 @@ class RouterTask:
         pooled = batch.get("pooled")
         if pooled is None:
             assert self.text_encoder is not None
-            pooled = pool(self.text_encoder.encode(batch["token_ids"], batch["text_len"]).float(), batch["text_len"], self.pooling)
+            pooled = pool(self.text_encoder.encode(batch["token_ids"], batch["text_len"]), batch["text_len"], self.pooling)
         return torch.where(batch["dropped"][:, None], self.null, pooled)
 
     def losses(self, model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
@@ -116,27 +118,8 @@ class RouterTask:
 
     # -- handing over -------------------------------------------------------------------------------------------
 
-    def export_config(self) -> dict[str, Any]:
-        """``config.json`` of the export: the released keys, and what they do not say."""
-        model = self.spec.model
-        return {
-            "model_type": "router",
-            "architecture": "dit",
-            "num_clusters": self.config.num_experts,
-            "hidden_size": model.hidden_size,
-            "num_layers": model.num_layers,
-            "num_heads": model.num_heads,
-            "patch_size": model.patch_size,
-            "in_channels": self.shape[0],
-            "use_dit_time_embed": True,
-            "image_size": self.shape[1],
-            "norm_eps": model.norm_eps,
-            "mlp_ratio": model.mlp_ratio,
-            "text_embed_dim": self.encoders.text_width if self.reads_text else None,
-        }
-
     def export(self, weights: dict[str, Tensor]) -> None:
         """Write ``export/``: the averaged weights and their config."""
         out = self.folder / "export"
-        out.write_bytes("pytorch_model.safetensors", tensor_bytes(weights))
-        out.write_json("config.json", self.export_config())
+        out.write_bytes(ROUTER_FILE, tensor_bytes(weights))
+        out.write_json("config.json", router_config(self.model))

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from paris_ray.config import ConfigError
+from paris_ray.data.encoders import FILE, NULL_TEXT, pool
 from paris_ray.data.schema import read_columns
 from paris_ray.storage import Folder
 from paris_ray.training.checkpoint import read_tensors
@@ -80,14 +81,6 @@ def read_rows(run: Folder, experts: Sequence[int], store_text: str) -> tuple[Row
     return train, validation
 
 
-def pool(states: Tensor, lengths: Tensor, pooling: str) -> Tensor:
-    """One vector a caption: the mean over its real tokens, or the last of them. (N, T, D), (N,) → (N, D)."""
-    if pooling == "last":
-        return states[torch.arange(len(states), device=states.device), lengths - 1]
-    real = torch.arange(states.shape[1], device=states.device) < lengths[:, None]  # (N, T)
-    return (states * real[..., None]).sum(1) / lengths[:, None]
-
-
 class Encoders:
     """What ``RUN/encoders`` says and holds, for training.
 
@@ -102,8 +95,8 @@ class Encoders:
 
     def __init__(self, run: Folder):
         self.folder = run / "encoders"
-        self.meta: dict[str, Any] = self.folder.read_json("encoders.json")
-        null = read_tensors(self.folder, "null_text.safetensors")
+        self.meta: dict[str, Any] = self.folder.read_json(FILE)
+        null = read_tensors(self.folder, NULL_TEXT)
         self.null_states, self.null_length = null["states"].float(), int(null["length"][0])
 
     @property

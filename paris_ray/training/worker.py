@@ -83,7 +83,7 @@ def run(config: RunConfig, stage: str, place: Place, report: Callable[[dict[str,
     from paris_ray.training.loop import Loop
 
     _prepare_process(resources(config, stage).threads, place)
-    task = _task(config, stage, place.device)
+    task = _task(config, stage, place.device, place.rank)
     attempts = _count_attempt(task.folder) if place.rank == 0 else 1
     loop = Loop(task, task.spec.train, config.seed, task.folder, place, _wrap(task.model, place), on_checkpoint=report)
     if place.rank == 0:
@@ -121,11 +121,11 @@ def _prepare_process(threads: int, place: Place) -> None:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 
-def _task(config: RunConfig, stage: str, device: torch.device) -> ExpertTask | RouterTask:
+def _task(config: RunConfig, stage: str, device: torch.device, rank: int = 0) -> ExpertTask | RouterTask:
     if stage.startswith("expert-"):
         from paris_ray.training.expert_task import ExpertTask
 
-        return ExpertTask(config, int(stage.removeprefix("expert-")), device)
+        return ExpertTask(config, int(stage.removeprefix("expert-")), device, rank)
     from paris_ray.training.router_task import RouterTask
 
     return RouterTask(config, device, control=stage == CONTROL_ROUTER)

@@ -1,6 +1,7 @@
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from sklearn.decomposition import PCA
 
 from paris_ray import config
@@ -8,7 +9,7 @@ from paris_ray.config import ConfigError, OpenMojiSource
 from paris_ray.config import PatchPcaCodec as PcaConfig
 from paris_ray.config import VaeCodec as VaeConfig
 from paris_ray.data import codec as codecs
-from paris_ray.data.codec import PatchPcaCodec, PatchSums, VaeCodec, build_vae, load_codec, patches
+from paris_ray.data.codec import PatchPcaCodec, PatchSums, VaeCodec, build_vae, load_codec, patches, read_vae
 from paris_ray.data.images import load_square
 from paris_ray.data.openmoji import OpenMoji
 
@@ -114,6 +115,8 @@ def test_pca_errors_name_the_remedy(pictures):
 
 
 # -- VAE ----------------------------------------------------------------------------------------------------------------
+# The full-size weights of sd-vae-ft-mse are not available where these tests run. What follows is a tiny VAE of random weights in diffusers' own
+# layout; at full size only names, shapes and the number of parameters are compared (tests/jobs/test_verify_release.py).
 
 
 @pytest.fixture(scope="module")
@@ -175,6 +178,62 @@ def test_a_pickled_vae_is_refused(vae_folder, tmp_path):
     weights.rename(weights.with_suffix(".bin"))
     with pytest.raises(ConfigError, match=r"safetensors"):
         build_vae(VaeConfig(source=str(tmp_path / "m")))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda t: t.pop("decoder.conv_out.bias"), r"tensor decoder\.conv_out\.bias is missing from the file"),
+        (lambda t: t.update(loss=torch.zeros(1)), r"tensor loss is in the file but not in the network"),
+        (
+            lambda t: t.update({"encoder.conv_in.weight": torch.zeros(8, 4, 3, 3)}),
+            r"tensor encoder\.conv_in\.weight has shape \(8, 4, 3, 3\) in the file, \(8, 3, 3, 3\) in",
+        ),
+    ],
+)
+def test_a_vae_that_is_not_whole_is_refused_by_name(vae_folder, tmp_path, change, message):
+    """diffusers only warns of the first two, leaves what is missing at random values, and draws."""
+    import shutil
+
+    shutil.copytree(vae_folder, tmp_path / "m")
+    file = tmp_path / "m/vae/diffusion_pytorch_model.safetensors"
+    tensors = load_file(file)
+    change(tensors)
+    save_file(tensors, file)
+    meta = {**build_vae(VaeConfig(source=str(vae_folder))).meta(), "fingerprint": None}
+    with pytest.raises(ValueError, match=message) as caught:
+        load_codec(str(tmp_path / "m"), meta)
+    assert str(caught.value).startswith(f"{tmp_path}/m/vae does not fit the config.json beside it")
+    with pytest.raises(ConfigError, match=rf"data.codec.source: .*/m/vae does not fit(.|\n)*{message}"):
+        build_vae(VaeConfig(source=str(tmp_path / "m")))
+
+
+def test_header_of_a_vae_against_its_config(vae_folder, tmp_path):
+    """As it is, under the names that the attention had before diffusers 0.12, and with a tensor too few, too many and of another shape."""
+    import shutil
+
+    from diffusers import AutoencoderKL
+
+    wanted = {name: tuple(x.shape) for name, x in AutoencoderKL.from_pretrained(vae_folder / "vae").state_dict().items()}
+    assert read_vae(str(vae_folder / "vae")) == wanted
+    shutil.copytree(vae_folder / "vae", tmp_path / "vae")
+    file = tmp_path / "vae/diffusion_pytorch_model.safetensors"
+    tensors = load_file(file)
+    old = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
+    renamed = dict(tensors)
+    for new, before in old.items():
+        renamed = {name.replace(f".{new}.", f".{before}."): tensor for name, tensor in renamed.items()}
+    assert len(renamed.keys() - tensors.keys()) == 16  # weights and biases of four parts, in encoder and decoder
+    save_file(renamed, file)
+    assert read_vae(str(tmp_path / "vae")) == wanted
+    load_codec(str(tmp_path), build_vae(VaeConfig(source=str(vae_folder))).meta())
+    del renamed["encoder.conv_in.bias"]
+    save_file({**renamed, "loss": torch.zeros(1), "decoder.conv_in.bias": torch.zeros(3)}, file)
+    with pytest.raises(ValueError, match=r"encoder\.conv_in\.bias \(8,\) is missing") as caught:
+        read_vae(str(tmp_path / "vae"), "the VAE")
+    assert str(caught.value).startswith("the VAE/diffusion_pytorch_model.safetensors does not fit")
+    assert "tensor loss is in the file but not in the network" in str(caught.value)
+    assert "tensor decoder.conv_in.bias has shape (3,) in the file, (8,) in the network" in str(caught.value)
 
 
 def test_the_driver_needs_no_torch():

@@ -3,8 +3,10 @@ import json
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from paris_ray.config import ClipText, ConfigError, MiniLmText
+from paris_ray.data.clip import clip_shapes
 from paris_ray.data.text import build_text_encoder, load_text_encoder
 
 CAPTIONS = [
@@ -89,6 +91,8 @@ def test_minilm_refuses_other_lengths(minilm):
 
 
 # -- CLIP ---------------------------------------------------------------------------------------------------------------
+# The full-size weights of CLIP ViT-L/14 are not available where these tests run. What follows is a tiny tower of random weights in transformers' own
+# layout, with CLIP's whole vocabulary; at full size only names, shapes and the number of parameters are compared (tests/jobs/test_verify_release.py).
 
 
 def tiny_clip(folder, activation="quick_gelu"):
@@ -180,6 +184,30 @@ def their_tokenizer(clip, tmp_path_factory):
     return lambda captions: tokenizer(captions, padding="max_length", truncation=True, max_length=77, return_tensors="np")["input_ids"]
 
 
+PUBLISHED = {
+    # The three prompts in the README of openai/CLIP, as many have printed them.
+    "a diagram": [320, 22697], "a dog": [320, 1929], "a cat": [320, 2368],
+    # A tokenizer in Java over openai/CLIP's vocabulary: text-image-search/…/ModelsTest.java of vespa-engine/sample-apps, where the diagram is too.
+    "Two people are sitting next to a wood - stacked campfire at night": [
+        1237, 1047, 631, 4919, 1131, 531, 320, 1704, 268, 24990, 32530, 536, 930],
+    "A surfer is riding a wave": [320, 24925, 533, 6765, 320, 4535],
+    "Two men walk through a city with words on the street": [1237, 1656, 2374, 1417, 320, 1305, 593, 2709, 525, 518, 2012],
+    "An indian chief in full dress .": [550, 3606, 3455, 530, 1476, 2595, 269],
+    "When did man last land on the moon ?": [827, 1335, 786, 952, 973, 525, 518, 3293, 286],
+    # A tokenizer in Rust over the files of openai/clip-vit-base-patch32: clip_tokenizer_test.exs of elixir-nx/bumblebee.
+    "a photo of a cat": [320, 1125, 539, 320, 2368], "a photo of a dog": [320, 1125, 539, 320, 1929],
+}  # fmt: skip
+"""Captions and their ids between start and end, as others printed them: that both tokenizers here read one and the same vocabulary proves little."""
+
+
+def test_clip_ids_are_the_published_ones(clip, their_tokenizer):
+    captions = list(PUBLISHED)
+    ids, lengths = clip[1].tokenize(captions)
+    theirs = their_tokenizer(captions)
+    for caption, mine, other, length in zip(captions, ids.tolist(), theirs.tolist(), lengths, strict=True):
+        assert mine[:length] == other[:length] == [49406, *PUBLISHED[caption], 49407], caption
+
+
 def test_clip_states_of_odd_captions_are_transformers_tokens_included(clip, their_tokenizer):
     model, encoder = clip
     captions = PLAIN + list(DIRTY)
@@ -207,8 +235,6 @@ def test_clip_map_reads_a_file_in_half_precision(clip, tmp_path):
     """The released text_encoder may be float16; states are those of its values in float32."""
     model, _ = clip
     half = {name: value.half().contiguous() for name, value in model.state_dict().items()}
-    from safetensors.torch import save_file
-
     (tmp_path / "text_encoder").mkdir()
     save_file(half, tmp_path / "text_encoder" / "model.safetensors")
     (tmp_path / "text_encoder" / "config.json").write_text(json.dumps(model.config.to_dict()))
@@ -239,13 +265,13 @@ def test_a_shorter_clip_is_a_prefix(clip, tmp_path):
 
 def test_the_text_half_of_a_whole_clip(clip, tmp_path):
     """openai/clip-vit-large-patch14 holds a CLIPModel: its config nests the text tower's, its weights have a picture tower too."""
-    from safetensors.torch import save_file
-
     model, encoder = clip
     weights = {f"text_model.{name.removeprefix('text_model.')}": x.contiguous() for name, x in model.state_dict().items()}
     weights |= {
         "logit_scale": torch.ones(()),
         "vision_model.post_layernorm.weight": torch.ones(3),
+        "text_projection.weight": torch.ones(3, 32),
+        "visual_projection.weight": torch.ones(3, 3),
         "text_model.embeddings.position_ids": torch.arange(77),
     }
     save_file(weights, tmp_path / "model.safetensors")
@@ -253,21 +279,55 @@ def test_the_text_half_of_a_whole_clip(clip, tmp_path):
     assert build_text_encoder(ClipText(source=str(tmp_path))).fingerprint == encoder.fingerprint
 
 
-def test_clip_errors_name_the_remedy(clip, tmp_path, monkeypatch):
+def test_clip_errors_name_the_remedy(clip, tmp_path):
     (tmp_path / "none").mkdir()
     with pytest.raises(ConfigError, match=r"data.text.source.*no config.json and model.safetensors.*save_pretrained"):
         build_text_encoder(ClipText(source=str(tmp_path / "none")))
-    with pytest.raises(ConfigError, match=r"could not be fetched from the Hugging Face hub"):
+    with pytest.raises(ConfigError, match=r"data.text.source.*could not be fetched from the Hugging Face hub"):
         build_text_encoder(ClipText(source="nobody/nothing"))
-    clip[0].save_pretrained(tmp_path / "odd")
-    config = json.loads((tmp_path / "odd/config.json").read_text())
+    path = tmp_path / "text_encoder"
+    clip[0].save_pretrained(path)
+    config = json.loads((path / "config.json").read_text())
     for key, value in (("hidden_act", "relu"), ("layer_norm_eps", 1e-6), ("vocab_size", 1000)):
-        (tmp_path / "odd/config.json").write_text(json.dumps({**config, key: value}))
-        with pytest.raises(ConfigError, match=key):
-            build_text_encoder(ClipText(source=str(tmp_path / "odd")))
-    (tmp_path / "odd/config.json").write_text(json.dumps({**config, "num_hidden_layers": 9}))
-    with pytest.raises(ConfigError, match=r"lack.*9 layers"):
-        build_text_encoder(ClipText(source=str(tmp_path / "odd")))
+        (path / "config.json").write_text(json.dumps({**config, key: value}))
+        with pytest.raises(ConfigError, match=f"data.text.source: {path}/config.json: {key} is {value!r}; it must be"):
+            build_text_encoder(ClipText(source=str(path)))
+    (path / "config.json").write_text(json.dumps({key: value for key, value in config.items() if key != "hidden_size"}))
+    with pytest.raises(ConfigError, match=r"text_encoder/config.json: hidden_size missing"):
+        build_text_encoder(ClipText(source=str(path)))
+    (path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=r"max_position_embeddings is 77.*max_length asked for, 78"):
+        load_text_encoder(str(tmp_path), {**clip[1].meta(), "max_length": 78})
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"num_hidden_layers": 4}, r"tensor (text_model\.)?encoder\.layers\.3\.\S+ \S+ is missing from the file"),
+        ({"num_hidden_layers": 2}, r"tensor (text_model\.)?encoder\.layers\.2\.\S+ is in the file but not in the network"),
+        ({"intermediate_size": 64}, r"tensor (text_model\.)?encoder\.layers\.0\.mlp\.fc1\.weight has shape \(96, 32\) in the file, \(64, 32\)"),
+        ("adapter.weight", r"tensor adapter\.weight is in the file but not in the network"),
+        ("embeddings.token_type.weight", r"tensor embeddings\.token_type\.weight is in the file but not in the network"),
+    ],
+)
+def test_a_clip_that_is_not_whole_is_refused_by_name(clip, tmp_path, change, message):
+    """Of a file with more layers than its config says, the last ones would be left out in silence."""
+    path = tmp_path / "text_encoder"
+    clip[0].save_pretrained(path)
+    if isinstance(change, dict):
+        config = json.loads((path / "config.json").read_text())
+        (path / "config.json").write_text(json.dumps({**config, **change}))
+    else:
+        save_file({**load_file(path / "model.safetensors"), change: torch.zeros(2, 2)}, path / "model.safetensors")
+    with pytest.raises(ValueError, match=message) as caught:
+        load_text_encoder(str(tmp_path), {**clip[1].meta(), "fingerprint": None})
+    assert str(caught.value).startswith(f"{path}/model.safetensors does not fit the config.json beside it")  # the file, not a key of some run
+    assert "data.text" not in str(caught.value)
+
+
+def test_clip_shapes_are_transformers_own(clip):
+    shapes = {name.removeprefix("text_model."): tuple(x.shape) for name, x in clip[0].state_dict().items()}
+    assert clip_shapes(clip[0].config.to_dict()) == shapes
 
 
 def test_no_caption_gives_no_row(minilm, clip):

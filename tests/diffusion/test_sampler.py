@@ -100,6 +100,30 @@ def test_every_solver_can_be_a_runs_default() -> None:
     assert get_args(SamplingConfig.model_fields["solver"].annotation) == tuple(SOLVERS)
 
 
+@pytest.mark.parametrize("solver", sorted(SOLVERS))
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_is_the_networks_and_not_the_solvers(solver: str, dtype: torch.dtype) -> None:
+    """Latents reach the network in its type, times in float32, and what adds up over the steps is kept in float32."""
+    asked: list[float] = []
+
+    def velocity(x: Tensor, t: Tensor) -> Tensor:
+        assert (x.dtype, t.dtype) == (dtype, torch.float32)
+        asked.append(float(t[0]))
+        return torch.full_like(x, 1 / 3)
+
+    noise = torch.linspace(1, 2, 33, dtype=F64).to(dtype)[:, None]
+    result = sample(velocity, noise, time_grid(50), solver)
+    exact: list[float] = []
+    sample(lambda x, t: (exact.append(float(t[0])), x)[1], torch.ones(1, 1, dtype=F64), time_grid(50), solver)
+    assert asked == [float(np.float32(t)) for t in exact]  # bfloat16 has no time between 0.98 and 0.984
+    # A velocity of ⅓, as the type has it, over the whole of time; in steps of 1/50 bfloat16 would lose most of it.
+    third = torch.full((1,), 1 / 3, dtype=dtype).double()
+    assert result.dtype == dtype
+    torch.testing.assert_close(result.double(), noise.double() - third, rtol=torch.finfo(dtype).eps, atol=1e-6)
+    for wide in (torch.float32, F64):
+        assert sample(lambda x, t: x * t[:, None], noise.to(wide), time_grid(3), solver).dtype == wide
+
+
 @pytest.mark.parametrize("steps", [1, 2, 10, 25, 50, 1000])
 def test_the_grid_is_diffusers_own(steps: int) -> None:
     diffusers = pytest.importorskip("diffusers")

@@ -12,6 +12,9 @@ XL = {"hidden_size": 1152, "num_layers": 28, "num_heads": 16}
 B = {"hidden_size": 768, "num_layers": 12, "num_heads": 12}
 TINY = {"hidden_size": 16, "num_layers": 2, "num_heads": 2}
 TEXT = 32
+MODEL_INDEX = {"_class_name": "DDMPipeline", "_diffusers_version": "0.30.0", "num_experts": 8, "scheduler": ["diffusers", "DDIMScheduler"],
+               "vae": ["diffusers", "AutoencoderKL"], "text_encoder": ["transformers", "CLIPTextModel"],
+               "tokenizer": ["transformers", "CLIPTokenizer"]}  # fmt: skip
 
 
 def expert_table(d, layers, latent=8, text=TEXT):
@@ -101,7 +104,7 @@ def write_checkpoint(path: Path, clusters: int = 3) -> None:
            "expert_architecture": "dit", "router_architecture": "dit", "use_latents": True, "vae_name": "stabilityai/sd-vae-ft-mse",
            "text_encoder_name": "openai/clip-vit-large-patch14"}  # fmt: skip
     (path / "config.json").write_text(json.dumps(top))
-    (path / "model_index.json").write_text(json.dumps({"_class_name": "DDMPipeline"}))
+    (path / "model_index.json").write_text(json.dumps(MODEL_INDEX))
     torch.manual_seed(0)
     blocks = {"down_block_types": ("DownEncoderBlock2D",) * 2, "up_block_types": ("UpDecoderBlock2D",) * 2, "block_out_channels": (8, 8)}
     AutoencoderKL(**blocks, norm_num_groups=4).save_pretrained(path / "vae")

@@ -126,6 +126,13 @@ def test_offload_and_precision(checkpoint, pipe):
         ParisPipeline.from_pretrained(checkpoint, torch_dtype=torch.float16)
 
 
+def test_loading_options_are_passed_on_and_survive_a_move(checkpoint):
+    other = ParisPipeline.from_pretrained(checkpoint, ignore_tensors=("x",), ignore_settings=("y",), norm_eps=0.01)
+    for model in (other.model, other.to(torch.bfloat16).model):
+        assert (model.ignore_tensors, model.ignore_settings, model.norm_eps) == (("x",), ("y",), 0.01)
+        assert model.load_expert(0)[0].layers[0].norm1.eps == 0.01
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

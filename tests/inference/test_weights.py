@@ -93,6 +93,35 @@ def test_settings_that_change_the_maths_are_refused(expert, changes, message):
         load_expert(Folder(expert), SIZE)
 
 
+def test_an_unknown_setting_may_be_allowed_by_name(expert):
+    configure(expert, ema_decay=0.9999, qk_norm=True)
+    with pytest.raises(ValueError, match=r"unknown setting qk_norm = True.*allow it by name \(ignore_settings=\('qk_norm',\)\)"):
+        load_expert(Folder(expert), SIZE, ignore_settings=("ema_decay",))
+    module, _ = load_expert(Folder(expert), SIZE, ignore_settings=("ema_decay", "qk_norm"))
+    # Of a known one nothing is ignored: neither what this code does not compute, nor what the network is built by.
+    assert len(load_expert(Folder(expert), SIZE, ignore_settings=("ema_decay", "qk_norm", "num_layers"))[0].layers) == len(module.layers)
+    configure(expert, use_class_conditioning=True)
+    with pytest.raises(ValueError, match="use_class_conditioning = True is not supported"):
+        load_expert(Folder(expert), SIZE, ignore_settings=("ema_decay", "qk_norm", "use_class_conditioning"))
+
+
+def test_epsilon_of_the_norms(expert):
+    """The one asked for, else the config's, else 1e-6."""
+
+    def used(norm_eps):
+        module, _ = load_expert(Folder(expert), SIZE, norm_eps=norm_eps)
+        return {layer.eps for layer in module.modules() if isinstance(layer, torch.nn.LayerNorm)}
+
+    configure(expert, norm_eps=1e-4)
+    assert used(None) == {1e-4}
+    assert used(1e-5) == {1e-5}
+    configure(expert, norm_eps="gone")
+    assert used(None) == {1e-6}
+    for wrong in (0.0, -1.0, 2.0):
+        with pytest.raises(ValueError, match=f"norm_eps: {wrong} must be between 0 and 1"):
+            used(wrong)
+
+
 def test_settings_that_are_off_or_do_not_matter_pass(expert):
     configure(expert, qk_norm=False, learn_sigma=None, cfg_dropout_prob=0.3, _diffusers_version="0.30")
     load_expert(Folder(expert), SIZE)
@@ -171,6 +200,69 @@ def test_released_layout_loads_with_its_facts(released):
     assert all(spec["objective"] == "flow" for spec in model.info["experts"])
     assert model.null_text.shape == (12, TEXT)
     assert model.null_length == 2
+
+
+def test_released_experts_are_what_their_own_configs_say(released, tmp_path):
+    """A released layout without paris.json may hold experts that predict noise."""
+    import shutil
+
+    copy = tmp_path / "copy"
+    shutil.copytree(released, copy)
+    configure(copy / "expert_0", objective="ddpm", noise_schedule="linear")
+    configure(copy / "expert_1", objective="ddpm")
+    model, experts = weights.load_model(copy), weights.open_experts(copy)
+    assert [(spec["objective"], spec["noise_schedule"]) for spec in model.info["experts"]] == [
+        ("ddpm", "linear"), ("ddpm", "cosine"), ("flow", "cosine")]  # fmt: skip
+    for source in (model, experts):
+        found = [source.load_expert(k)[1] for k in range(3)]
+        assert [meaning.name for meaning in found] == ["ddpm", "ddpm", "flow"]
+        assert [meaning.schedule_name for meaning in found[:2]] == ["linear", "cosine"]
+    assert generate(model, [ImageRequest("a cat", seed=1, steps=2, routing="full")])[0].degraded == []
+
+
+def test_epsilon_and_settings_reach_every_network_of_a_model(released, tmp_path):
+    import shutil
+
+    copy = tmp_path / "copy"
+    shutil.copytree(released, copy)
+    for name in ("expert_0", "expert_1", "expert_2", "router"):
+        configure(copy / name, ema_decay=0.9999)
+    with pytest.raises(ValueError, match="unknown setting ema_decay"):
+        weights.load_model(copy)
+    g = torch.Generator().manual_seed(1)
+    x, t = torch.randn(2, 4, LATENT, LATENT, generator=g, dtype=torch.float64), torch.tensor([0.3, 1.0], dtype=torch.float64)
+    text = torch.randn(2, 12, TEXT, generator=g, dtype=torch.float64)
+
+    def raw(path):
+        tensors = {name: tensor.double() for name, tensor in load_file(path).items()}
+        return types.SimpleNamespace(state_dict=lambda: tensors, patch_size=2, layers=range(L), out_channels=4)
+
+    options = {"ignore_settings": ("ema_decay",), "norm_eps": 1e-2}
+    model = weights.load_model(copy, **options)
+    expected = second_implementation("dit")(raw(copy / "expert_2" / EXPERT_FILE), HEADS, 1e-2, x, t, text)
+    for source in (model, weights.open_experts(copy, **options)):
+        torch.testing.assert_close(source.load_expert(2)[0].double()(x, t, text), expected)
+    expected = second_implementation("router")(raw(copy / "router" / ROUTER_FILE), HEADS, 1e-2, x, t, None)
+    torch.testing.assert_close(model.router.double()(x, t), expected)
+
+
+def test_encoders_that_are_not_whole_are_refused_by_file(released, tmp_path):
+    """The messages name the file, not the key of some run's config."""
+    import shutil
+
+    copy = tmp_path / "copy"
+    shutil.copytree(released, copy)
+    file = next((copy / "vae").glob("*.safetensors"))
+    tensors = load_file(file)
+    save_file({name: tensor for name, tensor in tensors.items() if name != "decoder.conv_out.weight"}, file)
+    with pytest.raises(ValueError, match=r"copy/vae does not fit(.|\n)*tensor decoder\.conv_out\.weight is missing") as caught:
+        weights.load_model(copy)
+    assert "data." not in str(caught.value)
+    save_file(tensors, file)
+    configure(copy / "text_encoder", num_hidden_layers=1)
+    with pytest.raises(ValueError, match=r"copy/text_encoder/model\.safetensors does not fit(.|\n)*encoder\.layers\.1\.") as caught:
+        weights.load_model(copy)
+    assert "data." not in str(caught.value)
 
 
 def test_released_networks_compute_what_a_second_implementation_does(released):

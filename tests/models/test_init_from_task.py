@@ -40,6 +40,13 @@ def test_an_expert_starts_from_given_weights_and_only_starts(tmp_path: Path, cap
     assert "expert-0: initialised from layout paris" in capsys.readouterr().out
     assert not (tmp_path / "run/experts/1/init.json").exists()
 
+    # Of several workers each takes the weights, and the first reports.
+    (tmp_path / "run/experts/0/init.json").unlink()
+    second = ExpertTask(config, 0, CPU, rank=1)
+    assert all(torch.equal(value, source.state_dict()[name]) for name, value in second.model.state_dict().items())
+    assert not (tmp_path / "run/experts/0/init.json").exists()
+    assert capsys.readouterr().out == ""
+
     checkpoint.save(task.folder, 16, {"model": dict(task.model.named_parameters()), "ema": {}, "optimizer": {}}, {"seconds": 0.0, "line": {}}, [])
     weights.unlink()
     ExpertTask(config, 0, CPU)  # resumes without the source

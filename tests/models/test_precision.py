@@ -71,6 +71,17 @@ def test_time_norms_modulation_and_the_last_layer_stay_in_fp32(how: str) -> None
         assert torch.equal(seen["t_block"], rounded.t_block(rounded.time_embed(t)))
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_times_in_half_precision_are_refused(dtype: torch.dtype) -> None:
+    """Near 1, where sampling starts, times of bfloat16 are 1/256 apart, and steps are not."""
+    model, (x, t, text) = fp32_model(layers=1), inputs()
+    router = Router(3, image_size=16, hidden_size=96, num_layers=1, num_heads=4)
+    for network, arguments in ((model, (text,)), (router, ())):
+        with pytest.raises(ValueError, match=rf"t: times are {dtype}.*give them in float32"):
+            network(x, t.to(dtype), *arguments)
+        assert network(x, t.double(), *arguments).isfinite().all()
+
+
 def test_gradients_under_autocast_point_where_those_of_fp32_do() -> None:
     model, (x, t, text) = fp32_model(layers=4).train(), inputs()
 

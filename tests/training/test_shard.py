@@ -7,7 +7,7 @@ import torch
 
 from paris_ray.config import ConfigError
 from paris_ray.storage import Folder
-from paris_ray.training.shard import pool, read_rows
+from paris_ray.training.shard import read_rows
 
 
 def test_order_is_by_id_whatever_the_files(tmp_path):
@@ -46,10 +46,3 @@ def test_no_training_rows(tmp_path):
     fake.write_shard(Folder(tmp_path), 0, {**rows, "split": ["validation"] * fake.ROWS})
     with pytest.raises(ConfigError, match=r"experts \[0\] hold no row of the split 'train'"):
         read_rows(Folder(tmp_path), [0], "states")
-
-
-def test_pooling():
-    states = torch.arange(24.0).view(2, 3, 4)
-    lengths = torch.tensor([2, 3])
-    assert torch.equal(pool(states, lengths, "mean"), torch.stack([states[0, :2].mean(0), states[1].mean(0)]))
-    assert torch.equal(pool(states, lengths, "last"), torch.stack([states[0, 1], states[1, 2]]))

@@ -7,25 +7,34 @@ import sys
 import fake_training_run as fake
 import torch
 import torch.multiprocessing
+from safetensors.torch import save_file
 
 from paris_ray.storage import Folder
 from paris_ray.training import checkpoint, worker
+from paris_ray.training.expert_task import ExpertTask
 from paris_ray.training.loop import Place
 
-SHORT = {"expert__train__images": 80, "expert__train__checkpoint_images": 40}
+
+def short(path) -> dict:
+    return {"expert__train__images": 80, "expert__train__checkpoint_images": 40, "experts__0__init_from": f"{path}/start.safetensors"}
 
 
 def train(rank: int, path: str) -> None:
     torch.distributed.init_process_group("gloo", init_method=f"file://{path}/rendezvous", rank=rank, world_size=2)
-    worker.run(fake.make_config(f"{path}/two", **SHORT), "expert-0", Place(torch.device("cpu"), rank, 2))
+    worker.run(fake.make_config(f"{path}/two", **short(path)), "expert-0", Place(torch.device("cpu"), rank, 2))
     torch.distributed.destroy_process_group()
 
 
-def test_two_workers_learn_what_one_learns(tmp_path):
+def test_two_workers_learn_what_one_learns(tmp_path, capfd):
+    """From given weights, which both take and one reports."""
     for name in ("one", "two"):
         fake.make_run(tmp_path / name, experts=[0])
-    worker.run(fake.make_config(tmp_path / "one", **SHORT), "expert-0", Place(torch.device("cpu")))
+    source = ExpertTask(fake.make_config(tmp_path / "one"), 0, torch.device("cpu")).model
+    save_file(source.state_dict(), tmp_path / "start.safetensors")
+    worker.run(fake.make_config(tmp_path / "one", **short(tmp_path)), "expert-0", Place(torch.device("cpu")))
+    assert capfd.readouterr().out.count("expert-0: initialised from") == 1
     torch.multiprocessing.start_processes(train, (str(tmp_path),), nprocs=2, start_method="fork" if sys.platform == "linux" else "spawn")
+    assert capfd.readouterr().out.count("expert-0: initialised from") == 1
     one, two = (Folder(tmp_path / name / "experts" / "0") for name in ("one", "two"))
     a, b = checkpoint.latest(one), checkpoint.latest(two)
     assert a.images == b.images == 80
