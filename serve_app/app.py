@@ -14,7 +14,7 @@ from ray import serve
 from ray.serve import Application
 from ray.serve.config import BackpressureConfig
 
-from paris_ray.inference.hub import open_model
+from paris_ray.inference.hub import address, open_model
 from paris_ray.storage import Folder
 from serve_app.deployments import Api, ExpertGroup, Sampler
 from serve_app.protocol import Limits, key_digests
@@ -79,15 +79,14 @@ def build(args: Args) -> Application:
         ValueError: an argument cannot be used.
         FileNotFoundError: there is no model.
     """
-    folder = open_model(args.model)
+    folder = open_model(args.model, configs_only=True)
     try:
         info = folder.read_json("paris.json" if folder.exists("paris.json") else "config.json")
     except FileNotFoundError:
         raise FileNotFoundError(f"model: {folder.uri} has neither paris.json nor config.json; give the folder that jobs.assemble made") from None
     groups = groups_of(args, int(info["num_experts"]))
-    # A repository of the hub stays one: each node fetches it.
-    model = folder.uri if folder.uri == Folder(args.model).uri else args.model
-    common = {"model": model, "threads": args.threads, "precision": args.precision}
+    # A repository of the hub stays one, at the commit of now: each node fetches of it what it needs.
+    common = {"model": address(folder), "threads": args.threads, "precision": args.precision}
 
     def group(name: str, indices: tuple[int, ...]) -> Application:
         options = {"num_cpus": args.cpus, "num_gpus": args.gpus}

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import threading
 import time
+import weakref
 from collections import OrderedDict, deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
@@ -31,7 +32,10 @@ from paris_ray.inference.request import EngineFull, EngineStopped, ImageRequest,
 if TYPE_CHECKING:
     from paris_ray.inference.weights import ParisModel
 
-__all__ = ["Engine", "EngineFull", "EngineStopped", "ImageRequest", "ImageResult", "Preview", "generate"]
+__all__ = ["ANY_NUMBER", "Engine", "EngineFull", "EngineStopped", "ImageRequest", "ImageResult", "Preview", "generate"]
+
+ANY_NUMBER = 1 << 20
+"""A queue for callers who wait for all that they submit."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -44,6 +48,7 @@ class _Ticket:
     solver: str
     routing: Routing
     future: Future[ImageResult]
+    noise: Tensor | None
     preview: Callable[[Preview], None] | None
     preview_every: int
     submitted: float
@@ -96,6 +101,7 @@ class Engine:
         self._waiting: OrderedDict[str, deque[_Ticket]] = OrderedDict()  # by client, next client first
         self._active: list[_Row] = []
         self._prompts = Prompts(model)
+        self._driving = threading.RLock()
         self._changed = threading.Condition()
         self._thread: threading.Thread | None = None
         self._stopping = False
@@ -108,13 +114,20 @@ class Engine:
         """The request with the model's defaults filled in. Raises ValueError that names field, value and rule."""
         return validate(request, self.model)
 
-    def submit(self, request: ImageRequest, preview: Callable[[Preview], None] | None = None, preview_every: int = 5) -> Future[ImageResult]:
+    def submit(
+        self,
+        request: ImageRequest,
+        preview: Callable[[Preview], None] | None = None,
+        preview_every: int = 5,
+        noise: Tensor | None = None,
+    ) -> Future[ImageResult]:
         """Queue a picture.
 
         Args:
             request: what to draw.
             preview: called from the engine's thread every ``preview_every`` evaluations.
             preview_every: evaluations between previews.
+            noise: to start from instead of the seed's, (C, H, W).
 
         Returns:
             a future. Its ``cancel()`` works until the picture is done and frees the row at the next tick.
@@ -126,7 +139,9 @@ class Engine:
         """
         if preview_every < 1:
             raise ValueError(f"preview_every: {preview_every} must be at least 1")
-        ticket = self._ticket(self.validate(request), preview, preview_every)
+        if noise is not None and tuple(noise.shape) != self.model.latent_shape:
+            raise ValueError(f"noise: its shape {tuple(noise.shape)} must be {self.model.latent_shape}, that of this model's latents")
+        ticket = self._ticket(self.validate(request), noise, preview, preview_every)
         with self._changed:
             if self._stopping:
                 raise EngineStopped("the engine was stopped")
@@ -138,12 +153,12 @@ class Engine:
             self._changed.notify_all()
         return ticket.future
 
-    def _ticket(self, request: ImageRequest, preview: Callable[[Preview], None] | None, preview_every: int) -> _Ticket:
+    def _ticket(self, request: ImageRequest, noise: Tensor | None, preview: Callable[[Preview], None] | None, preview_every: int) -> _Ticket:
         steps, guidance, solver, routing = request.steps, request.guidance_scale, request.solver, request.routing
         if steps is None or guidance is None or solver is None or routing is None:
             raise ValueError("steps, guidance_scale, solver and routing: the model has no default for one of them; give all four")
         parsed = Routing.parse(routing, self.model.num_experts)
-        return _Ticket(request, steps, float(guidance), solver, parsed, Future(), preview, preview_every, time.monotonic())
+        return _Ticket(request, steps, float(guidance), solver, parsed, Future(), noise, preview, preview_every, time.monotonic())
 
     @property
     def metrics(self) -> dict[str, Any]:
@@ -184,8 +199,9 @@ class Engine:
         """Run ticks in this thread until nothing waits or runs; for scripts."""
         if self.running:
             raise RuntimeError("the engine's own thread runs already")
-        while self.tick():
-            pass
+        with self._driving:  # of two threads, one draws the other's pictures too
+            while self.tick():
+                pass
 
     def _run(self) -> None:
         try:
@@ -204,8 +220,12 @@ class Engine:
     # -- one tick -----------------------------------------------------------------------------------------------------------
 
     @torch.inference_mode()
-    def tick(self) -> bool:
+    def tick(self, after: Callable[[Tensor], Tensor] | None = None) -> bool:
         """Admit waiting rows, then one evaluation for each active one.
+
+        Args:
+            after: shown where the rows have come to, (N, C, H, W) in the order of their submission, and gives what they go on from; for a caller that
+                knows them all to be at the end of a step.
 
         Returns:
             whether anything is left to do.
@@ -215,7 +235,7 @@ class Engine:
         rows = list(self._active)
         if rows:
             try:
-                self._advance(rows)
+                self._advance(rows, after)
             except Exception as error:
                 # Nothing says whose fault it is. Those who wait get their turn.
                 for row in rows:
@@ -223,6 +243,11 @@ class Engine:
         with self._changed:
             self._counts["ticks"] += 1
             return bool(self._active or self._waiting)
+
+    @torch.inference_mode()
+    def finish(self) -> None:
+        """Let all active rows leave as they are, decoded: for a caller who has seen enough."""
+        self._finish(list(self._active))
 
     def _admit(self) -> None:
         while len(self._active) < self.max_rows:
@@ -245,12 +270,13 @@ class Engine:
     def _begin(self, ticket: _Ticket) -> _Row:
         request, model = ticket.request, self.model
         text, null = self._prompts(request.prompt), self._prompts(request.negative_prompt)
-        noise = initial_noise(request.seed, request.index, model.latent_shape).to(model.device)
+        noise = initial_noise(request.seed, request.index, model.latent_shape) if ticket.noise is None else ticket.noise
+        noise = noise.to(model.device, torch.float32)
         solver = SOLVERS[ticket.solver](noise, time_grid(ticket.steps))
         x, t = next(solver)
         return _Row(ticket, text, null, solver, x, t, ticket.routing.k if ticket.routing.kind == "expert" else None)
 
-    def _advance(self, rows: list[_Row]) -> None:
+    def _advance(self, rows: list[_Row], after: Callable[[Tensor], Tensor] | None) -> None:
         """One evaluation and one step of each row."""
         available = self.experts.available()
         rows = self._possible(rows, available)
@@ -284,6 +310,9 @@ class Engine:
             except StopIteration as stop:
                 row.x = stop.value
                 ended.append(row)
+        if after is not None:
+            for row, state in zip(rows, after(torch.stack([row.x for row in rows])), strict=True):
+                row.x.copy_(state)  # in place: at the end of a step, the solver goes on from this very tensor
         self._show(looks)
         self._finish(ended)
 
@@ -423,7 +452,9 @@ class Engine:
 
 
 def generate(model: ParisModel | Engine, requests: Sequence[ImageRequest], max_resident: int | None = None) -> list[ImageResult]:
-    """Draw pictures and wait for them, in the order of the requests; with a model, its own experts on this process's device, loaded on first use.
+    """Draw pictures and wait for them, in the order of the requests.
+
+    With a model, its experts are loaded on first use and stay with it for the next call; load the model anew when its files have changed.
 
     Args:
         model: the model, or an engine over it.
@@ -434,11 +465,25 @@ def generate(model: ParisModel | Engine, requests: Sequence[ImageRequest], max_r
         ValueError: a request is not valid.
         EngineFull: more requests than the given engine's queue takes.
     """
-    if isinstance(model, Engine):
-        engine = model
-    else:
-        engine = Engine(model, LocalExperts(model, lazy=True, max_resident=max_resident), max_queue=max(1, len(requests)))
-    futures = [engine.submit(request) for request in requests]
-    if not engine.running:
-        engine.run_until_idle()
-    return [future.result() for future in futures]
+    engine = model if isinstance(model, Engine) else _engine_of(model, max_resident)
+    futures: list[Future[ImageResult]] = []
+    try:
+        for request in requests:
+            futures.append(engine.submit(request))
+        if not engine.running:
+            engine.run_until_idle()
+        return [future.result() for future in futures]
+    finally:
+        for future in futures:
+            future.cancel()  # of a call that was interrupted, so that the next one does not draw them
+
+
+def _engine_of(model: ParisModel, max_resident: int | None) -> Engine:
+    """The model's own engine, made anew when what its experts were made for has changed."""
+    made_for = (max_resident, model.device, model.precision, tuple(model.present))
+    if model.own_engine is None or model.own_engine[0] != made_for:
+        model.own_engine = None  # its experts make room first
+        experts = LocalExperts(model.expert_files(), lazy=True, max_resident=max_resident)
+        # Without a circle of references, the experts leave memory as soon as the model does.
+        model.own_engine = made_for, Engine(weakref.proxy(model), experts, max_queue=ANY_NUMBER)
+    return model.own_engine[1]

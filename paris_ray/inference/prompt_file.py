@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from paris_ray.inference.request import ImageRequest, validate
 
 if TYPE_CHECKING:
-    from paris_ray.inference.weights import ParisModel
+    from paris_ray.inference.weights import Described
 
 MAX_PICTURES = 100_000
 SHOWN = 20
@@ -36,7 +36,7 @@ class Order:
     request: ImageRequest
 
 
-def read_prompts(path: str, model: ParisModel, defaults: ImageRequest, n: int = 1) -> list[Order]:
+def read_prompts(path: str, model: Described, defaults: ImageRequest, n: int = 1) -> list[Order]:
     """The pictures that a file asks for, in its order.
 
     Picture i of a line is the engine's picture ``ImageRequest(seed, index=i)``, the same that serving draws; lines that name no seed share the
@@ -44,7 +44,7 @@ def read_prompts(path: str, model: ParisModel, defaults: ImageRequest, n: int = 
 
     Args:
         path: the file, UTF-8.
-        model: what the requests are checked against.
+        model: what the requests are checked against; its facts are enough (:func:`paris_ray.inference.weights.read_facts`).
         defaults: fields of lines that do not say; its prompt is not used.
         n: pictures of each prompt.
 
@@ -90,7 +90,7 @@ def _object(text: str) -> dict[str, Any]:
     return fields
 
 
-def _requests(fields: dict[str, Any], model: ParisModel, defaults: ImageRequest, n: int) -> list[ImageRequest]:
+def _requests(fields: dict[str, Any], model: Described, defaults: ImageRequest, n: int) -> list[ImageRequest]:
     fields = {name: tuple(value) if isinstance(value, list) else value for name, value in fields.items() if value is not None}  # null: not said
     count = fields.pop("n", n)
     if isinstance(count, bool) or not isinstance(count, int) or not 1 <= count <= MAX_PICTURES:

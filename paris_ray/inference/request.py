@@ -13,7 +13,7 @@ from paris_ray.diffusion.routing import Routing
 from paris_ray.diffusion.sampler import SOLVERS, WHOLE_RANGE
 
 if TYPE_CHECKING:
-    from paris_ray.inference.weights import ParisModel
+    from paris_ray.inference.weights import Described
 
 MAX_STEPS = 1000
 MAX_GUIDANCE = 50.0
@@ -96,7 +96,7 @@ class Preview:
     t: float
 
 
-def validate(request: ImageRequest, model: ParisModel) -> ImageRequest:
+def validate(request: ImageRequest, model: Described) -> ImageRequest:
     """The request with the model's defaults filled in.
 
     Raises:

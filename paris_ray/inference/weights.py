@@ -15,7 +15,7 @@ from paris_ray.data.codec import load_codec
 from paris_ray.data.encoders import NULL_TEXT
 from paris_ray.data.text import load_text_encoder
 from paris_ray.diffusion.path import Objective
-from paris_ray.inference.hub import open_model
+from paris_ray.inference.hub import Snapshot, open_model
 from paris_ray.inference.precision import check_precision, set_precision
 from paris_ray.inference.strict import PICKLED, load_expert, load_router, read_config, refuse_pickles, stated_objective
 from paris_ray.layout import EXPERT_FILE, INFO, UPLOAD
@@ -25,6 +25,7 @@ from paris_ray.storage import Folder
 if TYPE_CHECKING:
     from paris_ray.data.codec import Codec
     from paris_ray.data.text import TextEncoder
+    from paris_ray.inference.engine import Engine
 
 FORMAT = 1
 
@@ -77,8 +78,58 @@ class ExpertFiles:
         return set_precision(module, objective, self.precision), objective
 
 
+class Described:
+    """What ``info`` says of a model."""
+
+    info: dict[str, Any]
+
+    @property
+    def num_experts(self) -> int:
+        return int(self.info["num_experts"])
+
+    @property
+    def image_size(self) -> int:
+        """Side of the pictures in pixels."""
+        return int(self.info["image_size"])
+
+    @property
+    def latent_shape(self) -> tuple[int, int, int]:
+        """(C, H, W)."""
+        latent = self.info["latent"]
+        return latent["channels"], latent["size"], latent["size"]
+
+    @property
+    def objectives(self) -> tuple[str, ...]:
+        """Of each expert, as the model declares them."""
+        return tuple(spec["objective"] for spec in self.info["experts"])
+
+    @property
+    def defaults(self) -> dict[str, Any]:
+        """``steps``, ``guidance_scale``, ``routing`` and ``solver`` of requests that do not say."""
+        return dict(self.info["sampling"])
+
+    @property
+    def router_reads_text(self) -> bool:
+        return bool(self.info["router"]["text"] == "pooled")
+
+
 @dataclass
-class ParisModel:
+class ModelFacts(Described):
+    """What a model's configs say, without any of its weights: enough to check requests.
+
+    Attributes:
+        folder: where its files are.
+        info: ``paris.json``; for a released model without one, the same facts from its configs.
+        present: which experts have files.
+    """
+
+    folder: Folder
+    info: dict[str, Any]
+    present: list[bool]
+
+
+@dataclass
+class ParisModel(Described):
     """A model ready to sample from; its experts are loaded one by one, by whoever runs them.
 
     Attributes:
@@ -110,26 +161,8 @@ class ParisModel:
     ignore_tensors: Collection[str] = ()
     ignore_settings: Collection[str] = ()
     norm_eps: float | None = None
-
-    @property
-    def num_experts(self) -> int:
-        return int(self.info["num_experts"])
-
-    @property
-    def image_size(self) -> int:
-        """Side of the pictures in pixels."""
-        return int(self.info["image_size"])
-
-    @property
-    def latent_shape(self) -> tuple[int, int, int]:
-        """(C, H, W)."""
-        latent = self.info["latent"]
-        return latent["channels"], latent["size"], latent["size"]
-
-    @property
-    def defaults(self) -> dict[str, Any]:
-        """``steps``, ``guidance_scale``, ``routing`` and ``solver`` of requests that do not say."""
-        return dict(self.info["sampling"])
+    own_engine: tuple[Any, Engine] | None = field(default=None, init=False, repr=False, compare=False)
+    """Kept by :func:`paris_ray.inference.engine.generate`."""
 
     @property
     def router_reads_text(self) -> bool:
@@ -142,14 +175,16 @@ class ParisModel:
             FileNotFoundError: it has no files (yet).
             ValueError: its files do not fit; see :func:`paris_ray.inference.strict.load_expert`.
         """
-        objectives = tuple(spec["objective"] for spec in self.info["experts"])
-        files = ExpertFiles(self.folder, self.latent_shape, self.null_text.shape[-1], objectives, self.present, self.device, self.precision,
-                            self.ignore_tensors, self.ignore_settings, self.norm_eps)  # fmt: skip
-        return files.load_expert(k)
+        return self.expert_files().load_expert(k)
+
+    def expert_files(self) -> ExpertFiles:
+        """The experts without the rest of the model."""
+        return ExpertFiles(self.folder, self.latent_shape, self.null_text.shape[-1], self.objectives, self.present, self.device, self.precision,
+                           self.ignore_tensors, self.ignore_settings, self.norm_eps)  # fmt: skip
 
 
 def load_model(
-    path: str | os.PathLike[str],
+    path: str | os.PathLike[str] | Folder,
     device: str = "cpu",
     precision: str = "fp32",
     ignore_tensors: Collection[str] = (),
@@ -162,8 +197,8 @@ def load_model(
     matching where their own configs say nothing else. Experts without files are allowed and reported in ``present``.
 
     Args:
-        path: folder or URI, or a repository of the hub (:func:`paris_ray.inference.hub.open_model`); from elsewhere, files are copied to a local
-            cache first.
+        path: folder or URI, or a repository of the hub (:func:`paris_ray.inference.hub.open_model`, whose answer is taken as well); from elsewhere,
+            files are copied to a local cache first.
         device: torch device of sampling.
         precision: of the experts, ``fp32``, ``bf16`` or ``int8``.
         ignore_tensors: names of tensors that weight files may hold besides.
@@ -180,15 +215,12 @@ def load_model(
         refuse_pickles(Folder(os.path.dirname(str(path)) or "."), EXPERT_FILE, [os.path.basename(str(path))])
     folder = open_model(path)
     names = {entry.name for entry in folder.files(recursive=True)}
-    if not names:
-        raise FileNotFoundError(f"{folder.uri} holds no model; give the folder that jobs.assemble made, or a released Paris checkpoint")
+    info = _info(folder)
     if INFO in names:
-        info = read_info(folder)
         codec, text_encoder = load_codec(folder.uri, info["codec"], device), load_text_encoder(folder.uri, info["text"], device)
     else:
-        config = _released_config(folder)
         codec, text_encoder = _released_encoders(folder, device)
-        info = _released_info(folder, config, codec, text_encoder)
+        info |= {"codec": codec.meta(), "text": text_encoder.meta()}
     null_text, null_length = _null_text(folder) if NULL_TEXT in names else _encode_nothing(text_encoder)
     router = load_router(folder / "router", info["latent"]["size"], ignore_tensors, device, ignore_settings, norm_eps).float()
 
@@ -200,7 +232,8 @@ def load_model(
         _same(where, text_embed_dim=(router.text_embed_dim, None))
     _same(f"{folder.uri}/{NULL_TEXT}", width=(null_text.shape[-1], text_encoder.width))
     present = [f"expert_{k}/config.json" in names for k in range(info["num_experts"])]
-    for k in (k for k, here in enumerate(present) if here and f"expert_{k}/{EXPERT_FILE}" not in names):
+    complete = not isinstance(folder, Snapshot)  # of a repository, the experts' weights come later
+    for k in (k for k, here in enumerate(present) if complete and here and f"expert_{k}/{EXPERT_FILE}" not in names):
         refuse_pickles(folder / f"expert_{k}", EXPERT_FILE)
         raise FileNotFoundError(f"{folder.uri}/expert_{k} has a config.json but no {EXPERT_FILE}; add it, or remove the folder")
     target = torch.device(device)
@@ -217,19 +250,24 @@ def open_experts(
     norm_eps: float | None = None,
 ) -> ExpertFiles:
     """The experts of a model, without loading router, codec or text encoder; arguments and errors as of :func:`load_model`."""
-    folder = open_model(path)
+    facts, target = read_facts(path), torch.device(device)
+    return ExpertFiles(facts.folder, facts.latent_shape, facts.info["text"]["width"], facts.objectives, facts.present, target, precision,
+                       ignore_tensors, ignore_settings, norm_eps)  # fmt: skip
+
+
+def read_facts(path: str | os.PathLike[str] | Folder) -> ModelFacts:
+    """What a model's configs say; reads no weights, and fetches none of a repository. Errors as of :func:`load_model`."""
+    folder = open_model(path, configs_only=True)
+    info = _info(folder)
+    return ModelFacts(folder, info, [folder.exists(f"expert_{k}/config.json") for k in range(info["num_experts"])])
+
+
+def _info(folder: Folder) -> dict[str, Any]:
     if folder.exists(INFO):
-        info = read_info(folder)
-        latent, text_width = info["latent"], info["text"]["width"]
-        objectives = tuple(spec["objective"] for spec in info["experts"])
-    else:
-        config = _released_config(folder)
-        latent = {"channels": config["num_channels"], "size": config["image_size"]}
-        text_width = (folder / "text_encoder").read_json("config.json")["hidden_size"]
-        objectives = tuple(spec["objective"] for spec in _released_experts(folder, config["num_experts"]))
-    present = [folder.exists(f"expert_{k}/config.json") for k in range(len(objectives))]
-    shape = (latent["channels"], latent["size"], latent["size"])
-    return ExpertFiles(folder, shape, text_width, objectives, present, torch.device(device), precision, ignore_tensors, ignore_settings, norm_eps)
+        return read_info(folder)
+    if not folder.files(recursive=True):
+        raise FileNotFoundError(f"{folder.uri} holds no model; give the folder that jobs.assemble made, or a released Paris checkpoint")
+    return _released_info(folder, _released_config(folder))
 
 
 def read_info(folder: Folder) -> dict[str, Any]:
@@ -273,25 +311,30 @@ def _released_experts(folder: Folder, count: int) -> list[dict[str, Any]]:
 
 
 def _released_encoders(folder: Folder, device: str) -> tuple[Codec, TextEncoder]:
-    if absent := [name for name in ("vae", "text_encoder") if not folder.exists(name)]:
-        raise FileNotFoundError(f"{folder.uri} has neither {INFO} nor {', '.join(absent)}: it is not a whole model; copy what is missing")
     length = (folder / "text_encoder").read_json("config.json").get("max_position_embeddings", 77)
     codec = load_codec(folder.uri, {"kind": "vae", "scaling_factor": None, "fingerprint": None}, device)
     return codec, load_text_encoder(folder.uri, {"kind": "clip", "max_length": length, "fingerprint": None}, device)
 
 
-def _released_info(folder: Folder, config: dict[str, Any], codec: Codec, text_encoder: TextEncoder) -> dict[str, Any]:
-    """What ``paris.json`` would say of a released checkpoint (arXiv 2510.03434 and its model card)."""
+def _released_info(folder: Folder, config: dict[str, Any]) -> dict[str, Any]:
+    """What ``paris.json`` would say of a released checkpoint (arXiv 2510.03434 and its model card), from its configs alone."""
+    if absent := [name for name in ("vae", "text_encoder") if not folder.exists(name)]:
+        raise FileNotFoundError(f"{folder.uri} has neither {INFO} nor {', '.join(absent)}: it is not a whole model; copy what is missing")
+    vae, text = read_config(folder / "vae"), read_config(folder / "text_encoder")
+    text = text.get("text_config", text)
+    for name, found, needed in (("vae", vae, ("latent_channels", "block_out_channels")), ("text_encoder", text, ("hidden_size",))):
+        if missing := [key for key in needed if key not in found]:
+            raise ValueError(f"{folder.uri}/{name}/config.json: {', '.join(missing)} missing; take the folder from the released checkpoint")
     count, size = config["num_experts"], config["image_size"]
-    _same(f"{folder.uri}/vae/config.json", latent_channels=(codec.channels, config["num_channels"]))
+    _same(f"{folder.uri}/vae/config.json", latent_channels=(vae["latent_channels"], config["num_channels"]))
     return {
         "format": FORMAT,
         "name": config.get("model_name", "Paris"),
         "num_experts": count,
-        "image_size": size * codec.downsampling,
-        "latent": {"channels": codec.channels, "size": size},
-        "codec": codec.meta(),
-        "text": text_encoder.meta(),
+        "image_size": size * 2 ** (len(vae["block_out_channels"]) - 1),
+        "latent": {"channels": config["num_channels"], "size": size},
+        "codec": {"kind": "vae"},
+        "text": {"kind": "clip", "width": text["hidden_size"]},
         "router": {"text": "none"},
         "sampling": SamplingConfig().model_dump(mode="json"),
         "experts": _released_experts(folder, count),
