@@ -193,17 +193,17 @@ class Clip(FrozenText):
         self.fingerprint = weights_fingerprint(named)
 
     @cached_property
-    def _tokenizer(self) -> Any:
+    def tokenizer(self) -> Any:
         from open_clip.tokenizer import SimpleTokenizer
 
         return SimpleTokenizer(context_length=self.max_length)
 
     def tokenize(self, captions: list[str]) -> tuple[Ids, Ids]:
         """N captions → ids (N, T) int32 and the index after the first end-of-text (N,) int32."""
-        start, end = self._tokenizer.sot_token_id, self._tokenizer.eot_token_id
+        start, end = self.tokenizer.sot_token_id, self.tokenizer.eot_token_id
         ids = np.full((len(captions), self.max_length), end, np.int32)
         for row, caption in enumerate(captions):
-            tokens = [start, *self._tokenizer.encode(caption)[: self.max_length - 2]]
+            tokens = [start, *self.tokenizer.encode(caption)[: self.max_length - 2]]
             ids[row, : len(tokens)] = tokens
         return ids, (ids == end).argmax(1).astype(np.int32) + 1
 
@@ -221,9 +221,9 @@ class Clip(FrozenText):
         _write_json(os.path.join(encoder, "config.json"), self._config)
         save_file(open_to_clip(self.model.state_dict(), self.layers), os.path.join(encoder, TEXT_FILE), metadata={"format": "pt"})
         names = {"<start_of_text>": "<|startoftext|>", "<end_of_text>": "<|endoftext|>"}
-        _write_json(os.path.join(tokenizer, "vocab.json"), {names.get(token, token): i for token, i in self._tokenizer.encoder.items()})
+        _write_json(os.path.join(tokenizer, "vocab.json"), {names.get(token, token): i for token, i in self.tokenizer.encoder.items()})
         with open(os.path.join(tokenizer, "merges.txt"), "w", encoding="utf-8") as file:
-            file.write("#version: 0.2\n" + "".join(f"{a} {b}\n" for a, b in self._tokenizer.bpe_ranks))
+            file.write("#version: 0.2\n" + "".join(f"{a} {b}\n" for a, b in self.tokenizer.bpe_ranks))
         special = {"bos_token": "<|startoftext|>", "eos_token": "<|endoftext|>", "pad_token": "<|endoftext|>", "unk_token": "<|endoftext|>"}
         _write_json(os.path.join(tokenizer, "special_tokens_map.json"), special)
         settings = {

@@ -43,6 +43,10 @@ class Codec(Protocol):
         """Scaled latents (N, C, h, w) → (N, H, W, 3) uint8."""
         ...
 
+    def to(self, device: str) -> None:
+        """Move it to a device."""
+        ...
+
     def save(self, folder: str) -> None:
         """Write what :func:`load_codec` needs below a local folder."""
         ...
@@ -160,6 +164,9 @@ class PatchPcaCodec:
             out[i] = samples.reshape(h, w, d, d, 3).transpose(0, 2, 1, 3, 4).reshape(h * d, w * d, 3)
         return out
 
+    def to(self, device: str) -> None:
+        """Stay on the CPU."""
+
     def save(self, folder: str) -> None:
         """Write ``codec/codec.safetensors`` and ``codec/config.json``."""
         from safetensors.numpy import save_file
@@ -200,13 +207,18 @@ class VaeCodec:
     kind = "vae"
 
     def __init__(self, model: Any, scaling_factor: float | None = None, device: str = "cpu"):
-        self.model = model.to(device).eval().requires_grad_(False)
+        self.model = model.eval().requires_grad_(False)
         config = model.config
         self.channels, self.downsampling = int(config.latent_channels), 2 ** (len(config.block_out_channels) - 1)
         self.scaling_factor = float(config.scaling_factor if scaling_factor is None else scaling_factor)
         self.shift = float(getattr(config, "shift_factor", None) or 0.0)
-        self.device = device
         self.fingerprint = weights_fingerprint(model.state_dict())
+        self.to(device)
+
+    def to(self, device: str) -> None:
+        """Move it to a device."""
+        self.model.to(device)
+        self.device = device
 
     def encode(self, images: Images | Tensor) -> Tensor:
         """(N, H, W, 3) uint8 → scaled latents (N, C, h, w) float32."""

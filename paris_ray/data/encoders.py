@@ -101,7 +101,12 @@ class FrozenText:
     fingerprint: str
 
     def __init__(self, model: Any, device: str):
-        self.model = model.to(device).eval().requires_grad_(False)
+        self.model = model.eval().requires_grad_(False)
+        self.to(device)
+
+    def to(self, device: str) -> None:
+        """Move it to a device."""
+        self.model.to(device)
         self.device = device
 
     def _states(self, ids: Tensor, lengths: Tensor) -> Tensor:

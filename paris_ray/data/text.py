@@ -39,6 +39,10 @@ class TextEncoder(Protocol):
         """States (N, T, D) and lengths (N,) → one vector each (N, D)."""
         ...
 
+    def to(self, device: str) -> None:
+        """Move it to a device."""
+        ...
+
     def save(self, folder: str) -> None:
         """Write ``text_encoder/`` and ``tokenizer/`` in transformers' layout below a local folder."""
         ...

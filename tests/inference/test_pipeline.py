@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import warnings
 
 import numpy as np
 import pytest
 import released
 import torch
 
-from paris_ray.inference.engine import ImageRequest, generate
+from paris_ray.inference import pipeline, weights
+from paris_ray.inference.engine import ImageRequest, ImageResult, generate
 from paris_ray.inference.pipeline import ParisPipeline
 from paris_ray.inference.weights import load_model
+from paris_ray.models import Router
 
 
 @pytest.fixture(scope="module")
@@ -24,7 +27,11 @@ def checkpoint(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def pipe(checkpoint):
-    pipe = ParisPipeline.from_pretrained(checkpoint)
+    return fresh(checkpoint)
+
+
+def fresh(checkpoint, **more):
+    pipe = ParisPipeline.from_pretrained(checkpoint, **more)
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
@@ -108,9 +115,8 @@ def test_save_and_load(pipe, tmp_path):
 
 def test_offload_and_precision(checkpoint, pipe):
     ask = {"prompt": "a fox", "seed": 1, "num_inference_steps": 2, "routing": "full", "output_type": "latent"}
-    other = ParisPipeline.from_pretrained(checkpoint, max_resident=2)
-    other.set_progress_bar_config(disable=True)
-    other.enable_model_cpu_offload()
+    other = fresh(checkpoint, max_resident=2)
+    other.enable_model_cpu_offload(device="cpu")
     assert torch.equal(other(**ask).images, pipe(**ask).images)
     assert sum(other.engine.experts.resident) == 1
     assert other.to("cpu") is other
@@ -120,10 +126,244 @@ def test_offload_and_precision(checkpoint, pipe):
     assert not torch.equal(near, pipe(**ask).images)
     assert (near - pipe(**ask).images).norm() / near.norm() < 0.1
     assert ParisPipeline.from_pretrained(checkpoint, torch.bfloat16).model.precision == "bf16"
-    with pytest.raises(ValueError, match="float16"):
-        other.to(torch.float16)
-    with pytest.raises(ValueError, match="float16"):
-        ParisPipeline.from_pretrained(checkpoint, torch_dtype=torch.float16)
+    for ask_for in (lambda: other.to(torch.float16), lambda: ParisPipeline.from_pretrained("nowhere", torch_dtype=torch.float16)):
+        with pytest.raises(ValueError, match=r"dtype: torch.float16 ends at 65504.* use torch.bfloat16"):
+            ask_for()
+    assert torch.finfo(torch.float16).max == 65504
+    with pytest.raises(ValueError, match=r"torch.float64 is not one of"):
+        other.to(torch.float64)
+
+
+# -- where it computes ----------------------------------------------------------------------------------------------------
+
+
+def devices(model):
+    parts = (model.router, model.codec.model, model.text_encoder.model)
+    return {p.device.type for part in parts for p in part.parameters()} | {model.null_text.device.type}
+
+
+def test_a_move_takes_what_is_in_memory_along_and_reads_nothing(checkpoint, monkeypatch):
+    """There is no GPU here: ``meta``, a device without values, stands for one."""
+    read = []
+    load = weights.load_expert
+    monkeypatch.setattr(weights, "load_expert", lambda *a: read.append(a[0].uri[-1]) or load(*a))
+    monkeypatch.setattr(pipeline, "load_model", lambda *a: pytest.fail("read the model again"))
+    pipe = ParisPipeline(load_model(checkpoint), max_rows=3)
+    pipe.set_progress_bar_config(disable=True)
+    ask = {"prompt": "a fox", "seed": 1, "num_inference_steps": 2, "routing": "full", "output_type": "latent"}
+    before = pipe(**ask).images
+    router = pipe.model.router = Router(3, 8, 2, 4, 24, 1, 3).eval()
+    torch.nn.init.normal_(router.head[4].bias, std=3.0)
+    replaced = pipe(**ask).images
+    assert not torch.equal(replaced, before)
+    assert sorted(read) == ["0", "1", "2"]
+    # Type and device in two calls, and equal ones: nothing is read until a picture is asked for.
+    pipe.to(torch.bfloat16).to("cpu").to(torch.float32).to("cpu", torch.float32).to(torch.bfloat16)
+    pipe.to(dtype=torch.float32)
+    assert len(read) == 3
+    assert torch.equal(pipe(**ask).images, replaced)
+    assert sorted(read) == ["0", "0", "1", "1", "2", "2"]
+    loaded = pipe.engine.experts
+    assert pipe.to("cpu").engine.experts is loaded
+
+    assert devices(pipe.model) == {"cpu"}
+    assert pipe.to("meta").device == torch.device("meta")
+    assert pipe.model.router is router
+    assert devices(pipe.model) == {"meta"}
+    assert pipe.engine.max_rows == 3
+    assert len(read) == 6
+
+
+def test_equal_devices_are_the_same(monkeypatch):
+    assert pipeline._normal(0) == pipeline._normal("cuda") == pipeline._normal(torch.device("cuda:0")) != pipeline._normal(1)
+    assert pipeline._normal("cpu:0") == pipeline._normal("cpu") == torch.device("cpu")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 2)
+    assert pipeline._normal("cuda") == pipeline._normal(2) != pipeline._normal("cuda:0")
+
+
+@pytest.mark.parametrize(
+    ("gpus", "arguments", "target"),
+    [
+        (True, {}, "cuda"),
+        (True, {"gpu_id": 1}, "cuda:1"),
+        (True, {"device": "cuda:1"}, "cuda:1"),
+        (True, {"gpu_id": 1, "device": "cuda"}, "cuda:1"),
+        (True, {"device": "cpu"}, "cpu"),
+        (False, {"device": "meta"}, "meta"),
+        (False, {}, None),
+        (False, {"gpu_id": 1}, None),
+    ],
+)
+def test_offload_computes_on_the_gpu(checkpoint, monkeypatch, gpus, arguments, target):
+    """diffusers' users call it instead of ``.to("cuda")``."""
+    pipe = fresh(checkpoint)
+    moved = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpus)
+    monkeypatch.setattr(ParisPipeline, "to", lambda self, device: moved.append(str(device)))
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        pipe.enable_model_cpu_offload(**arguments)
+    assert moved == [target or "cpu"]
+    assert ["no GPU here; sampling stays on the CPU" in str(w.message) for w in said] == ([] if target else [True])
+    assert pipe.max_resident == 1
+    with pytest.raises(ValueError, match="gpu_id: 1 beside device 'cuda:0'"):
+        pipe.enable_model_cpu_offload(1, "cuda:0")
+
+
+def test_a_second_gpu_stays_the_one(checkpoint, monkeypatch):
+    pipe = fresh(checkpoint).to("meta")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    pipe.enable_model_cpu_offload()
+    assert pipe.device.type == "meta"
+
+
+def test_tensors_are_answered_on_the_device(checkpoint):
+    result = ImageResult(np.zeros((4, 4, 3), np.uint8), 0, 0, [], [], 0.0, np.zeros((4, 2, 2), np.float32))
+    for kind in ("pt", "latent"):
+        assert pipeline._as(kind, [result], torch.device("meta")).device.type == "meta"
+
+
+def test_threads(checkpoint):
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(2)
+        fresh(checkpoint)
+        assert torch.get_num_threads() == 2
+        fresh(checkpoint, threads=1)
+        assert torch.get_num_threads() == 1
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_parts_under_diffusers_names(pipe, checkpoint):
+    from diffusers import AutoencoderKL
+
+    assert isinstance(pipe.vae, AutoencoderKL)
+    tokens = pipe.tokenizer.encode("a red fox")
+    assert len(tokens) == 3
+    assert pipe.text_encoder(torch.tensor([[49406, *tokens, *[49407] * 8]]))[1].shape == (1, 12, 32)
+    with pytest.raises(AttributeError):
+        pipe.vae = None
+    assert ParisPipeline(**pipe.components).max_rows == 64
+
+
+def test_the_hub_is_asked_with_the_options_given(checkpoint, monkeypatch):
+    import huggingface_hub
+
+    asked = {}
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda name, **options: asked.update(options, name=name) or str(checkpoint))
+    ParisPipeline.from_pretrained("some/paris", revision="v2", token="secret", cache_dir="/there", local_files_only=True)
+    assert (asked["name"], asked["revision"], asked["token"], asked["cache_dir"], asked["local_files_only"]) == (
+        "some/paris", "v2", "secret", "/there", True
+    )  # fmt: skip
+    with pytest.raises(ValueError, match="revision: 'v2' beside 'some/paris@v1'"):
+        ParisPipeline.from_pretrained("some/paris@v1", revision="v2")
+
+
+# -- the call, step by step -----------------------------------------------------------------------------------------------
+
+ASK = {"prompt": ["a fox", "two stars"], "seed": 1, "guidance_scale": 3.0, "routing": "full", "output_type": "latent"}
+
+
+@pytest.mark.parametrize("solver", ["euler", "heun", "midpoint", "dpmpp_2m"])
+def test_the_callback_sees_every_step_and_its_latents_are_gone_on_from(pipe, solver):
+    steps = 4
+    ask = {**ASK, "solver": solver, "num_inference_steps": steps}
+    plain = pipe(**ask).images
+    seen = []
+
+    def watch(it, step, t, kwargs):
+        assert it is pipe
+        seen.append((step, t, kwargs["latents"]))  # kept beyond the call, and returned as in diffusers' examples
+        return kwargs
+
+    assert torch.equal(pipe(**ask, callback_on_step_end=watch).images, plain)
+    assert [step for step, _, _ in seen] == [0, 1, 2, 3]
+    assert [t for _, t, _ in seen] == pytest.approx([1 - 0.999 * i / 3 for i in range(steps)])
+    assert all(latents.shape == (2, 4, 8, 8) and latents.device == pipe.device for _, _, latents in seen)
+    assert torch.equal(seen[-1][2], plain)
+    assert not seen[0][2].is_inference()
+
+    # What a callback that returns nothing, or is given nothing, does is nothing.
+    assert torch.equal(pipe(**ask, callback_on_step_end=lambda *a: None).images, plain)
+    given = []
+    pipe(**ask, callback_on_step_end=lambda *a: given.append(a[3]), callback_on_step_end_tensor_inputs=[])
+    assert given == [{}] * steps
+
+    # Put back to what they were after step 1, the pictures of other prompts become those of these.
+    if solver != "dpmpp_2m":  # it remembers the step before
+
+        def replace(it, step, t, kwargs):
+            return {"latents": seen[1][2]} if step == 1 else {}
+
+        once_more = pipe(**{**ask, "seed": 99}, callback_on_step_end=replace).images
+        assert torch.equal(once_more, plain)
+    # The last step's are the picture.
+    zero = pipe(**ask, callback_on_step_end=lambda it, step, t, kwargs: {"latents": torch.zeros(2, 4, 8, 8)} if step == steps - 1 else {})
+    assert not zero.images.any()
+
+
+@pytest.mark.parametrize("solver", ["euler", "heun"])
+def test_an_interrupt_ends_the_call_after_the_step(pipe, checkpoint, solver):
+    kept = []
+
+    def stop(it, step, t, kwargs):
+        kept.append(kwargs["latents"].clone())
+        if step == 1:
+            it._interrupt = True
+
+    output = pipe(**ASK, solver=solver, num_inference_steps=5, callback_on_step_end=stop)
+    assert len(kept) == 2
+    assert torch.equal(output.images, kept[1])
+    assert [len(routing) for routing in output.routing] == [2 if solver == "euler" else 4] * 2
+    assert pipe.interrupt
+    # The next call is whole again, and has nothing of this one in it.
+    assert len(pipe(**ASK, num_inference_steps=2).routing[0]) == 2
+    assert not pipe.interrupt
+    metrics = pipe.engine.metrics
+    assert (metrics["active"], metrics["queued"]) == (0, 0)
+
+
+def test_more_pictures_than_rows_go_in_turns(checkpoint, pipe):
+    small = fresh(checkpoint, max_rows=2)
+    ask = {"prompt": "a fox", "num_images_per_prompt": 5, "seed": 1, "num_inference_steps": 2, "output_type": "latent"}
+    seen = []
+    images = small(**ask, callback_on_step_end=lambda it, step, t, kwargs: seen.append((step, len(kwargs["latents"])))).images
+    assert seen == [(0, 2), (1, 2), (0, 2), (1, 2), (0, 1), (1, 1)]
+    assert torch.equal(images, pipe(**ask).images)
+
+    def stop(it, step, t, kwargs):
+        it.interrupt = len(seen) == 8
+        seen.append(step)
+
+    # In the second turn: the first is whole, the last was not begun.
+    output = small(**ask, callback_on_step_end=stop)
+    assert torch.equal(output.images[:2], images[:2])
+    assert [len(routing) for routing in output.routing] == [2, 2, 1, 1]
+
+
+def test_a_callback_that_fails_ends_the_call(pipe):
+    def fail(it, step, t, kwargs):
+        raise KeyError("mine")
+
+    with pytest.raises(KeyError, match="mine"):
+        pipe(**ASK, num_inference_steps=3, callback_on_step_end=fail)
+    with pytest.raises(ValueError, match=r"callback_on_step_end_tensor_inputs: prompt_embeds cannot be had; there is 'latents'"):
+        pipe(**ASK, callback_on_step_end_tensor_inputs=["latents", "prompt_embeds"])
+
+
+def test_latents_are_what_the_picture_starts_from(pipe):
+    from paris_ray.diffusion.sampler import initial_noise
+
+    ask = {**ASK, "num_inference_steps": 2, "num_images_per_prompt": 2}
+    noise = torch.stack([initial_noise(7, i, (4, 8, 8)) for i in range(4)])
+    given = pipe(**ask, latents=noise.double()).images
+    assert torch.equal(given, pipe(**{**ask, "seed": 7}).images)
+    assert not torch.equal(given, pipe(**ask).images)
+    for wrong in (noise[:3], noise[0], noise[:, :, :4], "noise"):
+        with pytest.raises(ValueError, match=r"latents: .* must be a tensor \(N, C, h, w\) = \(4, 4, 8, 8\), a start for each picture"):
+            pipe(**ask, latents=wrong)
 
 
 def test_loading_options_are_passed_on_and_survive_a_move(checkpoint):
