@@ -11,16 +11,20 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING
 
 from paris_ray.inference.engine import Engine
 from paris_ray.inference.experts import LocalExperts
+from paris_ray.inference.hub import Snapshot
 from paris_ray.inference.prompt_file import Order
 from paris_ray.inference.request import ImageRequest, ImageResult
-from paris_ray.inference.weights import ParisModel, load_model
+from paris_ray.inference.weights import ModelFacts, ParisModel, load_model
 from paris_ray.manifest import fingerprint
 from paris_ray.progress import Progress
 from paris_ray.storage import Folder
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
 
 Drawn = tuple[int, "ImageResult | Exception"]
 """The number of a request and what became of it."""
@@ -76,13 +80,15 @@ class Summary:
     sheets: list[str] = field(default_factory=list)
 
 
-def identity(model: ParisModel) -> str:
-    """What tells a model from another: its fingerprint and precision; without one, a sketch of its weight files."""
+def identity(model: ParisModel | ModelFacts, precision: str) -> str:
+    """What tells a model from another: its fingerprint and precision; without one, its repository's commit or a sketch of its weight files."""
     found = model.info.get("model_fingerprint")
+    if not found and isinstance(model.folder, Snapshot):
+        found = model.folder.commit
     if not found:
         names = [entry.name for entry in model.folder.files(recursive=True) if entry.name.endswith((".safetensors", "config.json"))]
         found = fingerprint({name: model.folder.sketch(name) for name in names})
-    return f"{found}:{model.precision}"
+    return f"{found}:{precision}"
 
 
 def name_of(request: ImageRequest, model: str) -> str:
@@ -111,7 +117,7 @@ def generate_files(
     folder, summary = Folder(out), Summary()
     folder.sweep()  # what a killed attempt left unfinished
     wanted = {name: order.request for name, order in zip(names, orders, strict=True)}
-    there = {name for name in wanted if folder.exists(name) and _routing_of(folder, name) is not None}
+    there = {name for name in wanted if folder.exists(name) and _is_whole(folder, name)}
     summary.kept = len(there)
     progress = Progress(folder / "events", "generate", len(wanted), "pictures")
     progress.update(summary.kept, message=f"{summary.kept} are there already" if there else "", force=bool(there))
@@ -126,10 +132,12 @@ def generate_files(
                 summary.drawn += 1
             progress.update(summary.kept + summary.drawn, message=f"{len(summary.failed)} failed" if summary.failed else "")
         rows = [(order, name) for order, name in zip(orders, names, strict=True) if name not in summary.failed]
-        folder.write_bytes(ROUTING, "".join(_routing_line(folder, order, name) for order, name in rows).encode())
+        lines: list[str] = []
         for i in range(0, len(rows), PER_SHEET):
+            part = rows[i : i + PER_SHEET]
             summary.sheets.append(f"contact-sheet-{i // PER_SHEET:03d}.png")
-            folder.write_bytes(summary.sheets[-1], contact_sheet(folder, rows[i : i + PER_SHEET]))
+            folder.write_bytes(summary.sheets[-1], contact_sheet([order for order, _ in part], _pictures(folder, part, lines)))
+        folder.write_bytes(ROUTING, "".join(lines).encode())
     except BaseException as error:
         progress.fail(f"{type(error).__name__}; the same command goes on from here")
         raise
@@ -137,42 +145,50 @@ def generate_files(
     return summary
 
 
-def _routing_of(folder: Folder, name: str) -> dict[str, Any] | None:
-    """The text chunk of a picture, ``None`` if it is no whole picture of ours."""
+def _is_whole(folder: Folder, name: str) -> bool:
+    """Whether a file is a picture of ours with all its bytes; its checksums say so, and nothing is decoded."""
+    try:
+        with _open(folder, name) as image:
+            said = json.loads(image.info["routing"])
+            image.verify()
+    except (OSError, SyntaxError, LookupError, ValueError):
+        return False
+    return isinstance(said, dict) and "steps" in said
+
+
+def _open(folder: Folder, name: str) -> Image:
     from PIL import Image
 
-    try:
-        with Image.open(io.BytesIO(folder.read_bytes(name)), formats=["PNG"]) as image:
-            image.load()
-            found = json.loads(image.info["routing"])
-    except (OSError, SyntaxError, KeyError, ValueError):
-        return None
-    return found if isinstance(found, dict) and "steps" in found else None
+    return Image.open(io.BytesIO(folder.read_bytes(name)), formats=["PNG"])
 
 
-def _routing_line(folder: Folder, order: Order, name: str) -> str:
-    said = _routing_of(folder, name) or {}
-    request = {key: value for key, value in dataclasses.asdict(order.request).items() if key != "client"}
-    line = {"file": name, "line": order.line, **request, "degraded": said.get("degraded", []), "weights": said.get("steps", [])}
-    return json.dumps(line, ensure_ascii=False) + "\n"
+def _pictures(folder: Folder, rows: Sequence[tuple[Order, str]], lines: list[str]) -> Iterator[Image]:
+    """The pictures, one after the other, and their lines of :data:`ROUTING`: each file is opened once for both."""
+    for order, name in rows:
+        with _open(folder, name) as picture:
+            said = json.loads(picture.info["routing"])
+            request = {key: value for key, value in dataclasses.asdict(order.request).items() if key != "client"}
+            line = {"file": name, "line": order.line, **request, "degraded": said.get("degraded", []), "weights": said.get("steps", [])}
+            lines.append(json.dumps(line, ensure_ascii=False) + "\n")
+            yield picture
 
 
-def contact_sheet(folder: Folder, rows: Sequence[tuple[Order, str]]) -> bytes:
+def contact_sheet(orders: Sequence[Order], pictures: Iterable[Image]) -> bytes:
     """A PNG with all pictures in the order of the file, each over the start of its prompt; a row a prompt where all have as many pictures."""
     from PIL import Image, ImageDraw, ImageFont
 
-    counts = {sum(other.line == order.line for other, _ in rows) for order, _ in rows}
-    columns = counts.pop() if len(counts) == 1 and 1 not in counts and max(counts) <= 12 else min(COLUMNS, len(rows))
-    with Image.open(io.BytesIO(folder.read_bytes(rows[0][1])), formats=["PNG"]) as first:
-        side = first.width * max(1, TILE // first.width) if first.width <= TILE else TILE
-    cell, font = side + 8, ImageFont.load_default(11)
-    page = Image.new("RGB", (columns * cell, math.ceil(len(rows) / columns) * (cell + 14)), (246, 247, 249))
-    pen = ImageDraw.Draw(page)
-    for i, (order, name) in enumerate(rows):
+    counts = {sum(other.line == order.line for other in orders) for order in orders}
+    columns = counts.pop() if len(counts) == 1 and 1 not in counts and max(counts) <= 12 else min(COLUMNS, len(orders))
+    font = ImageFont.load_default(11)
+    for i, (order, picture) in enumerate(zip(orders, pictures, strict=True)):
+        if i == 0:
+            side = picture.width * max(1, TILE // picture.width) if picture.width <= TILE else TILE
+            cell = side + 8
+            page = Image.new("RGB", (columns * cell, math.ceil(len(orders) / columns) * (cell + 14)), (246, 247, 249))
+            pen = ImageDraw.Draw(page)
         x, y = i % columns * cell, i // columns * (cell + 14)
-        with Image.open(io.BytesIO(folder.read_bytes(name)), formats=["PNG"]) as picture:
-            method = Image.Resampling.NEAREST if picture.width <= side else Image.Resampling.LANCZOS
-            page.paste(picture.convert("RGB").resize((side, side), method), (x + 4, y + 4))
+        method = Image.Resampling.NEAREST if picture.width <= side else Image.Resampling.LANCZOS
+        page.paste(picture.convert("RGB").resize((side, side), method), (x + 4, y + 4))
         label = order.request.prompt
         while label and pen.textlength(label, font) > side:
             label = label[: min(len(label) - 1, 80)]

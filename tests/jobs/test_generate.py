@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
+import shutil
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
+from PIL.PngImagePlugin import PngImageFile
 
 from jobs import generate as job
+from paris_ray.config import PatchPcaCodec as PatchPcaConfig
+from paris_ray.data.codec import PatchPcaCodec, PatchSums
 from paris_ray.inference import batch, prompt_file
-from paris_ray.inference.engine import ImageRequest, generate
+from paris_ray.inference.engine import Engine, ImageRequest, generate
 from paris_ray.inference.prompt_file import PromptFileError, read_prompts
-from paris_ray.inference.weights import load_model
+from paris_ray.inference.save import save_model
+from paris_ray.inference.weights import load_model, read_facts
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "inference"))
 import released
@@ -107,14 +113,13 @@ def test_the_same_command_again_draws_only_what_is_missing(run, prompts, tmp_pat
 
 
 def test_another_model_is_another_picture(run, prompts, checkpoint, model, tmp_path):
-    import shutil
-
     shutil.copytree(checkpoint, tmp_path / "other")
     file = tmp_path / "other" / "expert_1" / released.EXPERT_FILE
     data = bytearray(file.read_bytes())
     data[-1] ^= 1
     file.write_bytes(bytes(data))
-    assert batch.identity(load_model(tmp_path / "other")) != batch.identity(model) == batch.identity(load_model(checkpoint))
+    other = batch.identity(read_facts(tmp_path / "other"), "fp32")
+    assert other != batch.identity(model, "fp32") == batch.identity(read_facts(checkpoint), "fp32") != batch.identity(model, "int8")
 
 
 def test_json_lines_say_more(run, tmp_path, model):
@@ -155,12 +160,83 @@ def test_bad_lines_are_named_before_anything_is_drawn(run, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [(["--steps", "0"], "steps: 0"), (["--max-resident", "0"], "max_resident: 0"), (["--prompts", "nowhere.txt"], "nowhere.txt"),
-     (["--model", "nowhere"], "holds no model"), (["--n", "0"], "n: 0")],
+     (["--model", "nowhere"], "holds no model"), (["--n", "0"], "n: 0"), (["--max-rows", "0"], "max_rows: 0"),
+     (["--guidance-interval", "0.8,0.2"], "guidance_interval: (0.8, 0.2)"),
+     (["--device", "cuda:1"], "device: 'cuda:1' names a GPU by its number, but Ray gives each actor one of its own; with --actors give cuda")],
 )  # fmt: skip
 def test_bad_arguments_are_one_message(run, prompts, capsys, tmp_path, arguments, message):
-    assert run(prompts, *arguments) == 2
-    assert message in capsys.readouterr().err
+    """Here or with actors, and then before there are any."""
+    for more in ([] if "--device" in arguments else [[]]) + [["--actors", "2"]]:
+        assert run(prompts, *arguments, *more) == 2
+        assert message in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+def test_an_interval_is_two_times(run, prompts, capsys):
+    for text in ("0.2", "0.2,b", "0.2,0.3,0.4"):
+        with pytest.raises(SystemExit):
+            run(prompts, "--guidance-interval", text)
+        assert f"{text!r} must be two times, LOW,HIGH" in capsys.readouterr().err
+
+
+def test_guidance_in_an_interval(run, prompts, model, tmp_path):
+    assert run(prompts, "--steps", "4", "--guidance-interval", "0.2,0.8") == 0
+    said = lines(tmp_path / "out")[0]
+    assert said["guidance_interval"] == [0.2, 0.8]
+    (expected,) = generate(model, [ImageRequest("a red fox", steps=4, guidance_interval=(0.2, 0.8))])
+    assert np.array_equal(np.asarray(Image.open(tmp_path / "out" / said["file"])), expected.image)
+    (without,) = generate(model, [ImageRequest("a red fox", steps=4)])
+    assert not np.array_equal(without.image, expected.image)
+
+
+def test_max_rows_reaches_the_engine(run, prompts, monkeypatch, tmp_path):
+    active = []
+    tick = Engine.tick
+    monkeypatch.setattr(Engine, "tick", lambda self, *a: (tick(self, *a), active.append(self.metrics["active"]))[0])
+    assert run(prompts, "--n", "3", "--max-rows", "2") == 0
+    assert max(active) == 2
+    assert len(pictures(tmp_path / "out")) == 9
+
+
+def test_the_help_names_every_field_of_a_line():
+    fields = {f.name for f in dataclasses.fields(ImageRequest)} - {"index", "client"}
+    assert fields == {name for name in fields if name in job.__doc__} == set(prompt_file.FIELDS)
+
+
+def test_a_picture_is_decoded_once(run, prompts, monkeypatch):
+    decoded = []
+    end = PngImageFile.load_end
+    monkeypatch.setattr(PngImageFile, "load_end", lambda self: decoded.append(1) or end(self))
+    assert run(prompts) == 0
+    assert len(decoded) == 3
+    assert run(prompts) == 0  # all kept
+    assert len(decoded) == 6
+
+
+def test_a_flipped_bit_in_a_kept_picture_is_noticed(run, prompts, tmp_path, capsys):
+    assert run(prompts) == 0
+    path = next(iter(pictures(tmp_path / "out").values()))
+    whole = path.read_bytes()
+    for place in (whole.index(b"IDAT") + 6, whole.index(b'"steps"') + 30):
+        path.write_bytes(whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :])
+        assert run(prompts) == 0
+        assert "1 pictures drawn, 2 kept" in capsys.readouterr().out
+        assert path.read_bytes() == whole
+
+
+def test_an_expert_without_files_is_missing(checkpoint, tmp_path):
+    shutil.copytree(checkpoint, tmp_path / "part")
+    shutil.rmtree(tmp_path / "part" / "expert_1")
+    assert [expert.state for expert in job._card(read_facts(tmp_path / "part")).experts] == ["ready", "missing", "ready"]
+
+
+def test_facts_are_those_of_the_loaded_model(checkpoint, model, tmp_path):
+    save_model(model, tmp_path / "ours")
+    for path in (checkpoint, tmp_path / "ours"):
+        facts, whole = read_facts(path), load_model(path)
+        for name in ("num_experts", "image_size", "latent_shape", "objectives", "defaults", "router_reads_text", "present"):
+            assert getattr(facts, name) == getattr(whole, name), name
+        assert facts.info["text"]["width"] == whole.text_encoder.width
 
 
 def test_an_empty_file_and_one_that_asks_for_too_much(model, tmp_path, monkeypatch):
@@ -201,12 +277,26 @@ def test_a_batch_larger_than_the_queue_comes_out_in_full(checkpoint, model):
     assert [drawn[i].image.tobytes() for i in range(11)] == [result.image.tobytes() for result in expected]
 
 
+@pytest.fixture(scope="module")
+def light(model, tmp_path_factory):
+    """The same experts with a codec that no process has to import diffusers for."""
+    images = np.random.default_rng(0).integers(0, 256, (8, 16, 16, 3), np.uint8)
+    sums = PatchSums.zero(2)
+    sums.add(images, 2)
+    codec = PatchPcaCodec.fit(PatchPcaConfig(downsampling=2, channels=4), sums)
+    path = tmp_path_factory.mktemp("light") / "model"
+    save_model(dataclasses.replace(model, codec=codec, info={**model.info, "codec": codec.meta()}), path)
+    return path
+
+
 @pytest.mark.usefixtures("ray_local")
-def test_actors_give_the_same_bytes(run, prompts, tmp_path):
-    assert run(prompts, "--n", "3") == 0
-    assert run(prompts, "--n", "3", "--actors", "2", out="spread") == 0
+def test_actors_give_the_same_bytes(run, prompts, tmp_path, light, monkeypatch):
+    assert run(prompts, "--n", "2", "--model", str(light)) == 0
+    # This process needs nothing of the model's weights.
+    monkeypatch.setattr(batch, "load_model", lambda *a: pytest.fail("loaded a model"))
+    assert run(prompts, "--n", "2", "--model", str(light), "--actors", "2", out="spread") == 0
     one, two = (
         {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted((tmp_path / name).glob("*.*"))} for name in ("out", "spread")
     )
     assert one == two
-    assert len(one) == 9 + 2
+    assert len(one) == 6 + 2
