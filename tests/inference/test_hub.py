@@ -175,6 +175,14 @@ def test_a_snapshot_goes_to_another_process_by_its_address(tmp_path: Path, monke
     assert address(pickle.loads(pickle.dumps(folder))) == address(folder)
     assert [(one[0], one[1]["revision"]) for one in asked] == [("some/paris", None), ("some/paris", COMMIT)]
     assert open_model(folder) is folder
+    # What is in the cache is read from there, however often an expert comes and goes.
+    (tmp_path / COMMIT / "expert_3").mkdir()
+    (tmp_path / COMMIT / "expert_3/diffusion_pytorch_model.safetensors").write_bytes(b"weights")
+    asked.clear()
+    assert (folder / "expert_3").exists("diffusion_pytorch_model.safetensors")
+    assert not asked
+    assert (folder / "expert_4").uri == str(tmp_path / COMMIT / "expert_4")
+    assert len(asked) == 1
     assert address(open_model(tmp_path)) == str(tmp_path)
 
 

@@ -325,6 +325,20 @@ def test_an_interrupt_ends_the_call_after_the_step(pipe, checkpoint, solver):
     assert (metrics["active"], metrics["queued"]) == (0, 0)
 
 
+def test_an_interrupt_from_elsewhere_waits_for_the_end_of_the_step(checkpoint, pipe, monkeypatch):
+    """Heun's half-way state is no picture's."""
+    tick = pipeline.Engine.tick
+
+    def ticked(self, after):
+        other.interrupt = True
+        return tick(self, after)
+
+    other = fresh(checkpoint)
+    monkeypatch.setattr(pipeline.Engine, "tick", ticked)
+    output = other(**ASK, solver="heun", num_inference_steps=5)
+    assert [len(routing) for routing in output.routing] == [2, 2]
+
+
 def test_more_pictures_than_rows_go_in_turns(checkpoint, pipe):
     small = fresh(checkpoint, max_rows=2)
     ask = {"prompt": "a fox", "num_images_per_prompt": 5, "seed": 1, "num_inference_steps": 2, "output_type": "latent"}
@@ -343,12 +357,16 @@ def test_more_pictures_than_rows_go_in_turns(checkpoint, pipe):
     assert [len(routing) for routing in output.routing] == [2, 2, 1, 1]
 
 
-def test_a_callback_that_fails_ends_the_call(pipe):
+def test_a_callback_that_fails_ends_the_call(checkpoint, pipe):
+    calls = []
+
     def fail(it, step, t, kwargs):
+        calls.append(step)
         raise KeyError("mine")
 
     with pytest.raises(KeyError, match="mine"):
-        pipe(**ASK, num_inference_steps=3, callback_on_step_end=fail)
+        fresh(checkpoint, max_rows=1)(**ASK, num_inference_steps=3, callback_on_step_end=fail)
+    assert calls == [0]
     with pytest.raises(ValueError, match=r"callback_on_step_end_tensor_inputs: prompt_embeds cannot be had; there is 'latents'"):
         pipe(**ASK, callback_on_step_end_tensor_inputs=["latents", "prompt_embeds"])
 

@@ -237,6 +237,7 @@ def test_facts_are_those_of_the_loaded_model(checkpoint, model, tmp_path):
         for name in ("num_experts", "image_size", "latent_shape", "objectives", "defaults", "router_reads_text", "present"):
             assert getattr(facts, name) == getattr(whole, name), name
         assert facts.info["text"]["width"] == whole.text_encoder.width
+        assert facts.image_size == facts.latent_shape[1] * whole.codec.downsampling
 
 
 def test_an_empty_file_and_one_that_asks_for_too_much(model, tmp_path, monkeypatch):
