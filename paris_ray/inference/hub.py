@@ -14,29 +14,41 @@ FILES = ("*.safetensors", *CONFIGS)
 
 
 class Snapshot(Folder):
-    """A repository at one commit, in the hub's cache. The weights of ``expert_k`` are fetched when that folder is first opened with ``/``.
+    """A repository at one commit, or a folder in it, in the hub's cache. The weights of an expert are fetched when they are first read.
 
     The configs of all experts are there from the start, so which ones the repository has is known before, and without a network.
 
     Args:
-        path: of the snapshot in the cache; its last part is the commit.
+        root: of the snapshot in the cache; its last part is the commit.
         repository: ``owner/name``.
         options: of the hub: ``token``, ``cache_dir``, ``local_files_only``.
+        inside: name of the folder, below ``root``.
     """
 
-    def __init__(self, path: str, repository: str, options: dict[str, Any]):
-        super().__init__(path)
-        self.repository, self.options = repository, options
-        self.commit = os.path.basename(self.path)
+    def __init__(self, root: str, repository: str, options: dict[str, Any], inside: str = ""):
+        super().__init__(os.path.join(root, inside))
+        self.root, self.repository, self.options, self.inside = root, repository, options, inside
+        self.commit = os.path.basename(os.path.normpath(root))
 
-    def __truediv__(self, name: str) -> Folder:
-        part = Folder(self.path) / name
-        if re.fullmatch(r"expert_\d+", name) and not any(entry.name.endswith(".safetensors") for entry in part.files()):
-            _download(self.repository, self.commit, self.options, [f"{name}/{pattern}" for pattern in FILES])
-        return part
+    def __truediv__(self, name: str) -> Snapshot:
+        super()._at(name)  # may not leave the folder
+        return Snapshot(self.root, self.repository, self.options, os.path.join(self.inside, name))
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return open_model, (address(self),)
+        return _again, (address(self), self.inside)
+
+    def _at(self, name: str) -> str:
+        # Whoever reads a file, or asks for it, comes by here.
+        path = super()._at(name)
+        expert = re.fullmatch(r"(expert_\d+)/.*\.safetensors", os.path.join(self.inside, name))
+        if expert and not os.path.exists(path):
+            _download(self.repository, self.commit, self.options, [f"{expert[1]}/{pattern}" for pattern in FILES])
+        return path
+
+
+def _again(repository: str, inside: str) -> Folder:
+    folder = open_model(repository)
+    return folder / inside if inside else folder
 
 
 def open_model(

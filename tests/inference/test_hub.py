@@ -131,17 +131,17 @@ def test_a_repository_is_fetched_once_and_only_what_a_model_is_made_of(hub: dict
     assert opened("some/paris", {**hub, "HF_HUB_OFFLINE": "1"}, tmp_path) == str(folder)
 
 
-def test_the_weights_of_an_expert_are_fetched_when_it_is_opened(hub: dict[str, str], tmp_path: Path) -> None:
+def test_the_weights_of_an_expert_are_fetched_when_they_are_read(hub: dict[str, str], tmp_path: Path) -> None:
     configs = {name for name in FILES if name.endswith((".json", ".txt", ".md"))}
     assert answered("address(open_model('some/paris', configs_only=True))", hub, tmp_path) == f"some/paris@{COMMIT}"
     assert Hub.fetched() == configs
     read = f"(open_model('some/paris@{COMMIT}') / 'expert_1').read_bytes('diffusion_pytorch_model.safetensors')"
     assert answered(read, hub, tmp_path) == "b'weights of expert 1'"
-    # The router's are everybody's; of the experts only the one that was opened, and of it no pickle.
+    # The router's are everybody's; of the experts only the one that was read, and of it no pickle.
     assert Hub.fetched() == {"router/pytorch_model.safetensors", "expert_1/diffusion_pytorch_model.safetensors"}
     # Again, it is there, and nobody is asked.
     assert answered(read, {**hub, "HF_HUB_OFFLINE": "1"}, tmp_path) == "b'weights of expert 1'"
-    absent = answered("open_model('some/paris') / 'expert_0'", {**hub, "HF_HUB_OFFLINE": "1"}, tmp_path)
+    absent = answered(read.replace("expert_1", "expert_0"), {**hub, "HF_HUB_OFFLINE": "1"}, tmp_path)
     assert absent.startswith(f"model: some/paris@{COMMIT} is no folder here, and as a repository of the Hugging Face hub: the hub could not be asked")
 
 
@@ -173,16 +173,24 @@ def test_a_snapshot_goes_to_another_process_by_its_address(tmp_path: Path, monke
     assert address(folder) == f"some/paris@{COMMIT}"
     assert b"secret" not in pickle.dumps(folder)
     assert address(pickle.loads(pickle.dumps(folder))) == address(folder)
-    assert [(one[0], one[1]["revision"]) for one in asked] == [("some/paris", None), ("some/paris", COMMIT)]
+    assert pickle.loads(pickle.dumps(folder / "expert_1")).uri == str(tmp_path / COMMIT / "expert_1")
+    assert [(one[0], one[1]["revision"]) for one in asked] == [("some/paris", None), ("some/paris", COMMIT), ("some/paris", COMMIT)]
     assert open_model(folder) is folder
     # What is in the cache is read from there, however often an expert comes and goes.
     (tmp_path / COMMIT / "expert_3").mkdir()
     (tmp_path / COMMIT / "expert_3/diffusion_pytorch_model.safetensors").write_bytes(b"weights")
     asked.clear()
-    assert (folder / "expert_3").exists("diffusion_pytorch_model.safetensors")
+    for part, name in ((folder / "expert_3", ""), (folder, "expert_3/")):
+        assert part.read_bytes(f"{name}diffusion_pytorch_model.safetensors") == b"weights"
+        assert part.exists(f"{name}config.json") is False
     assert not asked
-    assert (folder / "expert_4").uri == str(tmp_path / COMMIT / "expert_4")
-    assert len(asked) == 1
+    # Of what is not, the first to read it does, from the same commit, and from no other expert.
+    for part, name in ((folder / "expert_4", ""), (folder, "expert_4/")):
+        assert not part.exists(f"{name}diffusion_pytorch_model.safetensors")
+    assert [one[1]["revision"] for one in asked] == [COMMIT] * 2
+    assert {pattern.split("/")[0] for one in asked for pattern in one[1]["allow_patterns"]} == {"expert_4"}
+    with pytest.raises(ValueError, match="leaves the folder"):
+        folder / "../other"
     assert address(open_model(tmp_path)) == str(tmp_path)
 
 
