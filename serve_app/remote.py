@@ -18,8 +18,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from paris_ray.diffusion.ensemble import Conditioning, ExpertCall
-from paris_ray.inference.experts import ExpertError, LocalExperts, row_keys
+from paris_ray.diffusion.ensemble import Conditioning, ExpertCall, upload
+from paris_ray.inference.experts import ExpertError, LocalExperts, texts_used
 
 if TYPE_CHECKING:
     from ray.serve.handle import DeploymentHandle, DeploymentResponse
@@ -41,23 +41,18 @@ TEXT_BYTES = 1 << 28
 
 @dataclass(frozen=True)
 class WireCall:
-    """Rows for one expert: x (n, C, H, W), t (n,), guidance (n,), float32; the rows' texts by digest."""
+    """Rows for one expert: x (n, C, H, W), t (n,), guidance (n,), float32; the rows' texts and null texts by their keys."""
 
     expert: int
     x: NDArray[np.float32]
     t: NDArray[np.float32]
     guidance: NDArray[np.float32]
-    digests: tuple[str, ...]
+    text_keys: tuple[str, ...]
+    null_keys: tuple[str, ...]
 
     def texts_needed(self) -> list[str]:
-        """Keys of the texts that the expert will look at: a null text only where there is guidance."""
-        needed: dict[str, None] = {}
-        for digest, scale in zip(self.digests, self.guidance.tolist(), strict=True):
-            text, null = row_keys(digest)
-            needed[text] = None
-            if scale != 1:
-                needed[null] = None
-        return list(needed)
+        """Keys of the texts that the expert will look at."""
+        return texts_used(self.text_keys, self.null_keys, self.guidance.tolist())
 
 
 @dataclass(frozen=True)
@@ -90,7 +85,7 @@ class RemoteCallee:
     def warm_up(self, latent: tuple[int, int, int], text: tuple[int, int]) -> None:
         """One forward pass of every expert, with latents (C, H, W) and text states (S, D) of zeros."""
         shapes, guidance = np.zeros((1, *latent), np.float32), np.full(1, 2.0, np.float32)
-        calls = [WireCall(k, shapes, np.full(1, 0.5, np.float32), guidance, ("warm-up:warm-up",)) for k in self.loaded()]
+        calls = [WireCall(k, shapes, np.full(1, 0.5, np.float32), guidance, ("warm-up",), ("warm-up",)) for k in self.loaded()]
         if calls:
             self.velocities(calls, {"warm-up": np.zeros(text, np.float32)})
 
@@ -115,13 +110,13 @@ class RemoteCallee:
         return Answer([v.float().cpu().numpy() for v in results])
 
     def _local(self, call: WireCall, texts: dict[str, Tensor]) -> ExpertCall:
-        keys = [row_keys(digest) for digest in call.digests]
-        text = torch.stack([texts[key] for key, _ in keys])  # (n, S, D)
-        # Without guidance the null text is not looked at; any of the same shape will do.
-        null = torch.stack([texts.get(key, text[row]) for row, (_, key) in enumerate(keys)])  # (n, S, D)
-        x, t, guidance = (torch.from_numpy(np.array(array)).to(self.device) for array in (call.x, call.t, call.guidance))
-        cond = Conditioning(text, torch.zeros(len(x), 0, device=self.device), null, guidance, call.digests)
-        return ExpertCall(call.expert, x, t, cond)
+        text = [texts[key] for key in call.text_keys]
+        # Without guidance the null text is not looked at; any will do.
+        null = [texts.get(key, text[row]) for row, key in enumerate(call.null_keys)]
+        x, t, guidance = (torch.from_numpy(np.array(array)) for array in (call.x, call.t, call.guidance))
+        pooled = torch.zeros(len(x), 0)  # experts do not look at it
+        cond = Conditioning(text, pooled, null, guidance, call.text_keys, call.null_keys)
+        return ExpertCall(call.expert, upload(x, self.device), upload(t, self.device), cond)
 
 
 @dataclass
@@ -207,9 +202,8 @@ class RemoteExperts:
         texts: dict[str, NDArray[np.float32]] = {}
         for call, wire in zip(calls, wires, strict=True):
             wanted = {key for key in wire.texts_needed() if key in again or key not in group.sent} - texts.keys()
-            for row, digest in enumerate(wire.digests):
-                text, null = row_keys(digest)
-                for key, states in ((text, call.cond.text), (null, call.cond.null_text)):
+            for keys, states in ((wire.text_keys, call.cond.text), (wire.null_keys, call.cond.null_text)):
+                for row, key in enumerate(keys):
                     if key in wanted:
                         wanted.discard(key)
                         texts[key] = states[row].float().cpu().numpy()
@@ -289,4 +283,4 @@ class RemoteExperts:
 
 def _to_wire(call: ExpertCall) -> WireCall:
     x, t, guidance = (tensor.float().cpu().numpy() for tensor in (call.x, call.t, call.cond.guidance))
-    return WireCall(call.expert, x, t, guidance, call.cond.digests)
+    return WireCall(call.expert, x, t, guidance, call.cond.text_keys, call.cond.null_keys)

@@ -59,7 +59,7 @@ class Two:
     def available(self): return [True, True]
     def velocities(self, calls): return [sampler.guided(expert, c.x, c.t, c.cond) for c in calls]
 text = torch.randn(3, 5, 4)
-cond = ensemble.Conditioning(text, text.mean(1), torch.zeros_like(text), torch.full((3,), 2.0), ("a", "b", "c"))
+cond = ensemble.Conditioning(text, text.mean(1), torch.zeros_like(text), torch.full((3,), 2.0), ("a", "b", "c"), ("null",) * 3)
 def velocity(z, t):
     weights = ensemble.routing_weights(router(z, t), ensemble.Routing("top", 2), torch.tensor([True, True]))
     return ensemble.ensemble_velocity(z, t, cond, Two(), weights)

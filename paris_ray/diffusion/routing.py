@@ -11,11 +11,17 @@ class Routing:
     """A routing strategy.
 
     ``top-k`` (k largest, renormalised), ``threshold``, ``full`` (all), ``caption`` (one expert per picture, drawn once from p(k | caption)),
-    ``expert-k`` (that one; with the caption's own cluster as k this is the papers' ``oracle``).
+    ``expert-k`` (that one), ``oracle`` (the one of the caption's own cluster, which the caller knows: it has no name in a request, where it is
+    ``expert-k``).
     """
 
     kind: str
     k: int = 0
+
+    @property
+    def once_per_picture(self) -> bool:
+        """Whether a picture has one expert to its end; otherwise each step is routed anew."""
+        return self.kind in ("caption", "expert", "oracle")
 
     @classmethod
     def parse(cls, text: str, num_experts: int) -> Routing:
@@ -34,7 +40,3 @@ class Routing:
 
     def __str__(self) -> str:
         return f"{self.kind}-{self.k}" if self.kind in ("top", "expert") else self.kind
-
-    @property
-    def needs_router_each_step(self) -> bool:
-        return self.kind in ("top", "threshold", "full")

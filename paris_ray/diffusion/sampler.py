@@ -3,22 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from paris_ray import rng
-from paris_ray.diffusion.ensemble import Conditioning
+from paris_ray.diffusion.ensemble import Conditioning, Rows, take, upload
 from paris_ray.diffusion.path import expand
-from paris_ray.diffusion.solvers import SOLVERS, Solver, dpmpp_2m, euler, evaluations, heun, midpoint, time_grid
+from paris_ray.diffusion.solvers import SOLVERS, Solver, begins_step, dpmpp_2m, euler, evaluations, heun, midpoint, time_grid
 
 __all__ = [
-    "SOLVERS", "WHOLE_RANGE", "Cancelled", "Solver", "VelocityFn", "dpmpp_2m", "euler", "evaluations", "guidance_at", "guided", "heun",
+    "SOLVERS", "WHOLE_RANGE", "Cancelled", "Solver", "begins_step", "dpmpp_2m", "euler", "evaluations", "guidance_at", "guided", "heun",
     "initial_noise", "midpoint", "sample", "time_grid",
 ]  # fmt: skip
-
-VelocityFn = Callable[[Tensor, Tensor], Tensor]
 
 
 def initial_noise(seed: int, index: int, shape: tuple[int, ...]) -> Tensor:
@@ -45,27 +44,27 @@ def guidance_at(t: float, scale: float, interval: tuple[float, float] = WHOLE_RA
     return scale if low <= t <= high else 1.0
 
 
-def guided(velocity: Callable[[Tensor, Tensor, Tensor], Tensor], x: Tensor, t: Tensor, cond: Conditioning) -> Tensor:
+def guided(velocity: Callable[[Tensor, Tensor, Any], Tensor], x: Tensor, t: Tensor, cond: Conditioning) -> Tensor:
     """Classifier-free guidance inside one expert: v_u + s·(v_c − v_u), both branches in one batched call.
 
     Rows with s = 1 cost one pass.
 
     Args:
-        velocity: (x, t, text states) → velocity.
+        velocity: (x, t, texts) → velocity; the texts are a tensor or a list, as those of ``cond`` are.
         x: latents (n, C, H, W).
         t: times (n,).
-        cond: conditioning of the n rows.
+        cond: conditioning of the n rows; the null text of a row without guidance is not looked at.
     """
-    with_guidance = (cond.guidance != 1).nonzero().squeeze(1)
-    if len(with_guidance) == 0:
+    rows = [row for row, scale in enumerate(cond.guidance.tolist()) if scale != 1]
+    if not rows:
         return velocity(x, t, cond.text)
-    twice = torch.cat([torch.arange(len(x), device=x.device), with_guidance])
-    both = velocity(x[twice], t[twice], torch.cat([cond.text, cond.null_text[with_guidance]]))
-    v = both[: len(x)].clone()
-    unconditional = both[len(x) :]
-    scale = expand(cond.guidance[with_guidance].to(v.dtype), x)
-    v[with_guidance] = unconditional + scale * (v[with_guidance] - unconditional)
-    return v
+    n, numbers = len(x), upload(torch.stack([torch.tensor(rows).double(), cond.guidance[rows].double()]), x.device)
+    index = numbers[0].long()
+    null = take(cond.null_text, rows, index)
+    texts: Rows = torch.cat([cond.text, null]) if isinstance(cond.text, Tensor) and isinstance(null, Tensor) else [*cond.text, *null]
+    both = velocity(torch.cat([x, x[index]]), torch.cat([t, t[index]]), texts)
+    unconditional, scale = both[n:], expand(numbers[1].to(both.dtype), x)
+    return both[:n].index_copy(0, index, unconditional + scale * (both[index] - unconditional))
 
 
 class Cancelled(Exception):
@@ -73,22 +72,24 @@ class Cancelled(Exception):
 
 
 def sample(
-    velocity_fn: VelocityFn,
+    velocity_fn: Callable[..., Tensor],
     noise: Tensor,
     times: Sequence[float],
     solver: str = "euler",
     callback: Callable[[int, Tensor, float], None] | None = None,
     cancelled: Callable[[], bool] | None = None,
+    route: Callable[[Tensor, Tensor], Any] | None = None,
 ) -> Tensor:
     """Integrate from noise to data.
 
     Args:
-        velocity_fn: (x (N, …), t (N,)) → velocity (N, …).
+        velocity_fn: (x (N, …), t (N,)) → velocity (N, …); with ``route``, (x, t, what it gave at the beginning of the step) → velocity.
         noise: x at times[0], (N, …). In a type below float32 it says what ``velocity_fn`` takes; times and the solver's state are float32 or wider.
         times: decreasing times; see :func:`time_grid`.
         solver: ``euler``, ``heun``, ``midpoint`` or ``dpmpp_2m``.
         callback: called with (evaluation, x, t) before each velocity.
         cancelled: asked before each velocity.
+        route: (x, t) → the experts' weights, or whatever is decided once for a whole step.
 
     Returns:
         x at times[-1], (N, …), of the noise's type.
@@ -102,16 +103,19 @@ def sample(
     wide = torch.promote_types(noise.dtype, torch.float32)  # steps of bfloat16 near t = 1 are 1/256
     run = SOLVERS[solver](noise.to(wide), times)
     x, t = next(run)
-    step = 0
+    evaluation = 0
+    held: tuple[Any, ...] = ()
     while True:
         if cancelled is not None and cancelled():
-            raise Cancelled(f"cancelled before evaluation {step} at t = {t:.3f}")
+            raise Cancelled(f"cancelled before evaluation {evaluation} at t = {t:.3f}")
         if callback is not None:
-            callback(step, x, t)
-        v = velocity_fn(x.to(noise.dtype), torch.full((x.shape[0],), t, dtype=wide, device=x.device))
+            callback(evaluation, x, t)
+        state, now = x.to(noise.dtype), torch.full((x.shape[0],), t, dtype=wide, device=x.device)
+        if route is not None and begins_step(solver, evaluation):
+            held = (route(state, now),)
         try:
-            x, t = run.send(v.to(wide))
+            x, t = run.send(velocity_fn(state, now, *held).to(wide))
         except StopIteration as done:
             result: Tensor = done.value
             return result.to(noise.dtype)
-        step += 1
+        evaluation += 1

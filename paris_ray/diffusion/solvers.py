@@ -89,6 +89,9 @@ def dpmpp_2m(x: Tensor, times: Sequence[float]) -> Solver:
 
 SOLVERS: dict[str, Callable[[Tensor, Sequence[float]], Solver]] = {"euler": euler, "heun": heun, "midpoint": midpoint, "dpmpp_2m": dpmpp_2m}
 
+_A_STEP = {"euler": 1, "heun": 2, "midpoint": 2, "dpmpp_2m": 1}
+"""Velocities a step; of Heun's last step only the first."""
+
 
 def evaluations(solver: str, steps: int) -> int:
     """How many velocities a solver asks for on :func:`time_grid`.
@@ -96,7 +99,22 @@ def evaluations(solver: str, steps: int) -> int:
     Raises:
         ValueError: no such solver.
     """
-    counts = {"euler": steps, "heun": 2 * steps - 1, "midpoint": 2 * steps, "dpmpp_2m": steps}
-    if solver not in counts:
+    _check(solver)
+    return _A_STEP[solver] * steps - (solver == "heun")
+
+
+def begins_step(solver: str, evaluation: int) -> bool:
+    """Whether a solver's evaluation, counted from 0, is the first of its step: there experts are chosen, once for the whole step.
+
+    A choice in the middle of a step would have one step mix two vector fields, and a solver of order 2 lose its order where the choice changes.
+
+    Raises:
+        ValueError: no such solver.
+    """
+    _check(solver)
+    return evaluation % _A_STEP[solver] == 0
+
+
+def _check(solver: str) -> None:
+    if solver not in SOLVERS:
         raise ValueError(f"solver: {solver!r} is not one of {', '.join(SOLVERS)}")
-    return counts[solver]

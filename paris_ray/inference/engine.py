@@ -13,21 +13,21 @@ import weakref
 from collections import OrderedDict, deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from paris_ray import rng
-from paris_ray.diffusion.ensemble import Conditioning, Experts, ensemble_velocity, routing_weights
+from paris_ray.diffusion.ensemble import Experts, draw_experts, ensemble_velocity, one_expert, routing_weights, upload
 from paris_ray.diffusion.path import x0_from_velocity
 from paris_ray.diffusion.routing import Routing
-from paris_ray.diffusion.sampler import SOLVERS, Solver, evaluations, guidance_at, initial_noise, time_grid
+from paris_ray.diffusion.sampler import SOLVERS, initial_noise, time_grid
+from paris_ray.inference.delivery import Look, finish, show
 from paris_ray.inference.experts import ExpertError, LocalExperts, pad_rows, padded
-from paris_ray.inference.prompts import EncodedPrompt, Prompts
+from paris_ray.inference.prompts import Prompts
 from paris_ray.inference.request import EngineFull, EngineStopped, ImageRequest, ImageResult, Preview, validate
+from paris_ray.inference.rows import Row, Ticket, conditioning, pick
 
 if TYPE_CHECKING:
     from paris_ray.inference.weights import ParisModel
@@ -36,49 +36,6 @@ __all__ = ["ANY_NUMBER", "Engine", "EngineFull", "EngineStopped", "ImageRequest"
 
 ANY_NUMBER = 1 << 20
 """A queue for callers who wait for all that they submit."""
-
-
-@dataclass(frozen=True, eq=False)
-class _Ticket:
-    """A picture that waits: its request with every default filled in, and where its result goes."""
-
-    request: ImageRequest
-    steps: int
-    guidance: float
-    solver: str
-    routing: Routing
-    future: Future[ImageResult]
-    noise: Tensor | None
-    preview: Callable[[Preview], None] | None
-    preview_every: int
-    submitted: float
-
-
-@dataclass(eq=False)
-class _Row:
-    """A picture on its way."""
-
-    ticket: _Ticket
-    text: EncodedPrompt
-    null: EncodedPrompt
-    solver: Solver
-    x: Tensor
-    t: float
-    expert: int | None  # the one expert of ``caption`` (once drawn) and ``expert-k``
-    history: list[dict[str, Any]] = field(default_factory=list)
-    masked: set[int] = field(default_factory=set)
-    setbacks: int = 0
-
-
-@dataclass(frozen=True, eq=False)
-class _Look:
-    """A preview to be decoded."""
-
-    row: _Row
-    show: Callable[[Preview], None]
-    evaluation: int
-    t: float
-    latent: Tensor
 
 
 class Engine:
@@ -98,8 +55,8 @@ class Engine:
         if max_rows < 1 or max_queue < 1:
             raise ValueError(f"max_rows {max_rows} and max_queue {max_queue} must be at least 1")
         self.model, self.experts, self.max_rows, self.max_queue = model, experts, max_rows, max_queue
-        self._waiting: OrderedDict[str, deque[_Ticket]] = OrderedDict()  # by client, next client first
-        self._active: list[_Row] = []
+        self._waiting: OrderedDict[str, deque[Ticket]] = OrderedDict()  # by client, next client first
+        self._active: list[Row] = []
         self._prompts = Prompts(model)
         self._driving = threading.RLock()
         self._changed = threading.Condition()
@@ -153,12 +110,12 @@ class Engine:
             self._changed.notify_all()
         return ticket.future
 
-    def _ticket(self, request: ImageRequest, noise: Tensor | None, preview: Callable[[Preview], None] | None, preview_every: int) -> _Ticket:
+    def _ticket(self, request: ImageRequest, noise: Tensor | None, preview: Callable[[Preview], None] | None, preview_every: int) -> Ticket:
         steps, guidance, solver, routing = request.steps, request.guidance_scale, request.solver, request.routing
         if steps is None or guidance is None or solver is None or routing is None:
             raise ValueError("steps, guidance_scale, solver and routing: the model has no default for one of them; give all four")
         parsed = Routing.parse(routing, self.model.num_experts)
-        return _Ticket(request, steps, float(guidance), solver, parsed, Future(), noise, preview, preview_every, time.monotonic())
+        return Ticket(request, steps, float(guidance), solver, parsed, Future(), noise, preview, preview_every, time.monotonic())
 
     @property
     def metrics(self) -> dict[str, Any]:
@@ -247,18 +204,12 @@ class Engine:
     @torch.inference_mode()
     def finish(self) -> None:
         """Let all active rows leave as they are, decoded: for a caller who has seen enough."""
-        self._finish(list(self._active))
+        finish(list(self._active), self.model.codec, self._conclude, self._fail)
 
     def _admit(self) -> None:
-        while len(self._active) < self.max_rows:
-            with self._changed:
-                if not self._waiting:
-                    return
-                # Clients take turns.
-                client, queue = self._waiting.popitem(last=False)
-                ticket = queue.popleft()
-                if queue:
-                    self._waiting[client] = queue
+        tickets = self._next(self.max_rows - len(self._active))
+        self._prompts.prepare(prompt for ticket in tickets for prompt in (ticket.request.prompt, ticket.request.negative_prompt))
+        for ticket in tickets:
             try:
                 row = self._begin(ticket)
             except Exception as error:
@@ -267,32 +218,39 @@ class Engine:
             with self._changed:
                 self._active.append(row)
 
-    def _begin(self, ticket: _Ticket) -> _Row:
-        request, model = ticket.request, self.model
+    def _next(self, count: int) -> list[Ticket]:
+        """Up to so many of those that wait; clients take turns."""
+        tickets: list[Ticket] = []
+        with self._changed:
+            while self._waiting and len(tickets) < count:
+                client, queue = self._waiting.popitem(last=False)
+                tickets.append(queue.popleft())
+                if queue:
+                    self._waiting[client] = queue
+        return tickets
+
+    def _begin(self, ticket: Ticket) -> Row:
+        request, model, routing = ticket.request, self.model, ticket.routing
         text, null = self._prompts(request.prompt), self._prompts(request.negative_prompt)
         noise = initial_noise(request.seed, request.index, model.latent_shape) if ticket.noise is None else ticket.noise
-        noise = noise.to(model.device, torch.float32)
+        noise = upload(noise.float(), model.device)
         solver = SOLVERS[ticket.solver](noise, time_grid(ticket.steps))
         x, t = next(solver)
-        return _Row(ticket, text, null, solver, x, t, ticket.routing.k if ticket.routing.kind == "expert" else None)
+        weights = one_expert([routing.k], torch.ones(model.num_experts, dtype=torch.bool))[0] if routing.kind == "expert" else None
+        return Row(ticket, text, null, solver, x, t, weights)
 
-    def _advance(self, rows: list[_Row], after: Callable[[Tensor], Tensor] | None) -> None:
-        """One evaluation and one step of each row."""
+    def _advance(self, rows: list[Row], after: Callable[[Tensor], Tensor] | None) -> None:
+        """One evaluation and one step of each row. Between the router's answer and the pictures' end nothing here waits for the device."""
         available = self.experts.available()
         rows = self._possible(rows, available)
         if not rows:
             return
-        weights = self._weights(rows, torch.tensor(available))
-        x, t = self._states(rows)
-        cond = Conditioning(
-            torch.stack([row.text.states for row in rows]),
-            torch.stack([row.text.pooled for row in rows]),
-            torch.stack([row.null.states for row in rows]),
-            torch.tensor([guidance_at(row.t, row.ticket.guidance, row.ticket.request.guidance_interval) for row in rows], device=x.device),
-            tuple(f"{row.text.digest}:{row.null.digest}" for row in rows),
-        )
+        x = torch.stack([row.x for row in rows])  # (N, C, H, W)
+        t = upload(torch.tensor([row.t for row in rows]), x.device)  # (N,)
+        cond = conditioning(rows)
+        weights = self._weights(rows, x, t, torch.tensor(available))
         try:
-            v = ensemble_velocity(x, t, cond, self.experts, weights.to(x.device))
+            v = ensemble_velocity(x, t, cond, self.experts, weights)
         except ExpertError as error:
             self._setback(rows, weights, error)
             return
@@ -302,9 +260,8 @@ class Engine:
         looks, ended = [], []
         for n, row in enumerate(rows):
             row.history.append({"t": row.t, "weights": weights[n].tolist()})
-            done, total = len(row.history), evaluations(row.ticket.solver, row.ticket.steps)
-            if row.ticket.preview is not None and done % row.ticket.preview_every == 0 and done < total:
-                looks.append(_Look(row, row.ticket.preview, done, row.t, x0_from_velocity(x[n : n + 1], t[n : n + 1], v[n : n + 1])[0]))
+            if row.looked_at:
+                looks.append(Look(row.ticket, len(row.history), row.t, x0_from_velocity(x[n : n + 1], t[n : n + 1], v[n : n + 1])[0]))
             try:
                 row.x, row.t = row.solver.send(v[n])
             except StopIteration as stop:
@@ -313,12 +270,12 @@ class Engine:
         if after is not None:
             for row, state in zip(rows, after(torch.stack([row.x for row in rows])), strict=True):
                 row.x.copy_(state)  # in place: at the end of a step, the solver goes on from this very tensor
-        self._show(looks)
-        self._finish(ended)
+        show(looks, self.model.codec, self._fail)
+        finish(ended, self.model.codec, self._conclude, self._fail)
 
     # -- routing ------------------------------------------------------------------------------------------------------------
 
-    def _possible(self, rows: list[_Row], available: list[bool]) -> list[_Row]:
+    def _possible(self, rows: list[Row], available: list[bool]) -> list[Row]:
         """The rows that the experts there can serve; the others fail."""
         possible = []
         there = ", ".join(str(k) for k, here in enumerate(available) if here) or "none"
@@ -332,46 +289,32 @@ class Engine:
                 possible.append(row)
         return possible
 
-    def _weights(self, rows: list[_Row], available: Tensor) -> Tensor:
-        """Weights of the experts, (N, K) on the CPU: one router pass over the rows that need it."""
-        for row in rows:
-            if row.ticket.routing.kind == "caption" and row.expert is not None and not available[row.expert]:
-                row.expert = None  # the one drawn has gone: draw again
-        undecided = [n for n, row in enumerate(rows) if row.expert is None]
-        weights = torch.zeros(len(rows), self.model.num_experts)
-        if undecided:
-            logits = self._router([rows[n] for n in undecided])
-        for n, logit in zip(undecided, logits.split(1) if undecided else (), strict=True):
-            row, routing = rows[n], rows[n].ticket.routing
-            row.masked.update((~available).nonzero().flatten().tolist())
-            if routing.kind == "caption":
-                row.expert = self._draw(row, routing_weights(logit, Routing("full"), available)[0])
-            else:
-                weights[n] = routing_weights(logit, routing, available)[0]
-        for n, row in enumerate(rows):
-            if row.expert is not None:
-                weights[n, row.expert] = 1.0
-        return weights
-
-    def _router(self, rows: list[_Row]) -> Tensor:
-        """Logits (N, K), on the CPU."""
-        x, t = self._states(rows)
-        count = padded(len(rows), x.device)
-        pooled = pad_rows(torch.stack([row.text.pooled for row in rows]), count) if self.model.router_reads_text else None
-        logits: Tensor = self.model.router(pad_rows(x, count), pad_rows(t, count), pooled)
-        return logits[: len(rows)].float().cpu()
-
-    def _states(self, rows: list[_Row]) -> tuple[Tensor, Tensor]:
-        return torch.stack([row.x for row in rows]), torch.tensor([row.t for row in rows], device=self.model.device)
+    def _weights(self, rows: list[Row], x: Tensor, t: Tensor, available: Tensor) -> Tensor:
+        """Weights of the experts, (N, K) on the CPU: one router pass over the rows that are to be routed; the others keep theirs."""
+        undecided = [n for n, row in enumerate(rows) if row.undecided(available)]
+        logits = self._router(pick(x, undecided), pick(t, undecided), [rows[n].text.pooled for n in undecided]).split(1) if undecided else ()
+        for n, logit in zip(undecided, logits, strict=True):
+            rows[n].masked.update((~available).nonzero().flatten().tolist())
+            rows[n].weights = self._route(rows[n].ticket, logit, available)
+        return torch.stack([row.weights for row in rows if row.weights is not None])
 
     @staticmethod
-    def _draw(row: _Row, p: Tensor) -> int:
-        """One expert from p(k | caption), the same whenever (seed, index) and p are."""
-        u = rng.uniform(rng.key(row.ticket.request.seed, row.ticket.request.index), "caption-routing", np.array([0]))[0]
-        cumulative = np.cumsum(p.double().numpy())
-        return int(np.searchsorted(cumulative, u * cumulative[-1], side="right"))
+    def _route(ticket: Ticket, logit: Tensor, available: Tensor) -> Tensor:
+        """Weights of one row, (K,)."""
+        drawn = None
+        if ticket.routing.kind == "caption":
+            p = routing_weights(logit, Routing("full"), available)
+            drawn = draw_experts(p, [rng.key(ticket.request.seed, ticket.request.index)])
+        return routing_weights(logit, ticket.routing, available, drawn)[0]
 
-    def _setback(self, rows: list[_Row], weights: Tensor, error: ExpertError) -> None:
+    def _router(self, x: Tensor, t: Tensor, pooled: Sequence[Tensor]) -> Tensor:
+        """Logits (N, K), on the CPU."""
+        router, count = self.model.router, padded(len(x), x.device)
+        text = pad_rows(torch.stack(list(pooled)), count) if self.model.router_reads_text else None
+        logits: Tensor = router(pad_rows(x, count).to(router.patch_embed.weight.dtype), pad_rows(t, count), text)
+        return logits[: len(x)].float().cpu()
+
+    def _setback(self, rows: list[Row], weights: Tensor, error: ExpertError) -> None:
         """An expert failed: if it has gone, its rows are routed anew at the next tick; if it is still there, they fail.
 
         The other rows are where they were, and are stepped at the next tick.
@@ -383,49 +326,13 @@ class Engine:
             if not gone or row.setbacks > self.model.num_experts:
                 self._fail(row.ticket, error)
 
-    # -- results ------------------------------------------------------------------------------------------------------------
+    # -- the end ------------------------------------------------------------------------------------------------------------
 
-    def _show(self, looks: list[_Look]) -> None:
-        """Decode and deliver previews."""
-        if not looks:
-            return
-        images = self.model.codec.decode(torch.stack([look.latent for look in looks]))
-        for look, image in zip(looks, images, strict=True):
-            ticket = look.row.ticket
-            total = evaluations(ticket.solver, ticket.steps)
-            try:
-                look.show(Preview(image, look.evaluation, total, look.t))
-            except Exception as error:
-                self._fail(ticket, error)
-
-    def _finish(self, ended: list[_Row]) -> None:
-        """Decode finished rows and let them leave."""
-        good = []
-        for row in ended:
-            if row.ticket.future.done():
-                continue  # its preview failed just now
-            if bool(torch.isfinite(row.x).all()):
-                good.append(row)
-            else:
-                self._fail(row.ticket, ArithmeticError("the picture has values that are not finite; lower guidance_scale, or check the experts"))
-        if not good:
-            return
-        latents = torch.stack([row.x for row in good])
-        images = self.model.codec.decode(latents)
-        now = time.monotonic()
-        for row, latent, image in zip(good, latents.cpu().numpy(), images, strict=True):
-            ticket = row.ticket
-            if self._conclude(ticket, "finished"):
-                seconds = now - ticket.submitted
-                ticket.future.set_result(
-                    ImageResult(image, ticket.request.seed, ticket.request.index, row.history, sorted(row.masked), seconds, latent)
-                )
-
-    def _fail(self, ticket: _Ticket, error: Exception) -> None:
+    def _fail(self, ticket: Ticket, error: Exception) -> None:
         if not ticket.future.done() and self._conclude(ticket, "failed"):
             ticket.future.set_exception(error)
 
-    def _conclude(self, ticket: _Ticket, count: str) -> bool:
+    def _conclude(self, ticket: Ticket, count: str) -> bool:
         """Take a picture out; False if it was cancelled. Until here its future could be."""
         with self._changed:
             self._active = [row for row in self._active if row.ticket is not ticket]

@@ -6,12 +6,11 @@ DDPM experts stay in float32 whatever is asked: x̂_0 = (x − σ·ε̂)/α divi
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from paris_ray.diffusion.path import Objective
-from paris_ray.models import DiT
-from paris_ray.models.layers import Attention, PreciseLinear
+from paris_ray.models import DiT, Router
+from paris_ray.models.layers import Attention, PreciseLinear, linear
 
 PRECISIONS = ("fp32", "bf16", "int8")
 
@@ -22,29 +21,48 @@ def check_precision(precision: str) -> None:
         raise ValueError(f"precision: {precision!r} is not one of {', '.join(PRECISIONS)}")
 
 
-def set_precision(module: DiT, objective: Objective, precision: str) -> DiT:
+def set_precision(module: DiT, objective: Objective, precision: str, device: torch.device | None = None) -> DiT:
     """An expert with its weights in a precision; may change the module given.
 
-    ``int8`` keeps the matrices of attention and MLP as integers, and multiplies them out in every forward pass. The rest (tables, embeddings, time,
-    final layer: 2 % of XL/2, which takes 0.62 GB) and the products are in bfloat16 on a GPU and in float32 on a CPU, where bfloat16 is slower.
+    ``int8`` keeps the matrices of attention and MLP as integers, and multiplies out what a product needs of them when it needs it. The rest (tables,
+    embeddings, text projection) and the products are in bfloat16 on a GPU and in float32 on a CPU, where bfloat16 is slower. What is computed in
+    float32 whatever is asked (time, modulation, final layer: 2 % of XL/2, which takes 0.64 GB) stays in float32.
 
     Args:
         module: the expert, as its file has it.
         objective: what its output means; experts that predict noise are left in float32.
         precision: one of :data:`PRECISIONS`.
+        device: where it will run; ``None`` is where it is.
     """
     check_precision(precision)
     if precision == "fp32" or objective.name == "ddpm":
         return module.to(torch.float32)
-    if precision == "bf16":
-        return module.to(torch.bfloat16)
-    dtype = torch.float32 if module.patch_embed.weight.device.type == "cpu" else torch.bfloat16
-    for layer in module.layers:
-        _quantize(layer)
-    for parameter in module.parameters():
-        # The scales are buffers, and stay in float32.
-        parameter.data = parameter.data.to(dtype)
+    on_cpu = (device or module.patch_embed.weight.device).type == "cpu"
+    if precision == "int8":
+        for layer in module.layers:
+            _quantize(layer)
+    _set_dtype(module, torch.float32 if precision == "int8" and on_cpu else torch.bfloat16)
     return module
+
+
+def set_router_precision(router: Router, precision: str, device: torch.device) -> Router:
+    """A router in the precision that goes with its experts'; may change the one given.
+
+    Args:
+        router: the router, as its file has it.
+        precision: of the experts. Beside fp32 ones, on a CPU, and where products of float32 are fast, it is in float32; beside others in bfloat16.
+        device: where it will run.
+    """
+    check_precision(precision)
+    _set_dtype(router, torch.float32 if precision == "fp32" or device.type == "cpu" else torch.bfloat16)
+    return router
+
+
+def _set_dtype(module: nn.Module, dtype: torch.dtype) -> None:
+    """Weights in a type, those of :class:`PreciseLinear` in float32; scales are buffers, and stay as they are."""
+    for part in module.modules():
+        for parameter in part.parameters(recurse=False):
+            parameter.data = parameter.data.to(torch.float32 if isinstance(part, PreciseLinear) else dtype)
 
 
 def _quantize(parent: nn.Module) -> None:
@@ -63,6 +81,11 @@ def quantize(weight: Tensor) -> tuple[Tensor, Tensor]:
     return torch.round(weight / scale).clamp(-127, 127).to(torch.int8), scale
 
 
+def multiplied(x: Tensor, integers: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
+    """A linear layer whose matrix is integers · scale: made in the type of ``x``, without a float32 one before it."""
+    return linear(x, integers * scale.to(x.dtype), bias)
+
+
 class Int8Linear(nn.Module):
     """A linear layer whose matrix is kept as int8 with a scale per output channel."""
 
@@ -78,7 +101,7 @@ class Int8Linear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(…, I) → (…, O)."""
-        return F.linear(x, (self.integers * self.scale).to(x.dtype), self.bias)
+        return multiplied(x, self.integers, self.scale, self.bias)
 
 
 class Int8Attention(Attention):
@@ -96,7 +119,5 @@ class Int8Attention(Attention):
         self.in_proj_bias = source.in_proj_bias
         self.out_proj = source.out_proj
 
-    @property
-    def in_proj_weight(self) -> Tensor:  # type: ignore[override]
-        """The matrix, multiplied out: (3 · D, D) of the bias's type."""
-        return (self.integers * self.scale).to(self.in_proj_bias.dtype)
+    def _project(self, x: Tensor, rows: slice) -> Tensor:
+        return multiplied(x, self.integers[rows], self.scale[rows], self.in_proj_bias[rows])

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 from collections import OrderedDict
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -35,20 +37,35 @@ class Prompts:
 
     @torch.inference_mode()
     def __call__(self, prompt: str) -> EncodedPrompt:
-        """Encode a prompt; empty gives the model's null text. Alone, so that its bytes do not depend on what else is encoded."""
-        if prompt in self._kept:
-            self._kept.move_to_end(prompt)
-            return self._kept[prompt]
-        model, encoder = self.model, self.model.text_encoder
-        if prompt == "":
-            states, length = model.null_text, model.null_length
-        else:
-            ids, lengths = encoder.tokenize([prompt])
-            states, length = encoder.encode(torch.as_tensor(ids), torch.as_tensor(lengths))[0], int(lengths[0])
-        pooled = encoder.pool(states.unsqueeze(0), torch.tensor([length], device=states.device))[0]
-        digest = hashlib.sha256(f"{encoder.fingerprint}:{prompt}".encode()).hexdigest()[:32]
-        encoded = EncodedPrompt(states.float().to(model.device), pooled.float().to(model.device), digest)
-        self._kept[prompt] = encoded
-        if len(self._kept) > KEPT:
+        """Encode a prompt; an empty one gives the model's null text. Alone, so that its bytes do not depend on what else is encoded."""
+        if prompt not in self._kept:
+            if prompt == "":
+                self._keep([""], self.model.null_text.unsqueeze(0), torch.tensor([self.model.null_length]))
+            else:
+                self._encode([prompt])
+        self._kept.move_to_end(prompt)
+        return self._kept[prompt]
+
+    @torch.inference_mode()
+    def prepare(self, prompts: Iterable[str]) -> None:
+        """Encode those of some prompts that are new in one pass, before each is asked for; on a CPU each waits until then."""
+        new = [prompt for prompt in dict.fromkeys(prompts) if prompt and prompt not in self._kept]
+        if self.model.device.type != "cpu" and len(new) > 1:
+            # If it fails, asking for each alone will show whose fault it is.
+            with contextlib.suppress(Exception):
+                self._encode(new)
+
+    def _encode(self, prompts: list[str]) -> None:
+        encoder = self.model.text_encoder
+        ids, lengths = (torch.as_tensor(array) for array in encoder.tokenize(prompts))
+        self._keep(prompts, encoder.encode(ids, lengths), lengths)
+
+    def _keep(self, prompts: list[str], states: Tensor, lengths: Tensor) -> None:
+        """Remember prompts by their states (N, S, D) and numbers of tokens (N,)."""
+        encoder, device = self.model.text_encoder, self.model.device
+        pooled = encoder.pool(states, lengths.to(states.device))  # (N, P)
+        for prompt, one, vector in zip(prompts, states.float().to(device), pooled.float().to(device), strict=True):
+            digest = hashlib.sha256(f"{encoder.fingerprint}:{prompt}".encode()).hexdigest()[:32]
+            self._kept[prompt] = EncodedPrompt(one, vector, digest)
+        while len(self._kept) > max(KEPT, len(prompts)):
             self._kept.popitem(last=False)
-        return encoded

@@ -16,7 +16,7 @@ from paris_ray.data.encoders import NULL_TEXT
 from paris_ray.data.text import load_text_encoder
 from paris_ray.diffusion.path import Objective
 from paris_ray.inference.hub import Snapshot, open_model
-from paris_ray.inference.precision import check_precision, set_precision
+from paris_ray.inference.precision import check_precision, set_precision, set_router_precision
 from paris_ray.inference.strict import PICKLED, load_expert, load_router, read_config, refuse_pickles, stated_objective
 from paris_ray.layout import EXPERT_FILE, INFO, UPLOAD
 from paris_ray.models import DiT, Router
@@ -62,20 +62,22 @@ class ExpertFiles:
     def num_experts(self) -> int:
         return len(self.objectives)
 
-    def load_expert(self, k: int) -> tuple[DiT, Objective]:
+    def load_expert(self, k: int, on_host: bool = False) -> tuple[DiT, Objective]:
         """See :meth:`ParisModel.load_expert`."""
         if not 0 <= k < self.num_experts:
             raise ValueError(f"expert {k}: there are experts 0…{self.num_experts - 1}")
         channels, size, _ = self.latent_shape
         folder = self.folder / f"expert_{k}"
-        module, objective = load_expert(folder, size, self.ignore_tensors, str(self.device), self.ignore_settings, self.norm_eps)
+        module, objective = load_expert(folder, size, self.ignore_tensors, ignore_settings=self.ignore_settings, norm_eps=self.norm_eps)
         _same(f"{folder.uri}/config.json", in_channels=(module.in_channels, channels), out_channels=(module.out_channels, channels),
               image_size=(module.image_size, size), text_embed_dim=(module.text_embed_dim, self.text_width))  # fmt: skip
         if self.objectives[k] != objective.name:
             raise ValueError(
                 f"{folder.uri}/config.json: objective is {objective.name!r}, {INFO} says {self.objectives[k]!r}; assemble the model again"
             )
-        return set_precision(module, objective, self.precision), objective
+        # Changed before it moves, so that the device never holds the file's float32.
+        module = set_precision(module, objective, self.precision, self.device)
+        return module if on_host else module.to(self.device), objective
 
 
 class Described:
@@ -135,7 +137,7 @@ class ParisModel(Described):
     Attributes:
         folder: where its files are.
         info: ``paris.json``; for a released model without one, the same facts from its configs.
-        router: p(cluster | x_t, t[, caption]), float32.
+        router: p(cluster | x_t, t[, caption]), float32, or bfloat16 beside such experts on a GPU.
         codec: latents ↔ pictures.
         text_encoder: captions → states.
         null_text: states of the empty caption, (S, D) float32.
@@ -168,14 +170,14 @@ class ParisModel(Described):
     def router_reads_text(self) -> bool:
         return self.router.text_embed_dim is not None
 
-    def load_expert(self, k: int) -> tuple[DiT, Objective]:
-        """Expert ``k`` and what its output means, on the model's device.
+    def load_expert(self, k: int, on_host: bool = False) -> tuple[DiT, Objective]:
+        """Expert ``k`` in the model's precision and what its output means, on the model's device, or yet in CPU memory.
 
         Raises:
             FileNotFoundError: it has no files (yet).
             ValueError: its files do not fit; see :func:`paris_ray.inference.strict.load_expert`.
         """
-        return self.expert_files().load_expert(k)
+        return self.expert_files().load_expert(k, on_host)
 
     def expert_files(self) -> ExpertFiles:
         """The experts without the rest of the model."""
@@ -222,7 +224,8 @@ def load_model(
         codec, text_encoder = _released_encoders(folder, device)
         info |= {"codec": codec.meta(), "text": text_encoder.meta()}
     null_text, null_length = _null_text(folder) if NULL_TEXT in names else _encode_nothing(text_encoder)
-    router = load_router(folder / "router", info["latent"]["size"], ignore_tensors, device, ignore_settings, norm_eps).float()
+    router = load_router(folder / "router", info["latent"]["size"], ignore_tensors, ignore_settings=ignore_settings, norm_eps=norm_eps)
+    router = set_router_precision(router, precision, torch.device(device)).to(device)
 
     where = f"{folder.uri}/router/config.json"
     _same(where, num_clusters=(router.num_clusters, info["num_experts"]))

@@ -12,7 +12,18 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from paris_ray.config import SIZES
-from paris_ray.models.layers import Attention, PreciseLinear, TimeEmbedding, at_least_float32, initialize_trunk, mlp, modulate, sincos_positions
+from paris_ray.models.layers import (
+    Attention,
+    Linear,
+    PatchEmbed,
+    PreciseLinear,
+    TimeEmbedding,
+    at_least_float32,
+    initialize_trunk,
+    mlp,
+    modulate,
+    sincos_positions,
+)
 
 KeysValues = list[tuple[Tensor, Tensor]]
 """Keys and values of the text, per layer: two of (N, H, S, D/H)."""
@@ -98,11 +109,11 @@ class DiT(nn.Module):
         self.gradient_checkpointing = gradient_checkpointing
         grid = image_size // patch_size
 
-        self.patch_embed = nn.Conv2d(in_channels, hidden_size, kernel_size=patch_size, stride=patch_size)
+        self.patch_embed = PatchEmbed(in_channels, hidden_size, kernel_size=patch_size, stride=patch_size)
         # Fixed, as in DiT; a parameter because the released files hold it.
         self.pos_embed = nn.Parameter(sincos_positions(hidden_size, grid), requires_grad=False)
         self.time_embed = TimeEmbedding(hidden_size)
-        self.text_proj = nn.Linear(text_embed_dim, hidden_size)
+        self.text_proj = Linear(text_embed_dim, hidden_size)
         self.t_block = nn.Sequential(nn.SiLU(), PreciseLinear(hidden_size, 6 * hidden_size))
         self.layers = nn.ModuleList(DiTBlock(hidden_size, num_heads, mlp_ratio, norm_eps) for _ in range(num_layers))
         self.final_layer = FinalLayer(hidden_size, patch_size, out_channels, norm_eps)

@@ -20,6 +20,39 @@ def at_least_float32(x: Tensor) -> Tensor:
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
+ROWS = 8
+"""On a CPU the rows of a matrix product are filled up to a multiple of this."""
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """``F.linear``; on a CPU too a row has the same bits in any company.
+
+    There the code that multiplies a few rows is another than that for many, and threads share rows out in fours and eights; with eights of rows all
+    go one way. Tokens come in eights, so that this fills up what has one row a sample, and the router's tokens with their class token.
+    """
+    count = x.shape[:-1].numel()
+    if x.device.type != "cpu" or count % ROWS == 0:
+        return F.linear(x, weight, bias)
+    filled = F.pad(x.reshape(count, -1), (0, 0, 0, -count % ROWS))
+    return F.linear(filled, weight, bias)[:count].view(*x.shape[:-1], -1)
+
+
+class Linear(nn.Linear):
+    """``nn.Linear`` through :func:`linear`."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return linear(x, self.weight, self.bias)
+
+
+class PatchEmbed(nn.Conv2d):
+    """A convolution whose stride is its kernel. On a CPU torch computes a batch of one with other code, so there one is computed as two."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.device.type == "cpu" and x.shape[0] == 1:
+            return super().forward(x.expand(2, -1, -1, -1))[:1]
+        return super().forward(x)
+
+
 class PreciseLinear(nn.Linear):
     """A linear layer computed in float32 or better, also where its weights are bfloat16 or autocast is on.
 
@@ -29,7 +62,7 @@ class PreciseLinear(nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
         weight = at_least_float32(self.weight)
         with nullcontext() if x.is_meta else torch.autocast(x.device.type, enabled=False):
-            return F.linear(x.to(weight.dtype), weight, at_least_float32(self.bias))
+            return linear(x.to(weight.dtype), weight, at_least_float32(self.bias))
 
 
 def timestep_embedding(t: Tensor, width: int = 256, max_period: float = 10_000.0) -> Tensor:
@@ -82,7 +115,11 @@ class Attention(nn.Module):
         self.num_heads = num_heads
         self.in_proj_weight = nn.Parameter(torch.empty(3 * hidden_size, hidden_size))
         self.in_proj_bias = nn.Parameter(torch.zeros(3 * hidden_size))
-        self.out_proj = nn.Linear(hidden_size, hidden_size)
+        self.out_proj = Linear(hidden_size, hidden_size)
+
+    def _project(self, x: Tensor, rows: slice) -> Tensor:
+        """Through some rows of ``in_proj``: (N, T, D) → (N, T, rows)."""
+        return linear(x, self.in_proj_weight[rows], self.in_proj_bias[rows])
 
     def _heads(self, x: Tensor) -> Tensor:
         n, length, width = x.shape
@@ -94,26 +131,25 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Self-attention: (N, T, D) → (N, T, D)."""
-        q, k, v = F.linear(x, self.in_proj_weight, self.in_proj_bias).chunk(3, dim=-1)
+        q, k, v = self._project(x, slice(None)).chunk(3, dim=-1)
         return self._attend(self._heads(q), self._heads(k), self._heads(v))
 
     def keys_values(self, text: Tensor) -> tuple[Tensor, Tensor]:
         """Keys and values of a text: (N, S, D) → two of (N, H, S, D/H)."""
         d = text.shape[-1]
-        k, v = F.linear(text, self.in_proj_weight[d:], self.in_proj_bias[d:]).chunk(2, dim=-1)
+        k, v = self._project(text, slice(d, None)).chunk(2, dim=-1)
         return self._heads(k), self._heads(v)
 
     def cross(self, x: Tensor, keys_values: tuple[Tensor, Tensor]) -> Tensor:
         """Cross-attention to precomputed keys and values: (N, T, D) → (N, T, D)."""
         d = x.shape[-1]
-        q = F.linear(x, self.in_proj_weight[:d], self.in_proj_bias[:d])
-        return self._attend(self._heads(q), *keys_values)
+        return self._attend(self._heads(self._project(x, slice(d))), *keys_values)
 
 
 def mlp(hidden_size: int, mlp_ratio: float) -> nn.Sequential:
     """Linear, GELU (tanh), Linear."""
     inner = int(hidden_size * mlp_ratio)
-    return nn.Sequential(nn.Linear(hidden_size, inner), nn.GELU(approximate="tanh"), nn.Linear(inner, hidden_size))
+    return nn.Sequential(Linear(hidden_size, inner), nn.GELU(approximate="tanh"), Linear(inner, hidden_size))
 
 
 def initialize_trunk(model: nn.Module) -> None:

@@ -11,7 +11,18 @@ import torch
 from torch import Tensor, nn
 
 from paris_ray.config import SIZES
-from paris_ray.models.layers import Attention, PreciseLinear, TimeEmbedding, at_least_float32, initialize_trunk, mlp, modulate, sincos_positions
+from paris_ray.models.layers import (
+    Attention,
+    Linear,
+    PatchEmbed,
+    PreciseLinear,
+    TimeEmbedding,
+    at_least_float32,
+    initialize_trunk,
+    mlp,
+    modulate,
+    sincos_positions,
+)
 
 
 class RouterBlock(nn.Module):
@@ -64,7 +75,7 @@ class Router(nn.Module):
     ):
         super().__init__()
         self.num_clusters, self.text_embed_dim = num_clusters, text_embed_dim
-        self.patch_embed = nn.Conv2d(in_channels, hidden_size, kernel_size=patch_size, stride=patch_size)
+        self.patch_embed = PatchEmbed(in_channels, hidden_size, kernel_size=patch_size, stride=patch_size)
         self.pos_embed = nn.Parameter(sincos_positions(hidden_size, image_size // patch_size), requires_grad=False)
         self.cls_token = nn.Parameter(torch.empty(1, 1, hidden_size))
         self.time_embed = TimeEmbedding(hidden_size)
@@ -72,11 +83,11 @@ class Router(nn.Module):
             self.text_proj = PreciseLinear(text_embed_dim, hidden_size)
         self.layers = nn.ModuleList(RouterBlock(hidden_size, num_heads, mlp_ratio, norm_eps) for _ in range(num_layers))
         self.head = nn.Sequential(
-            nn.Linear(hidden_size, hidden_size),
+            Linear(hidden_size, hidden_size),
             nn.GELU(approximate="tanh"),
             nn.LayerNorm(hidden_size),
             nn.GELU(approximate="tanh"),
-            nn.Linear(hidden_size, num_clusters),
+            Linear(hidden_size, num_clusters),
         )
         if not self.patch_embed.weight.is_meta:  # there, weights come from a file, and drawing would make torch import its compiler: seconds
             self.initialize_weights()

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from paris_ray import rng
 from paris_ray.diffusion.ensemble import Conditioning
+from paris_ray.diffusion.path import as_velocity
 from paris_ray.diffusion.sampler import guided, initial_noise, sample, time_grid
 
 if TYPE_CHECKING:
@@ -45,15 +46,10 @@ def _sample(task: ExpertTask, rows: Tensor) -> Tensor:
         assert data.token_ids is not None
         batch |= {"token_ids": data.token_ids, "text_len": data.text_len}
     text = task.text({name: tensor.to(device) for name, tensor in batch.items()})
-    guidance = torch.full((n,), settings.guidance_scale, device=device)
-    cond = Conditioning(text, text[:, 0], task.null.expand_as(text), guidance, tuple(data.ids))
     noise = torch.stack([initial_noise(rng.key(task.config.seed, "samples"), i, task.shape) for i in range(n)]).to(device)
-
-    def velocity(x: Tensor, t: Tensor, states: Tensor) -> Tensor:
-        state, time = task.objective.model_input(x, t)
-        return task.objective.velocity(task.model(state, time, states).float(), x, t)
-
-    return sample(lambda x, t: guided(velocity, x, t, cond), noise, time_grid(settings.steps), settings.solver)
+    guidance, expert = torch.full((n,), settings.guidance_scale), as_velocity(task.model, task.objective)
+    cond = Conditioning(text, text[:, 0], task.null.expand_as(text), guidance, tuple(data.ids), ("",) * n)
+    return sample(lambda x, t: guided(expert, x, t, cond), noise, time_grid(settings.steps), settings.solver)
 
 
 def _png(rows: list[np.ndarray]) -> bytes:

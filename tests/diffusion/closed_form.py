@@ -87,7 +87,7 @@ def conditioning(n: int, guidance: float | Tensor = 1.0) -> Conditioning:
     """Conditioning whose text tells rows apart."""
     scale = torch.full((n,), guidance) if isinstance(guidance, float) else guidance
     text = torch.arange(n, dtype=torch.float64).view(n, 1, 1)
-    return Conditioning(text, text[:, 0], torch.zeros_like(text), scale, tuple(f"d{i}" for i in range(n)))
+    return Conditioning(text, text[:, 0], torch.zeros_like(text), scale, tuple(f"text {i}" for i in range(n)), tuple(f"null {i}" for i in range(n)))
 
 
 class ExactExperts:

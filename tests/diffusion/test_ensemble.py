@@ -6,12 +6,22 @@ import itertools
 import math
 from collections.abc import Sequence
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 from torch.distributions import Categorical, MixtureSameFamily, MultivariateNormal
 
-from paris_ray.diffusion.ensemble import ExpertCall, Routing, ensemble_velocity, routing_weights
+from paris_ray import rng
+from paris_ray.diffusion.ensemble import (
+    Conditioning,
+    ExpertCall,
+    Routing,
+    draw_experts,
+    ensemble_velocity,
+    one_expert,
+    routing_weights,
+)
 from paris_ray.diffusion.sampler import initial_noise, sample, time_grid
 
 from .closed_form import ExactExperts, Mixture, Velocity, conditioning
@@ -217,7 +227,34 @@ def test_grouped_rows_are_the_loop_over_rows(seed: int) -> None:
         assert torch.equal(call.t, t[rows])
         assert torch.equal(call.cond.text, cond.text[rows])
         assert torch.equal(call.cond.guidance, cond.guidance[rows])
-        assert call.cond.digests == tuple(cond.digests[i] for i in rows.tolist())
+        assert call.cond.text_keys == tuple(f"text {i}" for i in rows.tolist())
+        assert call.cond.null_keys == tuple(f"null {i}" for i in rows.tolist())
+
+
+def test_nothing_waits_for_the_device() -> None:
+    """Latents, times and texts on torch's meta device, which has no numbers to wait for: asking for one, or for how many there are, raises."""
+    x, t, text = torch.empty(5, 3, 2, 2, device="meta"), torch.empty(5, device="meta"), torch.empty(5, 4, 6, device="meta")
+    for ask in (x[0, 0, 0, 0].item, t.tolist, t.nonzero, t.cpu):
+        with pytest.raises((RuntimeError, NotImplementedError)):
+            ask()
+    cond = Conditioning(text, text[:, 0], text, torch.tensor([1.0, 2.0, 1.0, 3.0, 1.0]), tuple("abcde"), tuple("vwxyz"))
+
+    class Experts:
+        num_experts = 3
+
+        def available(self) -> list[bool]:
+            return [True] * 3
+
+        def velocities(self, calls: Sequence[ExpertCall]) -> list[Tensor]:
+            assert [(call.expert, call.cond.text_keys, call.cond.guidance.tolist()) for call in calls] == [
+                (0, ("a", "c"), [1.0, 1.0]),
+                (2, ("b", "c", "d", "e"), [2.0, 1.0, 3.0, 1.0]),
+            ]
+            return [call.x + call.t[:, None, None, None] for call in calls]
+
+    weights = torch.tensor([[1.0, 0, 0], [0, 0, 1.0], [0.4, 0, 0.6], [0, 0, 1.0], [0, 0, 1.0]])
+    v = ensemble_velocity(x, t, cond, Experts(), weights)
+    assert (v.shape, v.device.type) == (x.shape, "meta")
 
 
 @pytest.mark.parametrize("solver", ["euler", "heun", "midpoint", "dpmpp_2m"])
@@ -269,6 +306,49 @@ def test_no_expert_and_no_logits_strategy_are_refused() -> None:
         routing_weights(torch.zeros(1, 2), Routing("caption"), torch.ones(2, dtype=torch.bool))
 
 
+def test_one_expert_to_the_end() -> None:
+    """``expert-k``, ``caption`` once drawn, and ``oracle``: one-hot weights, whatever the router says; one that is not there is named."""
+    logits, there = torch.randn(3, 4), torch.tensor([True, True, False, True])
+    assert routing_weights(logits, Routing("expert", 1), there).tolist() == [[0, 1, 0, 0]] * 3
+    for kind in ("caption", "oracle"):
+        assert routing_weights(logits, Routing(kind), there, [3, 0, 1]).tolist() == [[0, 0, 0, 1], [1, 0, 0, 0], [0, 1, 0, 0]]
+        with pytest.raises(ValueError, match="expert 2 is not available, and the routing of row 1 allows no other; available: 0, 1, 3"):
+            routing_weights(logits, Routing(kind), there, [3, 2, 1])
+        with pytest.raises(ValueError, match=f"routing {kind} is decided once per picture"):
+            routing_weights(logits, Routing(kind), there)
+    with pytest.raises(ValueError, match="expert 4 is not available"):
+        one_expert([4], there)
+    with pytest.raises(ValueError, match="routing: 'best' is not one of top, threshold, full, caption, expert, oracle"):
+        routing_weights(logits, Routing("best"), there)
+
+
+def test_the_oracle_of_a_partitioned_data_set() -> None:
+    """Rows on the path to a point, routed to its cluster: near the data the velocity is that path's own, whatever the others are."""
+    data = Mixture(each=8, spread=0.0)
+    x, t, x0, noise = states(data, [1e-4], each=24)
+    nearest = torch.cdist(x0, data.means).argmin(1)
+    weights = routing_weights(torch.zeros(24, 3), Routing("oracle"), torch.ones(3, dtype=torch.bool), data.cluster[nearest].tolist())
+    v = ensemble_velocity(x[..., None, None], t, conditioning(24), ExactExperts(data.flow_experts()), weights)[..., 0, 0]
+    torch.testing.assert_close(v[::2], (noise - x0)[::2], rtol=0, atol=1e-7)
+
+
+def test_the_draw_by_caption_is_the_inverse_of_the_distribution() -> None:
+    p = torch.softmax(torch.randn(400, 5, generator=torch.Generator().manual_seed(0), dtype=F64), 1)
+    p[:, 3] = 0.0
+    keys = [rng.key(7, i) for i in range(400)]
+    drawn = draw_experts(p, keys)
+    for row, key, k in zip(p.tolist(), keys, drawn, strict=True):
+        u = rng.uniform(key, "caption-routing", np.array([0]))[0] * sum(row)
+        assert sum(row[:k]) <= u < sum(row[: k + 1])
+    # Row by row: alone, in another order, and scaled.
+    assert [draw_experts(p[i : i + 1], keys[i : i + 1])[0] for i in (5, 3)] == [drawn[5], drawn[3]]
+    assert draw_experts(7 * p, keys) == drawn
+    # As often as it says: five standard deviations.
+    p = p / p.sum(1, keepdim=True)
+    off = np.bincount(drawn, minlength=5) - p.sum(0).numpy()
+    assert (np.abs(off) <= 5 * np.sqrt((p * (1 - p)).sum(0).numpy())).all()
+
+
 def test_names_of_strategies() -> None:
     for text in ("top-1", "top-8", "threshold", "full", "caption", "expert-0", "expert-7"):
         assert str(Routing.parse(text, 8)) == text
@@ -276,5 +356,4 @@ def test_names_of_strategies() -> None:
         with pytest.raises(ValueError, match="is not one of top-1 … top-8") as caught:
             Routing.parse(text, 8)
         assert len(str(caught.value)) < 300
-    assert Routing.parse("full", 8).needs_router_each_step
-    assert not Routing.parse("caption", 8).needs_router_each_step
+    assert str(Routing("oracle")) == "oracle"  # has a name, and no place in a request

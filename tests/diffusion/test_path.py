@@ -111,6 +111,82 @@ def test_the_posterior_mean_noise_becomes_the_marginal_velocity(name: str) -> No
     torch.testing.assert_close(objective.velocity(noise, x, t), mixture.velocity(x, t), rtol=1e-8, atol=1e-8)
 
 
+def clamped(name: str, x: float, t: float, noise: float) -> float:
+    """The published rule at one number, in plain Python: arXiv 2603.06741 with the state matched by signal-to-noise ratio."""
+    length = math.hypot(1 - t, t)
+    if name == "cosine":
+        alpha, sigma = (1 - t) / length, t / length
+    else:
+        # 19.9/4·n² + 0.05·n = −log α, up to the schedule's end.
+        wanted = math.inf if t == 1 else -math.log((1 - t) / length)
+        n = min(1.0, (-0.05 + math.sqrt(0.05**2 + 19.9 * wanted)) / (2 * 19.9 / 4))
+        alpha = math.exp(-19.9 / 4 * n * n - 0.05 * n)
+        sigma = math.sqrt(1 - alpha * alpha)
+    x0 = (x / length - sigma * noise) / max(alpha, 0.01)
+    return (x - min(20.0, max(-20.0, x0))) / t
+
+
+@pytest.mark.parametrize("name", ["cosine", "linear"])
+def test_beyond_the_guard_the_velocity_is_the_published_rules(name: str) -> None:
+    """On (0.99, 1], where α ≥ 0.01 binds; and that it does bind."""
+    g = torch.Generator().manual_seed(2)
+    t = torch.cat([0.99 + 0.01 * torch.rand(300, generator=g, dtype=F64), torch.tensor([0.9902, 0.9935, 0.994, 1 - 1e-9, 1.0], dtype=F64)])
+    x, noise = draws(len(t), 1, seed=5), draws(len(t), 1, seed=6)
+    noise[::2] = x[::2] + 0.01 * noise[::2]  # near each other, as they are there; others far, so that |x̂_0| ≤ 20 binds too
+    found = path.Ddpm(name).velocity(noise, x, t)  # type: ignore[arg-type]
+    expected = [clamped(name, *numbers) for numbers in zip(x[:, 0].tolist(), t.tolist(), noise[:, 0].tolist(), strict=True)]
+    torch.testing.assert_close(found[:, 0], torch.tensor(expected, dtype=F64), rtol=1e-9, atol=1e-9)
+    x0 = x[:, 0] - t * found[:, 0]
+    assert (x0.abs() < 19.999).sum() > 100
+    assert (x0.abs() > 19.999).sum() > 20
+    # The true noise no longer gives the true velocity: x̂_0 is α/0.01 of x_0, at t = 0.995 one half.
+    if name == "cosine":
+        x0, noise, t = draws(9, 1), draws(9, 1, seed=1), torch.full((9,), 0.995, dtype=F64)
+        xt = path.interpolate(x0, noise, t)
+        found = xt - 0.995 * path.Ddpm(name).velocity(noise, xt, t)
+        torch.testing.assert_close(found, x0 * (0.005 / math.hypot(0.005, 0.995)) / 0.01, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("name", ["cosine", "linear"])
+def test_a_rows_bits_do_not_depend_on_how_many_there_are(name: str) -> None:
+    objective = path.Ddpm(name)  # type: ignore[arg-type]
+    x, output, t = (torch.randn(37, 4, generator=torch.Generator().manual_seed(i)) for i in range(3))
+    t = torch.sigmoid(t[:, 0])
+    (states, times), v = objective.model_input(x, t), objective.velocity(output, x, t)
+    for n in range(1, 37):
+        some, when = objective.model_input(x[:n].clone(), t[:n].clone())
+        assert torch.equal(some, states[:n])
+        assert torch.equal(when, times[:n])
+        assert torch.equal(objective.velocity(output[:n].clone(), x[:n].clone(), t[:n].clone()), v[:n])
+
+
+def test_an_expert_is_a_velocity_whatever_it_predicts() -> None:
+    """Perfect experts of one mixture, one that predicts velocity and two that predict noise on their own schedules: all the marginal velocity."""
+    mixture, t = Mixture(), torch.tensor([0.02, 0.3, 0.5, 0.8, 0.97], dtype=F64)
+    x, scale = 1.5 * draws(5, 4, seed=3), torch.tensor(2.0, dtype=F64)
+    for objective in (path.Flow(), path.Ddpm("cosine"), path.Ddpm("linear")):
+
+        def module(z: torch.Tensor, n: torch.Tensor, text: torch.Tensor, gain: float, objective: path.Objective = objective) -> torch.Tensor:
+            if isinstance(objective, path.Flow):
+                return text * gain * mixture.velocity(z, n)
+            _, noise = mixture.expectations(z, *objective.schedule.alpha_sigma(n))  # type: ignore[attr-defined]
+            return text * gain * noise
+
+        v = path.as_velocity(module, objective)(x, t, scale, gain=0.5)
+        torch.testing.assert_close(v, mixture.velocity(x, t), rtol=1e-8, atol=1e-8)
+    # In the type that the module takes, and back in float32 or better.
+    seen = []
+
+    def half(z: torch.Tensor, n: torch.Tensor) -> torch.Tensor:
+        seen.append((z.dtype, n.dtype))
+        return z
+
+    for objective in (path.Flow(), path.Ddpm()):
+        v = path.as_velocity(half, objective, torch.bfloat16)(torch.randn(3, 4), torch.tensor([0.2, 0.6, 1.0]))
+        assert v.dtype == torch.float32
+    assert seen == [(torch.bfloat16, torch.float32)] * 2
+
+
 @pytest.mark.parametrize("name", ["cosine", "linear"])
 def test_velocities_stay_finite_and_bounded_at_the_ends(name: str) -> None:
     objective = path.Ddpm(name)  # type: ignore[arg-type]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import math
 import subprocess
@@ -16,8 +17,7 @@ from scipy import stats
 from torch import Tensor
 
 from paris_ray.config import SamplingConfig
-from paris_ray.diffusion.ensemble import Conditioning
-from paris_ray.diffusion.sampler import SOLVERS, Cancelled, evaluations, guidance_at, guided, initial_noise, sample, time_grid
+from paris_ray.diffusion.sampler import SOLVERS, Cancelled, begins_step, evaluations, guidance_at, guided, initial_noise, sample, time_grid
 
 from .closed_form import Mixture, Velocity, conditioning
 
@@ -124,6 +124,67 @@ def test_half_precision_is_the_networks_and_not_the_solvers(solver: str, dtype: 
         assert sample(lambda x, t: x * t[:, None], noise.to(wide), time_grid(3), solver).dtype == wide
 
 
+def test_every_step_says_where_it_begins() -> None:
+    """The evaluations that begin a step are those at the times of the grid where x is the solver's own, one for each step."""
+    assert len(SOLVERS) == 4
+    for solver, run in SOLVERS.items():
+        ends: list[float] = []  # x after n steps is the end of a run over the first n of them
+        for n in range(1, 6):
+            ends.append(float(sample(lambda x, t: -x, torch.ones(1, 1, dtype=F64), [*time_grid(5)[:-1], 0.0005][: n + 1], solver)))
+        generator = run(torch.ones(1, 1, dtype=F64), [*time_grid(5)[:-1], 0.0005])
+        x, t = next(generator)
+        beginnings, evaluation = [], 0
+        while True:
+            if begins_step(solver, evaluation):
+                beginnings.append((t, float(x)))
+            try:
+                x, t = generator.send(-x)
+            except StopIteration:
+                break
+            evaluation += 1
+        assert [t for t, _ in beginnings] == time_grid(5)[:-1]
+        assert [x for _, x in beginnings] == [1.0, *ends[:-1]]
+    with pytest.raises(ValueError, match="solver: 'none' is not one of"):
+        begins_step("none", 0)
+
+
+@pytest.mark.parametrize(("solver", "order"), [("euler", 1), ("heun", 2), ("midpoint", 2)])
+def test_experts_are_chosen_once_a_step_and_order_is_kept_where_the_choice_changes(solver: str, order: int) -> None:
+    """Two experts, dx/dt = x and dx/dt = −2x + 1, and a router whose argmax changes at t = 0.55, a time of every grid.
+
+    The answer: exp on the first stretch, relaxation to ½ on the second. A choice made anew at Heun's second velocity, which lies at the end of the
+    step, would take the step before the change for half the other's: an error of order 1.
+    """
+    x = torch.tensor([[0.5], [0.7]], dtype=F64)
+    start, change, end = 0.9, 0.55, 0.2
+    middle = x * math.exp(change - start)
+    answer = 0.5 + (middle - 0.5) * math.exp(-2 * (end - change))
+    asked: list[float] = []
+
+    def route(x: Tensor, t: Tensor) -> Tensor:
+        asked.append(float(t[0]))
+        return torch.where(t[:, None] > change + 1e-9, torch.tensor([1.0, 0.0], dtype=F64), torch.tensor([0.0, 1.0], dtype=F64))
+
+    def velocity(x: Tensor, t: Tensor, weights: Tensor) -> Tensor:
+        return weights[:, :1] * x + weights[:, 1:] * (1 - 2 * x)
+
+    def error(steps: int, hold: bool) -> float:
+        asked.clear()
+        times = grid(steps, start, end)
+        if hold:
+            found = sample(velocity, x, times, solver, route=route)
+            assert asked == times[:-1]  # once a step, at its beginning
+        else:
+            found = sample(lambda x, t: velocity(x, t, route(x, t)), x, times, solver)
+        return float((found - answer).abs().max())
+
+    errors = [error(steps, hold=True) for steps in (40, 80, 160)]
+    assert [math.log2(a / b) for a, b in itertools.pairwise(errors)] == pytest.approx([order, order], abs=0.15)
+    if solver == "heun":
+        errors = [error(steps, hold=False) for steps in (40, 80, 160)]
+        assert [math.log2(a / b) for a, b in itertools.pairwise(errors)] == pytest.approx([1, 1], abs=0.15)
+
+
 @pytest.mark.parametrize("steps", [1, 2, 10, 25, 50, 1000])
 def test_the_grid_is_diffusers_own(steps: int) -> None:
     diffusers = pytest.importorskip("diffusers")
@@ -204,8 +265,9 @@ class Net:
     def __init__(self) -> None:
         self.rows: list[int] = []
 
-    def __call__(self, x: Tensor, t: Tensor, text: Tensor) -> Tensor:
+    def __call__(self, x: Tensor, t: Tensor, text: Tensor | list[Tensor]) -> Tensor:
         self.rows.append(len(x))
+        text = text if isinstance(text, Tensor) else torch.stack(text)
         return torch.tanh(x) * (1 + text.view(-1, 1, 1, 1)) + t.view(-1, 1, 1, 1)
 
 
@@ -221,6 +283,14 @@ def test_guidance_is_the_formula_row_by_row_in_one_call(scales: list[float]) -> 
         torch.testing.assert_close(v[row], unconditional + s * (conditional - unconditional), rtol=1e-12, atol=1e-12)
     # One call; a row without guidance is in it once, one with guidance twice.
     assert net.rows == [3 + sum(s != 1 for s in scales)]
+    # Where the latents are, nothing is waited for: torch's meta device has no numbers.
+    there = dataclasses.replace(cond, text=cond.text.to("meta"), null_text=cond.null_text.to("meta"))
+    assert guided(Net(), x.to("meta"), t.to("meta"), there).device.type == "meta"
+    # Texts in lists, as those who keep them row by row have them.
+    one_by_one = dataclasses.replace(
+        cond, text=list(cond.text), null_text=[None if s == 1 else row for s, row in zip(scales, cond.null_text, strict=True)]
+    )
+    assert torch.equal(guided(Net(), x, t, one_by_one), v)
 
 
 INTERVALS = [(0.0, 1.0), (0.2, 0.8), (0.5, 1.0), (0.0, 0.3), (0.9995, 1.0)]
@@ -235,7 +305,7 @@ def test_guidance_in_an_interval_is_two_velocities_inside_and_one_outside(solver
 
     def velocity(x: Tensor, t: Tensor) -> Tensor:
         scale = torch.tensor([guidance_at(float(t[0]), s, interval) for s in scales], dtype=F64)
-        return guided(net, x, t, Conditioning(cond.text, cond.pooled, cond.null_text, scale, cond.digests))
+        return guided(net, x, t, dataclasses.replace(cond, guidance=scale))
 
     def plain(x: Tensor, t: Tensor) -> Tensor:
         inside = interval[0] <= float(t[0]) <= interval[1]

@@ -84,7 +84,7 @@ def reference(model, request, available=None, choose=None):
     router = tiny_model.load_router(model.folder / "router", tiny_model.SIZE).double()
     history = []
 
-    def velocity(x, t):
+    def route(x, t):
         arguments = [x[None], torch.tensor([t], dtype=torch.float64)] + ([pooled[None]] if model.router_reads_text else [])
         logits = router(*arguments)[0].tolist()
         p = [math.exp(logit) if available[k] else 0.0 for k, logit in enumerate(logits)]
@@ -99,7 +99,9 @@ def reference(model, request, available=None, choose=None):
             kept = [value if value >= 0.1 or value == max(p) else 0.0 for value in p]
         else:
             kept = p
-        weights = [value / sum(kept) for value in kept]
+        return [value / sum(kept) for value in kept]
+
+    def velocity(x, t, weights):
         history.append(weights)
         total = torch.zeros_like(x)
         for k in experts:
@@ -116,13 +118,14 @@ def reference(model, request, available=None, choose=None):
     x = initial_noise(request.seed, request.index, model.latent_shape).double()
     looks = []  # (λ, x̂_0) of the steps so far
     for t, after in itertools.pairwise(times):
-        v = velocity(x, t)
+        weights = route(x, t)  # once a step
+        v = velocity(x, t, weights)
         guess = x + (after - t) * v
         looks.append((math.log((1 - t) / t) if t < 1 else -math.inf, x - t * v))
         if request.solver == "midpoint":
-            x = x + (after - t) * velocity((x + guess) / 2, (t + after) / 2)
+            x = x + (after - t) * velocity((x + guess) / 2, (t + after) / 2, weights)
         elif request.solver == "heun" and after != 0:
-            x = x + (after - t) * (v + velocity(guess, after)) / 2
+            x = x + (after - t) * (v + velocity(guess, after, weights)) / 2
         elif request.solver == "dpmpp_2m" and after != 0 and len(looks) > 1:
             # As the paper has it, with α = 1 − t and σ = t: arXiv 2211.01095, algorithm 2.
             (earlier, x0_before), (now, x0) = looks[-2:]

@@ -93,7 +93,7 @@ def calls(files, experts=(0, 1, 2), rows=3, seed=0, texts=None, guidance=(1.0, 2
     for k in experts:
         cond = Conditioning(
             torch.stack([table[name] for name in names]), torch.zeros(rows, 4), table["null"].expand(rows, -1, -1), torch.tensor(guidance[:rows]),
-            tuple(f"{name}:null" for name in names),
+            tuple(names), ("null",) * rows,
         )  # fmt: skip
         made.append(ExpertCall(k, torch.randn(rows, *files.latent_shape, generator=g), torch.rand(rows, generator=g), cond))
     return made
