@@ -26,7 +26,7 @@ def read(monkeypatch):
     """The experts read from their files, in order."""
     read = []
     load = weights.load_expert
-    monkeypatch.setattr(weights, "load_expert", lambda folder, *a: read.append(int(folder.uri[-1])) or load(folder, *a))
+    monkeypatch.setattr(weights, "load_expert", lambda folder, *a, **k: read.append(int(folder.uri[-1])) or load(folder, *a, **k))
     return read
 
 

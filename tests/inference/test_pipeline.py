@@ -146,7 +146,7 @@ def test_a_move_takes_what_is_in_memory_along_and_reads_nothing(checkpoint, monk
     """There is no GPU here: ``meta``, a device without values, stands for one."""
     read = []
     load = weights.load_expert
-    monkeypatch.setattr(weights, "load_expert", lambda *a: read.append(a[0].uri[-1]) or load(*a))
+    monkeypatch.setattr(weights, "load_expert", lambda *a, **k: read.append(a[0].uri[-1]) or load(*a, **k))
     monkeypatch.setattr(pipeline, "load_model", lambda *a: pytest.fail("read the model again"))
     pipe = ParisPipeline(load_model(checkpoint), max_rows=3)
     pipe.set_progress_bar_config(disable=True)
