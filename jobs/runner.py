@@ -17,10 +17,11 @@ from typing import Any
 from jobs import cli
 from jobs.board import Board
 from paris_ray import stages
-from paris_ray.config import ModelConfig, RunConfig, TrainConfig
+from paris_ray.config import ModelConfig, RunConfig
 from paris_ray.manifest import fingerprint
 from paris_ray.progress import clock
 from paris_ray.storage import Folder
+from paris_ray.training.budget import total_images
 
 POLL_SECONDS = 1.0
 LOST_SECONDS = 60.0
@@ -282,10 +283,8 @@ def work(config: RunConfig, name: str) -> float:
     """About how much a training stage has to do (images × weights that each passes), so that the longest can start first."""
     spec: Any = config.experts[int(name.removeprefix("expert-"))] if name.startswith("expert-") else config.router
     model: ModelConfig = spec.model
-    train: TrainConfig = spec.train
-    images = train.images
-    if images is None:
+    rows = 0
+    if spec.train.images is None:
         sizes = stages.folder(config, "partition").read_json("clusters.json")["sizes"]
         rows = sizes[int(name.removeprefix("expert-"))] if name.startswith("expert-") else sum(sizes)
-        images = max(round(train.passes * rows), train.min_images)
-    return float(images * model.num_layers * model.hidden_size**2)
+    return float(total_images(spec.train, rows) * model.num_layers * model.hidden_size**2)

@@ -22,7 +22,7 @@ WITHOUT_RAY = [
     "paris_ray.data.codec",
     "paris_ray.data.embedding", "paris_ray.data.encoders", "paris_ray.data.openmoji", "paris_ray.data.kmeans", "paris_ray.data.balance",
     "paris_ray.training.loop", "paris_ray.training.ema", "paris_ray.training.checkpoint", "paris_ray.training.shard", "paris_ray.training.draws",
-    "paris_ray.evaluation.metrics",
+    "paris_ray.training.budget", "paris_ray.pages.blocks", "paris_ray.pages.charts", "paris_ray.evaluation.metrics",
 ]  # fmt: skip
 """Modules that a machine without Ray can use; all of paris_ray/inference as well."""
 
@@ -158,6 +158,7 @@ LEVELS = [
         "paris_ray.presets",
         "paris_ray.headers",
         "paris_ray.layout",
+        "paris_ray.pages",
     },
     {"paris_ray.diffusion", "paris_ray.models", "paris_ray.data.kmeans", "paris_ray.data.balance"},
     {"paris_ray.training", "paris_ray.inference", "paris_ray.data", "paris_ray.evaluation"},

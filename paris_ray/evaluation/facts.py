@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from paris_ray import stages
 from paris_ray.config import RunConfig
-from paris_ray.data.cluster_report import terms
+from paris_ray.data.report.terms import terms
 from paris_ray.data.schema import read_columns
 from paris_ray.evaluation.protocol import Decode, read_file, read_latents
 from paris_ray.manifest import published

@@ -10,9 +10,10 @@ from typing import Any
 from paris_ray import stages
 from paris_ray.config import OpenMojiSource, RunConfig
 from paris_ray.data.openmoji import ATTRIBUTION
-from paris_ray.evaluation import page, plots, results
+from paris_ray.evaluation import results
 from paris_ray.evaluation.facts import Facts
-from paris_ray.evaluation.plots import duration, escape, number
+from paris_ray.pages import blocks, charts
+from paris_ray.pages.charts import duration, escape, number
 
 REPORT = "report.html"
 
@@ -43,9 +44,9 @@ def build(facts: Facts) -> str:
         ("versions", "Versions and hardware", versions_section(facts)),
         ("next", "Serve it, ask it", next_section(facts)),
     ]
-    links = "".join(f'<a href="#{anchor}">{escape(title)}</a>' for anchor, title, _ in parts)
-    html = head(facts) + f"<nav>{links}</nav>" + "".join(page.section(*part) for part in parts) + attribution(facts)
-    return page.page(f"{facts.config.name}: report", html, facts.config.num_experts)
+    links = blocks.navigation((anchor, title) for anchor, title, _ in parts)
+    html = head(facts) + links + "".join(blocks.section(*part) for part in parts) + attribution(facts)
+    return blocks.page(f"{facts.config.name}: report", html, facts.config.num_experts)
 
 
 def head(facts: Facts) -> str:
@@ -69,7 +70,7 @@ def head(facts: Facts) -> str:
         "A text-to-image model trained the decentralized way (Paris): the corpus is cut into clusters, one diffusion expert learns each cluster "
         "without ever hearing of the others, a small router says whom to ask, and their velocities are mixed at every step."
     )
-    return f'<h1>{escape(config.name)}</h1><p class="lead">{escape(lead)}</p>' + results.strip(facts) + page.tiles(items)
+    return f'<h1>{escape(config.name)}</h1><p class="lead">{escape(lead)}</p>' + results.strip(facts) + blocks.tiles(items)
 
 
 def pipeline_section(facts: Facts) -> str:
@@ -94,9 +95,9 @@ def pipeline_section(facts: Facts) -> str:
     html = f'<div class="flow">{"".join(boxes)}</div>'
     if facts.rejected:
         refused = [[kind, len(details), details[0][:160]] for kind, details in facts.rejected.items()]
-        html += "<h3>Refused rows</h3>" + page.table(["reason", "rows", "for example"], refused, numeric=(1,))
+        html += "<h3>Refused rows</h3>" + blocks.table(["reason", "rows", "for example"], refused, numeric=(1,))
     elif facts.rejected is not None:
-        html += page.paragraph("No row was refused.")
+        html += blocks.paragraph("No row was refused.")
     return html
 
 
@@ -129,13 +130,13 @@ def clusters_section(facts: Facts) -> str:
     """Sizes, contact sheets and telling words."""
     clusters = facts.clusters
     if clusters is None:
-        return page.absent("Not run.")
+        return blocks.absent("Not run.")
     sizes = clusters["sizes"]
     total = sum(sizes) or 1
     cards = []
     for k, size in enumerate(sizes):
         sheet = facts.contact_sheet(k)
-        picture = page.image(plots.data_uri(sheet, "image/png"), f"contact sheet of cluster {k}", "sheet") if sheet else ""
+        picture = blocks.image(charts.data_uri(sheet, "image/png"), f"contact sheet of cluster {k}", "sheet") if sheet else ""
         words = f"<p>{escape(', '.join(facts.terms[k]))}</p>" if facts.terms[k] else ""
         swatch = f'<i class="swatch g{k}"></i>'
         cards.append(
@@ -144,9 +145,10 @@ def clusters_section(facts: Facts) -> str:
     said = (
         f"Two-level k-means ({clusters.get('metric', facts.config.partition.metric)}): {facts.config.partition.fine} fine clusters, then "
         f"{facts.config.num_experts} coarse ones over their centroids. The largest holds {max(sizes) / total:.0%} of the training rows, the smallest "
-        f"{min(sizes) / total:.0%}; an equal share would be {1 / len(sizes):.0%}. Below each sheet, the words that set its captions apart."
+        f"{min(sizes) / total:.0%}; an equal share would be {1 / len(sizes):.0%}. Below each sheet, the words that set its captions apart. "
+        f"{blocks.CODEC_NOTE} The clusters' own page, clusters/report.html, has a map and what training was estimated to cost."
     )
-    return page.paragraph(said) + plots.share_bar(sizes, "Shares of the training rows") + f'<div class="cards">{"".join(cards)}</div>'
+    return blocks.paragraph(said) + charts.share_bar(sizes, "Shares of the training rows") + f'<div class="cards">{"".join(cards)}</div>'
 
 
 def training_section(facts: Facts) -> str:
@@ -155,15 +157,15 @@ def training_section(facts: Facts) -> str:
     names = [stages.expert_name(k) for k in range(config.num_experts)]
     curves = {name: facts.metrics(name) for name in [*names, "router", stages.CONTROL_ROUTER]}
     if not any(curves.values()):
-        return page.absent("Not run.")
+        return blocks.absent("Not run.")
     experts = [_curve(f"expert {k}", curves[name], f"var(--e{k})") for k, name in enumerate(names)]
     watched = [_curve(f"expert {k}", curves[name], f"var(--e{k})", "validation_loss") for k, name in enumerate(names)]
     routers = [_curve("router", curves["router"], "var(--e0)"), _curve("text-blind router", curves[stages.CONTROL_ROUTER], "var(--e1)")]
-    left = plots.line_chart(experts, "images (log)", "loss", "Training loss of the experts", log_x=True)
-    right = plots.line_chart(routers, "images (log)", "cross-entropy", "Training loss of the routers", log_x=True)
+    left = charts.line_chart(experts, "images (log)", "loss", "Training loss of the experts", log_x=True)
+    right = charts.line_chart(routers, "images (log)", "cross-entropy", "Training loss of the routers", log_x=True)
     html = f"<div><h3>Experts: training loss</h3>{left}</div><div><h3>Routers: cross-entropy</h3>{right}</div>"
     if any(one.y for one in watched):
-        below = plots.line_chart(watched, "images (log)", "loss", "Validation loss of the experts", log_x=True)
+        below = charts.line_chart(watched, "images (log)", "loss", "Validation loss of the experts", log_x=True)
         html += f"<div><h3>Experts: validation loss</h3>{below}</div>"
     html = f'<div class="two">{html}</div>'
     rows = []
@@ -176,24 +178,24 @@ def training_section(facts: Facts) -> str:
             figures = [_figure(counts.get(key)) for key in ("rows", "images", "images_per_second", "loss", "validation_loss", "restarts")]
             rows.append([name.replace("_", " "), shape, spec.objective if spec else "–", *figures, duration(facts.seconds(name) or 0.0)])
     header = ["stage", "model", "objective", "rows", "images", "images/s", "loss", "validation loss", "restarts", "time"]
-    return html + page.table(header, rows, numeric=range(3, len(header)))
+    return html + blocks.table(header, rows, numeric=range(3, len(header)))
 
 
 def _figure(value: Any) -> str:
     return "–" if value is None else number(float(value))
 
 
-def _curve(name: str, lines: list[dict[str, Any]], colour: str, key: str = "loss") -> plots.Series:
+def _curve(name: str, lines: list[dict[str, Any]], colour: str, key: str = "loss") -> charts.Series:
     known = [line for line in lines if line.get(key) is not None]
-    return plots.Series(name, [line["images"] for line in known], [line[key] for line in known], colour)
+    return charts.Series(name, [line["images"] for line in known], [line[key] for line in known], colour)
 
 
 def held_out_section(facts: Facts) -> str:
     """Captions that training never saw."""
     if not facts.records("held_out"):
-        return page.absent("Not run, or no such rows.")
+        return blocks.absent("Not run, or no such rows.")
     intro = "Training saw each of these things in other rows, but never these rows."
-    return page.paragraph(intro) + results.samples_section(facts, "held_out")
+    return blocks.paragraph(intro) + results.samples_section(facts, "held_out")
 
 
 def time_section(facts: Facts) -> str:
@@ -205,17 +207,17 @@ def time_section(facts: Facts) -> str:
             colour = f"var(--e{name.removeprefix('expert-')})" if name.startswith("expert-") else "var(--muted)"
             bars.append((name.replace("_", " "), seconds, duration(seconds), colour))
     if not bars:
-        return page.absent("Not run.")
+        return blocks.absent("Not run.")
     said = f"Sum of the stages: {duration(sum(bar[1] for bar in bars))}."
     if facts.wall_seconds is not None:
         said += f" From the first one's start to the last one's end: {duration(facts.wall_seconds)}; stages that do not depend on each other overlap."
-    return page.paragraph(said) + plots.bar_chart(bars, "Seconds of each stage")
+    return blocks.paragraph(said) + charts.bar_chart(bars, "Seconds of each stage")
 
 
 def versions_section(facts: Facts) -> str:
     """What computed it."""
     if not facts.manifests:
-        return page.absent("Not run.")
+        return blocks.absent("Not run.")
     keys = sorted({key for manifest in facts.manifests.values() for key in manifest.get("software", {})})
     rows = []
     for key in keys:
@@ -225,7 +227,7 @@ def versions_section(facts: Facts) -> str:
     rows += [[f"evaluation: {key}" if facts.table else key, value] for key, value in hardware.items()]
     if facts.model is not None:
         rows.append(["model fingerprint", facts.model["model_fingerprint"]])
-    return page.table(["what", "version"], rows)
+    return blocks.table(["what", "version"], rows)
 
 
 def next_section(facts: Facts) -> str:
@@ -241,7 +243,7 @@ def next_section(facts: Facts) -> str:
         '  | python3 -c \'import base64, json, sys; open("picture.png", "wb").write(base64.b64decode(json.load(sys.stdin)["data"][0]["b64_json"]))\''
     )
     return (
-        page.paragraph("All that serving needs is in model/. Each PNG carries its prompt, seed, steps and routing.")
+        blocks.paragraph("All that serving needs is in model/. Each PNG carries its prompt, seed, steps and routing.")
         + f"<pre>{escape(commands)}</pre>"
     )
 

@@ -7,9 +7,9 @@ from typing import Any
 
 import numpy as np
 
-from paris_ray.evaluation import page, plots
 from paris_ray.evaluation.facts import Facts
-from paris_ray.evaluation.plots import escape
+from paris_ray.pages import blocks, charts
+from paris_ray.pages.charts import escape
 
 HEADLINE = "top-2"
 GALLERY = 24
@@ -36,10 +36,10 @@ def table_section(facts: Facts) -> str:
     """The table, its picture and what it says in words."""
     table = facts.table
     if table is None:
-        return page.absent("Not run. Serve the model, then: python -m jobs.evaluate --config RUN/config.yaml --endpoint http://127.0.0.1:8000")
+        return blocks.absent("Not run. Serve the model, then: python -m jobs.evaluate --config RUN/config.yaml --endpoint http://127.0.0.1:8000")
     rows = table["rows"]
     drawn = [row for row in rows if row["right"]["share"] is not None]
-    chart = plots.interval_chart(
+    chart = charts.interval_chart(
         [(row["title"], row["right"]["share"], row["right"]["low"], row["right"]["high"], _COLOURS.get(row["key"], "var(--e0)")) for row in drawn],
         "Share of pictures whose nearest original is of the caption's group, with 95 % intervals",
     )
@@ -51,7 +51,7 @@ def table_section(facts: Facts) -> str:
         judged = [percent(row[name]).partition(" ")[0] if row.get(name) else "–" for name in extra]
         experts = "–" if row.get("experts_per_step") is None else f"{row['experts_per_step']:.2f}"
         cells.append([row["title"], row["where"], percent(row["right"]), interval(row["right"]), *judged, experts])
-    listed = page.table(header, cells, numeric=range(2, len(header)), key=[i for i, row in enumerate(rows) if row["key"] == HEADLINE])
+    listed = blocks.table(header, cells, numeric=range(2, len(header)), key=[i for i, row in enumerate(rows) if row["key"] == HEADLINE])
     sampling = table["sampling"]
     how = (
         f"{table['captions']['trained']} captions from training, the same number from each cluster where it has them, one picture each with a "
@@ -61,13 +61,13 @@ def table_section(facts: Facts) -> str:
         "originals is to its nearest in another group; “to the eye”, less than 2/255 away from it on average. Intervals are Wilson's. The embedder "
         "also made the clusters: it is no independent judge."
     )
-    clusters = page.table(
+    clusters = blocks.table(
         ["cluster", "right with top-2", "95 %"],
         [[f"expert {one['cluster']}", percent(one["right"]), interval(one["right"])] for one in table["by_cluster"]],
         numeric=(1, 2),
     )
     return (
-        "".join(page.paragraph(line) for line in reading(table))
+        "".join(blocks.paragraph(line) for line in reading(table))
         + chart
         + listed
         + f"<details><summary>By cluster</summary>{clusters}</details>"
@@ -127,9 +127,9 @@ def reading(table: dict[str, Any]) -> list[str]:
 
 
 def strip(facts: Facts) -> str:
-    """A row of generated pictures for the top of the page."""
+    """A row of generated pictures for the top of the blocks."""
     chosen = _spread(facts.records(HEADLINE), 30)
-    pictures = [page.image(plots.picture_uri(facts.picture(record["picture"])), record["caption"]) for record in chosen]
+    pictures = [blocks.image(charts.picture_uri(facts.picture(record["picture"])), record["caption"]) for record in chosen]
     return f'<div class="strip">{"".join(pictures)}</div>' if pictures else ""
 
 
@@ -137,13 +137,13 @@ def samples_section(facts: Facts, row: str, count: int = GALLERY) -> str:
     """Generated pictures (left) beside their nearest originals (right)."""
     records = _spread(facts.records(row), count)
     if not records:
-        return page.absent("Not run.")
+        return blocks.absent("Not run.")
     originals = facts.originals([record["nearest"] for record in records])
     parts = []
     for record in records:
-        made = page.image(plots.picture_uri(facts.picture(record["picture"])), f"generated: {record['caption']}")
+        made = blocks.image(charts.picture_uri(facts.picture(record["picture"])), f"generated: {record['caption']}")
         original = originals.get(record["nearest"])
-        beside = "" if original is None else page.image(plots.picture_uri(original), f"nearest original: {record['nearest_caption']}")
+        beside = "" if original is None else blocks.image(charts.picture_uri(original), f"nearest original: {record['nearest_caption']}")
         verdict, sign = ("right", "✓") if record["right"] else ("wrong", "✗")
         said = f'<span class="mark">{sign}</span> {escape(record["caption"])}'
         if record["nearest_caption"] != record["caption"]:
@@ -160,30 +160,30 @@ def routing_section(facts: Facts) -> str:
     experts = facts.config.num_experts
     records = [record for record in facts.records(HEADLINE) if record["routing"]]
     if not records:
-        return page.absent("Not run.")
+        return blocks.absent("Not run.")
     average = np.mean([np.asarray(record["routing"]) for record in records if len(record["routing"]) == len(records[0]["routing"])], axis=0)
     own = [float(np.asarray(record["routing"])[:, record["cluster"]].mean()) for record in facts.records("full") if record["routing"]]
     parts = [
-        page.paragraph(
+        blocks.paragraph(
             "Each column is one step, from noise (left) to the picture (right); its colours are the weights of the experts that were asked. "
             "A colour that stays is a router that knows from the start where the picture belongs."
         ),
-        page.legend(experts),
+        charts.legend((f"expert {k}", f"var(--e{k})") for k in range(experts)),
         '<div class="two">',
     ]
     for record in _spread(records, ROUTED):
         weights = np.asarray(record["routing"], np.float64)
         mine = weights[:, record["cluster"]].mean()
-        picture = page.image(plots.picture_uri(facts.picture(record["picture"])), record["caption"])
-        bars = plots.stacked_columns(weights, f"Experts' weights over the steps of: {record['caption']}", width=400, height=44)
+        picture = blocks.image(charts.picture_uri(facts.picture(record["picture"])), record["caption"])
+        bars = charts.stacked_columns(weights, f"Experts' weights over the steps of: {record['caption']}", height=44)
         said = f"{escape(record['caption'])} · <small>cluster {record['cluster']}, own expert’s share {mine:.0%}</small>"
         parts.append(f'<figure class="route">{picture}<div>{bars}<figcaption>{said}</figcaption></div></figure>')
     parts.append("</div><h3>On average over all pictures</h3>")
     ends = ("t = 1, noise", "t = 0, picture")
-    parts.append(plots.stacked_columns(average, "Average weights of the experts over the steps, top-2", ends=ends))
+    parts.append(charts.stacked_columns(average, "Average weights of the experts over the steps, top-2", ends=ends))
     if own:
         parts.append(
-            page.paragraph(f"The router's unrestricted weights (routing “full”) give the caption's own expert {np.mean(own):.0%} on average.")
+            blocks.paragraph(f"The router's unrestricted weights (routing “full”) give the caption's own expert {np.mean(own):.0%} on average.")
         )
     return "".join(parts)
 
@@ -192,17 +192,17 @@ def router_section(facts: Facts) -> str:
     """How often the router's first choice is the right cluster, by time."""
     measured = (facts.table or {}).get("router")
     if not measured:
-        return page.absent("Not run.")
+        return blocks.absent("Not run.")
     colours = {"pooled": "var(--e0)", "none": "var(--e1)"}
     names = {"pooled": "reads the caption", "none": "text-blind (the paper's)"}
     series = [
-        plots.Series(names[kind], measured["t"], [one["share"] for one in shares], colours[kind]) for kind, shares in measured["accuracy"].items()
+        charts.Series(names[kind], measured["t"], [one["share"] for one in shares], colours[kind]) for kind, shares in measured["accuracy"].items()
     ]
-    chart = plots.line_chart(series, "t (0 data, 1 noise)", "share right", "Accuracy of the router over time", y_range=(0.0, 1.0))
+    chart = charts.line_chart(series, "t (0 data, 1 noise)", "share right", "Accuracy of the router over time", y_range=(0.0, 1.0))
     rows = [[names[kind], *(percent(one) for one in shares)] for kind, shares in measured["accuracy"].items()]
-    listed = page.table(["router", *(f"t = {t:g}" for t in measured["t"])], rows, numeric=range(1, len(measured["t"]) + 1))
+    listed = blocks.table(["router", *(f"t = {t:g}" for t in measured["t"])], rows, numeric=range(1, len(measured["t"]) + 1))
     said = f"On {measured['rows']} rows that training did not see: the share whose cluster is the router's first choice."
-    return page.paragraph(said) + chart + listed
+    return blocks.paragraph(said) + chart + listed
 
 
 def _spread(records: Sequence[dict[str, Any]], count: int) -> list[dict[str, Any]]:

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from paris_ray.config import ConfigError, TrainConfig
 from paris_ray.storage import Folder
 from paris_ray.training import checkpoint
+from paris_ray.training.budget import total_images
 from paris_ray.training.draws import Draw, Draws
 from paris_ray.training.ema import Ema
 
@@ -72,12 +73,6 @@ class Place:
     device: torch.device
     rank: int = 0
     world: int = 1
-
-
-def total_images(config: TrainConfig, rows: int) -> int:
-    """The budget in images, in whole batches: ``images``, else ``passes`` × rows but at least ``min_images``."""
-    wanted = config.images if config.images is not None else max(math.ceil(config.passes * rows), config.min_images)
-    return math.ceil(wanted / config.batch_size) * config.batch_size
 
 
 def learning_rate(config: TrainConfig, images: int, total: int) -> float:

@@ -6,10 +6,8 @@ import re
 from html.parser import HTMLParser
 
 import fabricated
-import numpy as np
 import pytest
 
-from paris_ray.evaluation import plots
 from paris_ray.evaluation.asking import Endpoint
 from paris_ray.evaluation.evaluate import evaluate
 from paris_ray.evaluation.report import write_report
@@ -147,51 +145,3 @@ def test_one_expert_of_three(tmp_path, stand_ins):
         (Folder(config.run_dir) / name).delete_all()
     _, page = read(config)
     assert "1 of 3 trained" in page.text
-
-
-def test_ticks_are_round_and_cover_the_range():
-    for low, high in [(0, 1), (0.13, 0.97), (-3, 12), (1e-4, 3e-4), (0, 0), (5, 5), (199, 10_001)]:
-        values = plots.ticks(low, high)
-        assert values[0] <= low
-        assert values[-1] >= high
-        steps = np.diff(values)
-        np.testing.assert_allclose(steps, steps[0])
-        mantissa = steps[0] / 10 ** np.floor(np.log10(steps[0]) + 1e-9)
-        assert round(float(mantissa), 6) in (1, 2, 5)
-        assert len(values) <= 8
-
-
-def test_stacked_columns_have_the_height_of_their_shares():
-    shares = np.array([[0.25, 0.75, 0.0], [0.0, 0.0, 1.0]])
-    drawn = plots.stacked_columns(shares, "shares", height=100)
-    rects = re.findall(r'y="([\d.]+)" width="[\d.]+" height="([\d.]+)" class="f(\d)"', drawn)
-    assert [(float(y), float(h), int(k)) for y, h, k in rects] == [(75, 25, 0), (0, 75, 1), (0, 100, 2)]
-
-
-def test_lines_pass_through_their_points_and_skip_what_is_not_finite():
-    drawn = plots.line_chart([plots.Series("a", [1, 10, 100, 1000], [0.0, 1.0, float("nan"), 2.0], "red")], "x", "y", "t", log_x=True)
-    points = [tuple(map(float, pair.split(","))) for pair in re.search(r'polyline points="([^"]*)"', drawn)[1].split()]
-    assert len(points) == 3
-    xs, ys = zip(*points, strict=True)
-    assert (xs[1] - xs[0]) / (xs[2] - xs[0]) == pytest.approx(1 / 3, abs=1e-3)  # decades are evenly apart
-    assert (ys[0] - ys[1]) / (ys[0] - ys[2]) == pytest.approx(1 / 2, abs=1e-3)  # up is smaller in SVG
-    assert "no points yet" in plots.line_chart([], "x", "y", "t")
-
-
-def test_colours_differ_for_any_number_of_experts():
-    light, dark = plots.expert_colours(20)
-    assert len(set(light)) == len(set(dark)) == 20
-    assert all(re.fullmatch("#[0-9a-f]{6}", colour) for colour in light + dark)
-
-
-@pytest.mark.parametrize(("seconds", "text"), [(0.04, "0.0 s"), (59.9, "59.9 s"), (59.96, "1 min 00 s"), (185, "3 min 05 s"), (7800, "2 h 10 min")])
-def test_durations(seconds, text):
-    assert plots.duration(seconds) == text
-
-
-def test_large_pictures_become_thumbnails():
-    small = plots.picture_uri(np.zeros((32, 32, 3), np.uint8))
-    large = plots.picture_uri(np.random.default_rng(0).integers(0, 255, (512, 512, 3)).astype(np.uint8))
-    assert small.startswith("data:image/png;base64,")
-    assert large.startswith("data:image/webp;base64,")
-    assert len(large) < 60_000

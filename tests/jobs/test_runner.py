@@ -48,9 +48,9 @@ def test_the_longest_training_starts_first_and_the_control_last(tmp_path):
     assert Runner(config, client).run(names(config))
     training = [name for name in client.order if runner.trains(name)]
     assert training[-1] == stages.CONTROL_ROUTER
-    # Rows 10, 20, 30; expert 2 has one layer of 48 instead of two of 32.
-    assert work(config, "expert-0") == 10 * 10 * 2 * 32**2
-    assert work(config, "expert-2") == 10 * 30 * 1 * 48**2
+    # Ten passes over 10 and 30 rows, in whole batches of 8; expert 2 has one layer of 48 instead of two of 32.
+    assert work(config, "expert-0") == 104 * 2 * 32**2
+    assert work(config, "expert-2") == 304 * 1 * 48**2
     assert training[:-1] == sorted(training[:-1], key=lambda name: -work(config, name))
 
 

@@ -14,7 +14,7 @@ from paris_ray.diffusion.path import Flow
 from paris_ray.storage import Folder
 from paris_ray.training import checkpoint
 from paris_ray.training.draws import Draws
-from paris_ray.training.loop import Loop, NonFiniteError, Place, learning_rate, optimizer_for, total_images
+from paris_ray.training.loop import Loop, NonFiniteError, Place, learning_rate, optimizer_for
 
 CPU = torch.device("cpu")
 
@@ -81,12 +81,6 @@ def killed_at(images: int):
 
 def without_clocks(lines):
     return [{k: v for k, v in line.items() if k not in ("seconds", "images_per_second", "data_wait")} for line in lines]
-
-
-def test_total_images_counts_whole_batches():
-    assert total_images(config(images=161), rows=5) == 168
-    assert total_images(config(images=None, passes=2.5, min_images=1), rows=30) == 80
-    assert total_images(config(images=None, passes=2.5, min_images=100), rows=30) == 104
 
 
 def test_learning_rate_follows_torch_schedulers():

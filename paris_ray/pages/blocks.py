@@ -1,4 +1,4 @@
-"""The report's HTML building blocks and its style: one file, no scripts, nothing from other hosts, light and dark.
+"""A page's building blocks and its style: one file, no scripts, nothing from other hosts, light and dark, from 380 pixels of width on.
 
 Arguments named ``html`` are markup; everything else is text and is escaped here.
 """
@@ -7,7 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-from paris_ray.evaluation.plots import escape, expert_colours
+from paris_ray.pages.charts import escape, expert_colours
+
+CODEC_NOTE = (
+    "The pictures are originals as the latent codec gives them back (decoded latents), which is what the experts learn from; it can change colours."
+)
+"""Goes wherever decoded latents are shown: what looks wrong in them need not be wrong in the originals."""
 
 STYLE = """
 :root{color-scheme:light dark;--bg:#fbfaf8;--card:#fff;--ink:#1c1b1a;--muted:#6d6a65;--line:#e3e0da;--good:#167a4a;--bad:#b3372e;
@@ -15,7 +20,8 @@ STYLE = """
 @media (prefers-color-scheme:dark){:root{--bg:#151514;--card:#1e1e1c;--ink:#eceae6;--muted:#a09c95;--line:#34332f;--good:#5cc48d;--bad:#ef8278;
 --accent:#7fb0f5;DARK}}
 *{box-sizing:border-box}
-body{margin:0;background:var(--bg);color:var(--ink);font:16px/1.55 system-ui,-apple-system,"Segoe UI",Roboto,sans-serif}
+body{margin:0;background:var(--bg);color:var(--ink);font:16px/1.55 system-ui,-apple-system,"Segoe UI",Roboto,sans-serif;overflow-wrap:break-word;
+-webkit-text-size-adjust:100%;text-size-adjust:100%}
 main{max-width:1060px;margin:0 auto;padding:40px 24px 80px}
 h1{font-size:2.1rem;line-height:1.15;margin:0 0 .4rem;letter-spacing:-.02em}
 h2{font-size:1.35rem;margin:3.2rem 0 .5rem;letter-spacing:-.01em}
@@ -27,6 +33,7 @@ pre{background:var(--card);border:1px solid var(--line);border-radius:8px;paddin
 small,.muted,figcaption{color:var(--muted)}
 .lead{font-size:1.08rem;color:var(--muted);margin-bottom:1.4rem}
 .none{color:var(--muted);font-style:italic}
+.warn{color:var(--bad);font-weight:600}
 nav{display:flex;flex-wrap:wrap;gap:4px 16px;font-size:.88rem;margin:1.2rem 0 0}
 nav a{text-decoration:none}
 .tiles{display:grid;grid-template-columns:repeat(auto-fit,minmax(150px,1fr));gap:12px;margin:1.2rem 0}
@@ -39,18 +46,24 @@ nav a{text-decoration:none}
 .stage b{display:block;font-size:.98rem;margin-bottom:2px}
 .stage div{color:var(--muted)}
 .stage.off{opacity:.6;border-style:dashed}
-.scroll{overflow-x:auto}
+.scroll{overflow-x:auto;background:linear-gradient(to left,var(--bg) 45%,transparent) right/40px 100% no-repeat local,
+linear-gradient(to left,rgba(128,128,128,.4),transparent) right/12px 100% no-repeat scroll}
 table{border-collapse:collapse;width:100%;font-size:.9rem;margin:.6rem 0 1rem}
 th{text-align:left;font-weight:600;color:var(--muted);font-size:.8rem;border-bottom:1px solid var(--line);
 padding:6px 10px 6px 0;vertical-align:bottom}
 td{border-bottom:1px solid var(--line);padding:7px 10px 7px 0;vertical-align:top}
-td:first-child{min-width:12em}td.n,th.n{text-align:right;font-variant-numeric:tabular-nums;white-space:nowrap}
+.wide td:first-child,.wide th:first-child{min-width:6.5em;max-width:14em;position:sticky;left:0;background:var(--bg)}
+td.n,th.n{text-align:right}td.n{font-variant-numeric:tabular-nums;white-space:nowrap}
 tr.key td{font-weight:650}
-.two{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(100%,420px),1fr));gap:18px 28px}
-.cards{display:grid;grid-template-columns:repeat(auto-fill,minmax(230px,1fr));gap:14px}
+.two{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(100%,420px),1fr));gap:18px 28px}.two>*{min-width:0}
+.cards{display:grid;grid-template-columns:repeat(auto-fill,minmax(min(100%,230px),1fr));gap:14px}
 .card h3{margin:0 0 6px;display:flex;justify-content:space-between;gap:8px}
 .card img.sheet{width:100%;border-radius:6px;display:block;margin:6px 0}
 .card p{font-size:.84rem;margin:0}
+.contact{display:block;max-width:100%}
+.term{display:inline-block;border:1px solid var(--line);border-radius:12px;padding:0 10px;margin:2px 4px 2px 0;font-size:.9rem}
+details{margin:.6rem 0;font-size:.9rem}summary{cursor:pointer;color:var(--muted)}
+.captions{columns:18em;column-gap:24px;margin:.5rem 0;padding-left:2.4em;font-size:.84rem}.captions li{break-inside:avoid}
 .pairs{display:grid;grid-template-columns:repeat(auto-fill,minmax(148px,1fr));gap:14px 12px}
 figure{margin:0}
 .pair .two-up{display:flex;gap:4px}
@@ -65,13 +78,28 @@ figure{margin:0}
 .route img{width:64px;height:64px;border-radius:8px;flex:none}
 .route figcaption{font-size:.8rem;line-height:1.3}
 .route>div{flex:1;min-width:0}
-.plot{width:100%;height:auto;display:block;margin:.4rem 0}
-.plot text.t{font:12px system-ui,-apple-system,"Segoe UI",Roboto,sans-serif;fill:var(--ink)}
-.plot text.m{fill:var(--muted)}.plot text.b{font-weight:650}.plot text.on{fill:#fff;font-weight:600}
-.plot .grid{stroke:var(--line);stroke-width:1}.plot .line{fill:none;stroke-width:2;stroke-linejoin:round;stroke-linecap:round}
-.plot .whisker{stroke-width:2;stroke-linecap:round;opacity:.75}
+.plot{width:100%;display:block;overflow:visible}
+.plot text{font:12px system-ui,-apple-system,"Segoe UI",Roboto,sans-serif;fill:var(--muted)}
+.plot .label{font-size:14px;font-weight:700;fill:var(--ink);paint-order:stroke;stroke:var(--bg);stroke-width:4px;stroke-linejoin:round}
+.plot .grid{stroke:var(--line);stroke-width:1}
+.plot .line,.plot .dots{fill:none;stroke-linejoin:round;stroke-linecap:round;vector-effect:non-scaling-stroke}.plot .line{stroke-width:2}
+.lines{padding:0 22px 0 52px;margin:.4rem 0;max-width:720px}
+.ends{display:flex;justify-content:space-between;font-size:.78rem;color:var(--muted)}
+.bars td{border:0;padding:3px 8px 3px 0;vertical-align:middle;font-size:.84rem;line-height:1.3}.bars td:first-child{min-width:5em;max-width:16em}
+.bars td:nth-child(2){width:100%}.bars td:last-child{white-space:nowrap;color:var(--muted);padding-right:0}
+.track{position:relative;height:16px;min-width:6em}.track *{position:absolute;height:100%}.track .fill{border-radius:3px;min-width:2px}
+.track .tick{border-left:1px solid var(--line)}.track .tick.strong{border-left:2px solid var(--muted);top:-3px;height:22px}
+.track .tick.cap{border-left:2px dashed var(--bad);top:-3px;height:22px}
+.track .whisker{height:2px;top:7px;opacity:.75}.track .dot{width:10px;height:10px;top:3px;margin-left:-5px;border-radius:5px}
+.track .at{font-size:12px;color:var(--muted);transform:translateX(-50%);line-height:16px;white-space:nowrap}
+.shares{display:flex;gap:2px;height:26px;margin:.4rem 0}
+.shares i{overflow:hidden;border-radius:2px;min-width:1px;text-align:center;
+font:600 12px/26px system-ui,sans-serif;color:#fff;text-shadow:0 0 3px #000}
 .legend{display:flex;flex-wrap:wrap;gap:3px 14px;font-size:.82rem;color:var(--muted);margin:.3rem 0 .8rem}
 .legend i,.swatch{display:inline-block;width:11px;height:11px;border-radius:3px;margin-right:5px;vertical-align:-1px}
+@media (min-width:700px){.bars td:first-child{white-space:nowrap}}
+@media (max-width:560px){main{padding:24px 16px 60px}h1{font-size:1.7rem}.contact{max-width:600px}
+.wide td:first-child,.wide th:first-child{max-width:9em}}
 """
 
 
@@ -79,7 +107,7 @@ def page(title: str, html: str, experts: int) -> str:
     """The whole document."""
     light, dark = expert_colours(experts)
     style = STYLE.replace("LIGHT", _variables(light)).replace("DARK", _variables(dark))
-    style += "".join(f".f{k}{{fill:var(--e{k})}}.g{k}{{background:var(--e{k})}}" for k in range(experts))
+    style += "".join(f".f{k}{{fill:var(--e{k})}}.g{k}{{background:var(--e{k})}}.s{k}{{stroke:var(--e{k})}}" for k in range(experts))
     return (
         '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
@@ -97,14 +125,20 @@ def section(anchor: str, title: str, html: str) -> str:
     return f'<section id="{escape(anchor)}"><h2>{escape(title)}</h2>{html}</section>'
 
 
-def paragraph(text: str) -> str:
+def navigation(parts: Iterable[tuple[str, str]]) -> str:
+    """Links to sections: (anchor, title)."""
+    return "<nav>" + "".join(f'<a href="#{escape(anchor)}">{escape(title)}</a>' for anchor, title in parts) + "</nav>"
+
+
+def paragraph(text: str, kind: str = "") -> str:
     """A paragraph of plain text."""
-    return f"<p>{escape(text)}</p>"
+    css = f' class="{escape(kind)}"' if kind else ""
+    return f"<p{css}>{escape(text)}</p>"
 
 
 def absent(text: str) -> str:
     """What stands where a part of the run is missing."""
-    return f'<p class="none">{escape(text)}</p>'
+    return paragraph(text, "none")
 
 
 def tiles(items: Iterable[tuple[str, str]]) -> str:
@@ -113,18 +147,13 @@ def tiles(items: Iterable[tuple[str, str]]) -> str:
 
 
 def table(header: Sequence[str], rows: Iterable[Sequence[object]], numeric: Sequence[int] = (), key: Sequence[int] = ()) -> str:
-    """A table of text; columns in ``numeric`` are set right, rows in ``key`` stand out."""
+    """A table of text; columns in ``numeric`` are set right, rows in ``key`` stand out. One that is too wide scrolls under its first column."""
 
     def cells(tag: str, row: Sequence[object]) -> str:
         return "".join(f"<{tag}{' class=n' if i in numeric else ''}>{escape(cell)}</{tag}>" for i, cell in enumerate(row))
 
     body = "".join(f"<tr{' class=key' if i in key else ''}>{cells('td', row)}</tr>" for i, row in enumerate(rows))
-    return f'<div class="scroll"><table><thead><tr>{cells("th", header)}</tr></thead><tbody>{body}</tbody></table></div>'
-
-
-def legend(experts: int) -> str:
-    """Which colour is which expert."""
-    return '<div class="legend">' + "".join(f'<span><i class="g{k}"></i>expert {k}</span>' for k in range(experts)) + "</div>"
+    return f'<div class="scroll"><table class="wide"><thead><tr>{cells("th", header)}</tr></thead><tbody>{body}</tbody></table></div>'
 
 
 def image(uri: str, text: str, kind: str = "") -> str:

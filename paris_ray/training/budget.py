@@ -1,0 +1,81 @@
+"""What a training will cost, from the config alone: images, arithmetic per image, hours on a GPU. Imports nothing heavy."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from paris_ray.config import ModelConfig, TrainConfig
+
+PEAK_TFLOPS = {"A40": 149.7, "A100": 312.0, "H100": 989.0}
+"""Peak of a device's matrix products in bfloat16 with fp32 sums, dense, in 10¹² operations a second (data sheets; H100 SXM)."""
+
+MFU = 0.4
+"""Share of the peak that training is assumed to reach; an assumption, not a measurement."""
+
+
+def total_images(config: TrainConfig, rows: int) -> int:
+    """The budget in images, in whole batches: ``images``, else ``passes`` × rows but at least ``min_images``."""
+    wanted = config.images if config.images is not None else max(math.ceil(config.passes * rows), config.min_images)
+    return math.ceil(wanted / config.batch_size) * config.batch_size
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """Sizes of what a network reads.
+
+    Attributes:
+        channels: of a latent.
+        side: of a latent.
+        text_tokens: states of a caption.
+        text_width: of a state; for a router that reads no text, 0.
+    """
+
+    channels: int
+    side: int
+    text_tokens: int
+    text_width: int
+
+
+def expert_flops(model: ModelConfig, inputs: Inputs) -> int:
+    """Operations of an expert's forward pass for one image: two for each multiply-add of a matrix product, convolution or attention.
+
+    Norms, activations and softmax are left out, as is usual.
+    """
+    tokens = (inputs.side // model.patch_size) ** 2
+    d, s = model.hidden_size, inputs.text_tokens
+    block = _self_attention(tokens, d) + _mlp(tokens, model)
+    block += 2 * tokens * d * d + s * d * 2 * d + 2 * tokens * s * d  # cross-attention: queries and output, keys and values, attention itself
+    once = s * inputs.text_width * d + _time(d) + 6 * d * d  # text_proj, time_embed, t_block
+    return 2 * (2 * _patches(tokens, model, inputs) + once + model.num_layers * block)
+
+
+def router_flops(model: ModelConfig, inputs: Inputs, num_experts: int) -> int:
+    """Operations of the router's forward pass for one image, counted as in :func:`expert_flops`."""
+    tokens = (inputs.side // model.patch_size) ** 2
+    d = model.hidden_size
+    block = _self_attention(tokens + 1, d) + _mlp(tokens + 1, model) + 6 * d * d  # the class token; adaLN-Zero in every block
+    once = _patches(tokens, model, inputs) + _time(d) + inputs.text_width * d + d * d + d * num_experts
+    return 2 * (once + model.num_layers * block)
+
+
+def gpu_hours(flops: float, peak_tflops: float) -> float:
+    """Hours that one device needs at :data:`MFU` of its peak."""
+    return flops / (peak_tflops * 1e12 * MFU) / 3600
+
+
+def _self_attention(tokens: int, d: int) -> int:
+    return 4 * tokens * d * d + 2 * tokens * tokens * d
+
+
+def _mlp(tokens: int, model: ModelConfig) -> int:
+    return 2 * tokens * model.hidden_size * int(model.hidden_size * model.mlp_ratio)
+
+
+def _time(d: int) -> int:
+    return 256 * d + d * d
+
+
+def _patches(tokens: int, model: ModelConfig, inputs: Inputs) -> int:
+    """The patch embedding; an expert's last layer is as large."""
+    return tokens * inputs.channels * model.patch_size**2 * model.hidden_size

@@ -1,0 +1,118 @@
+"""Charts: their figures where they belong, readable on a phone, and colours that everybody can tell apart."""
+
+from __future__ import annotations
+
+import itertools
+import re
+
+import numpy as np
+import pytest
+
+from paris_ray.pages import blocks, charts
+
+
+def test_ticks_are_round_and_cover_the_range():
+    for low, high in [(0, 1), (0.13, 0.97), (-3, 12), (1e-4, 3e-4), (0, 0), (5, 5), (199, 10_001)]:
+        values = charts.ticks(low, high)
+        assert values[0] <= low
+        assert values[-1] >= high
+        steps = np.diff(values)
+        np.testing.assert_allclose(steps, steps[0])
+        mantissa = steps[0] / 10 ** np.floor(np.log10(steps[0]) + 1e-9)
+        assert round(float(mantissa), 6) in (1, 2, 5)
+        assert len(values) <= 8
+
+
+def test_stacked_columns_have_the_height_of_their_shares():
+    shares = np.array([[0.25, 0.75, 0.0], [0.0, 0.0, 1.0]])
+    drawn = charts.stacked_columns(shares, "shares", height=100)
+    rects = re.findall(r'y="([\d.]+)" width="[\d.]+" height="([\d.]+)" class="f(\d)"', drawn)
+    assert [(float(y), float(h), int(k)) for y, h, k in rects] == [(75, 25, 0), (0, 75, 1), (0, 100, 2)]
+
+
+def test_lines_pass_through_their_points_and_skip_what_is_not_finite():
+    drawn = charts.line_chart([charts.Series("a", [1, 10, 100, 1000], [0.0, 1.0, float("nan"), 2.0], "red")], "x", "y", "t", log_x=True)
+    points = [tuple(map(float, pair.split(","))) for pair in re.search(r'polyline points="([^"]*)"', drawn)[1].split()]
+    assert len(points) == 3
+    xs, ys = zip(*points, strict=True)
+    assert (xs[1] - xs[0]) / (xs[2] - xs[0]) == pytest.approx(1 / 3, abs=1e-3)  # decades are evenly apart
+    assert (ys[0] - ys[1]) / (ys[0] - ys[2]) == pytest.approx(1 / 2, abs=1e-3)  # up is smaller in SVG
+    assert "no points yet" in charts.line_chart([], "x", "y", "t")
+
+
+def test_colours_differ_for_any_number_of_experts():
+    light, dark = charts.expert_colours(20)
+    assert len(set(light)) == len(set(dark)) == 20
+    assert all(re.fullmatch("#[0-9a-f]{6}", colour) for colour in light + dark)
+
+
+@pytest.mark.parametrize(("seconds", "text"), [(0.04, "0.0 s"), (59.9, "59.9 s"), (59.96, "1 min 00 s"), (185, "3 min 05 s"), (7800, "2 h 10 min")])
+def test_durations(seconds, text):
+    assert charts.duration(seconds) == text
+
+
+def test_large_pictures_become_thumbnails():
+    small = charts.picture_uri(np.zeros((32, 32, 3), np.uint8))
+    large = charts.picture_uri(np.random.default_rng(0).integers(0, 255, (512, 512, 3)).astype(np.uint8))
+    assert small.startswith("data:image/png;base64,")
+    assert large.startswith("data:image/webp;base64,")
+    assert len(large) < 60_000
+
+
+def test_series_of_one_value_each_are_bars():
+    series = [charts.Series("expert 0", [100], [0.5], "red"), charts.Series("expert 1", [100], [2.0], "blue")]
+    drawn = charts.line_chart(series, "images", "loss", "Validation loss", log_x=True)
+    assert re.findall(r"width:([\d.]+)%;background:(\w+)", drawn) == [("25.00", "red"), ("100.00", "blue")]
+    assert "expert 1" in drawn
+    assert "polyline" not in drawn
+    # One of several may have one value: a dot among lines.
+    mixed = charts.line_chart([*series[:1], charts.Series("expert 1", [100, 200], [2.0, 1.0], "blue")], "images", "loss", "t")
+    assert mixed.count("<polyline") == 2
+
+
+def test_bars_and_marks_share_a_scale():
+    drawn = charts.bar_chart([("a", 30.0, "30", "red"), ("b", 60.0, "60", "red")], "sizes", [(45.0, "strong", "equal share"), (120.0, "cap", "cap")])
+    assert re.findall(r"width:([\d.]+)%", drawn) == ["25.00", "50.00"]
+    assert set(re.findall(r'class="tick (\w+)" style="left:([\d.]+)%"', drawn)) == {("strong", "37.50"), ("cap", "100.00")}
+
+
+def test_intervals_are_where_they_should_be():
+    drawn = charts.interval_chart([("top-2", 0.5, 0.25, 0.875, "red")], "shares")
+    assert 'class="whisker" style="left:25.00%;width:62.50%' in drawn
+    assert 'class="dot" style="left:50.00%' in drawn
+
+
+def test_letters_are_never_scaled_and_never_small():
+    """Charts stretch with the column, their letters do not: no text inside a viewBox, no font below 12 px."""
+    drawn = charts.line_chart([charts.Series(n, [1, 2, 4], [1, 2, 3], "red") for n in "ab"], "x", "y", "t", log_x=True)
+    drawn += charts.stacked_columns(np.full((5, 2), 0.5), "t", ends=("left", "right"))
+    for inner in re.findall(r"<svg viewBox.*?</svg>", drawn, re.DOTALL):
+        assert "<text" not in inner
+    assert all("viewBox" not in outer for outer in re.findall(r"<svg [^>]*role=[^>]*>", drawn))
+    sizes = re.findall(r"font(?:-size)?:(?:[a-z0-9]+ )?([\d.]+)(px|rem|em)", blocks.STYLE)
+    assert len(sizes) > 20
+    assert min(float(size) * (1 if unit == "px" else 16) for size, unit in sizes) >= 12
+
+
+MACHADO = {  # severity 1.0; Machado, Oliveira & Fernandes 2009, table 1
+    "protanomaly": [[0.152286, 1.052583, -0.204868], [0.114503, 0.786281, 0.099216], [-0.003882, -0.048116, 1.051998]],
+    "deuteranomaly": [[0.367322, 0.860646, -0.227968], [0.280085, 0.672501, 0.047413], [-0.011820, 0.042940, 0.968881]],
+    "tritanomaly": [[1.255528, -0.076749, -0.178779], [-0.078411, 0.930809, 0.147602], [0.004733, 0.691367, 0.303900]],
+}
+
+
+def lab(linear):
+    """Linear sRGB → CIE L*a*b*, D65."""
+    xyz = np.array([[0.4124564, 0.3575761, 0.1804375], [0.2126729, 0.7151522, 0.0721750], [0.0193339, 0.1191920, 0.9503041]]) @ linear
+    f = [np.cbrt(v) if v > 0.008856 else 7.787 * v + 16 / 116 for v in xyz / np.array([0.95047, 1, 1.08883])]
+    return np.array([116 * f[1] - 16, 500 * (f[0] - f[1]), 200 * (f[1] - f[2])])
+
+
+@pytest.mark.parametrize("ground", [0, 1])
+def test_eight_colours_differ_to_every_kind_of_eye(ground):
+    colours = charts.expert_colours(8)[ground]
+    srgb = np.array([[int(c[i : i + 2], 16) / 255 for i in (1, 3, 5)] for c in colours])
+    linear = np.where(srgb <= 0.04045, srgb / 12.92, ((srgb + 0.055) / 1.055) ** 2.4)
+    for matrix in [np.eye(3), *map(np.array, MACHADO.values())]:
+        seen = [lab(np.clip(matrix @ one, 0, 1)) for one in linear]
+        assert min(np.linalg.norm(a - b) for a, b in itertools.combinations(seen, 2)) > 20
