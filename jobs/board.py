@@ -4,15 +4,21 @@ from __future__ import annotations
 
 import shutil
 import sys
+import textwrap
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
+from paris_ray import stages
 from paris_ray.progress import clock
 from paris_ray.storage import Folder
 
 LINE_SECONDS = 10.0
 TABLE_SECONDS = 2.0
+NAME_WIDTH = 16
+
+Events = dict[str, Mapping[str, Any] | None]
+"""The last event of each running stage; ``None`` while its present attempt has said nothing."""
 
 
 class Board:
@@ -34,25 +40,28 @@ class Board:
         self._wipe()
         print(f"[{clock(time.monotonic() - self.began)}] {text}", flush=True)
 
-    def show(self, done: int, total: int, running: Mapping[str, float]) -> None:
+    def show(self, done: int, total: int, running: Mapping[str, float], to_go: Callable[[Events], float | None] = lambda events: None) -> None:
         """Show where the running stages are, at most every few seconds.
 
         Args:
             done: stages that are done.
             total: all stages.
             running: since when (unix time) each runs; older events belong to an earlier attempt.
+            to_go: seconds of training left, from the running stages' events; ``None`` while unknown.
         """
         now = time.monotonic()
         if now - self._shown < (TABLE_SECONDS if self.terminal else LINE_SECONDS):
             return
         self._shown = now
-        parts = [(name, self._progress(name, since)) for name, since in running.items()]
+        events: Events = {name: self._event(name, since) for name, since in running.items()}
+        left = to_go(events)
+        head = f"{done} of {total} stages done" + (f", about {clock(left)} of training to go" if left is not None else "")
+        parts = [(name, describe(name, event, time.time() - running[name])) for name, event in events.items()]
         if not self.terminal:
-            self.say(" | ".join([f"{done}/{total} stages done", *(f"{name} {text}" for name, text in parts)]))
+            self.say(" | ".join([head, *(f"{name} {text}" for name, text in parts)]))
             return
-        lines = [f"[{clock(now - self.began)}] {done} of {total} stages done", *(f"  {name:<16}{text}" for name, text in parts)]
-        # A line that the terminal broke in two would be wiped by half.
-        lines = [line[: shutil.get_terminal_size().columns - 1] for line in lines]
+        size = shutil.get_terminal_size()
+        lines = table(f"[{clock(now - self.began)}] {head}", parts, size.columns - 1)[: size.lines - 1]
         self._wipe()
         print("\n".join(lines), flush=True)
         self._drawn = len(lines)
@@ -63,18 +72,33 @@ class Board:
             print(f"\x1b[{self._drawn}F\x1b[J", end="")
             self._drawn = 0
 
-    def _progress(self, name: str, since: float) -> str:
+    def _event(self, name: str, since: float) -> Mapping[str, Any] | None:
         try:
-            event = self.events.read_json(f"{name}.json")
+            event = dict(self.events.read_json(f"{name}.json"))
         except (OSError, ValueError):
-            return "starting"
-        return describe(event) if event["updated"] >= since else "starting"
+            return None
+        return event if event["updated"] >= since and event["state"] != "starting" else None
 
 
-def describe(event: Mapping[str, Any]) -> str:
-    """A stage's event in a few words."""
-    if event["state"] == "starting":
-        return "starting"
+def table(head: str, parts: list[tuple[str, str]], width: int) -> list[str]:
+    """Lines of at most ``width`` letters; longer ones go on below, because one that the terminal broke in two would be wiped by half."""
+    lines = textwrap.wrap(head, width)
+    for name, text in parts:
+        lines += textwrap.wrap(text, width, initial_indent=f"  {name:<{NAME_WIDTH}}", subsequent_indent=" " * (NAME_WIDTH + 2))
+    return lines
+
+
+def describe(name: str, event: Mapping[str, Any] | None, seconds: float) -> str:
+    """A stage in a few words.
+
+    Args:
+        name: the stage.
+        event: the last it has said.
+        seconds: since when it runs.
+    """
+    if event is None:
+        why = " (Ray Train takes 15–30 s, once what the stage asks for is free)" if stages.trains(name) else ""
+        return f"starting for {clock(seconds)}{why}"
     share = f" ({100 * event['done'] / event['total']:.0f} %)" if event["total"] else ""
     of = f"/{event['total']}" if event["total"] else ""
     parts = [f"{event['done']}{of} {event['unit']}{share}"]

@@ -93,7 +93,7 @@ def _demo(config: RunConfig, rebuild: Sequence[str]) -> int:
                 deployed.append(background.submit(serving.deploy, cluster, config, port))
                 board.say("the model is assembled; deploying it")
 
-        runner = run_all.make_runner(config, cluster, rebuild=rebuild, on_done=deploy)
+        runner = run_all.make_runner(config, cluster, rebuild=rebuild, on_done=deploy, planned=_names(config))
         runner.board = board
         if "assemble" not in rebuild and cli.status(config, "assemble").state == "valid":
             deploy("assemble")
@@ -113,9 +113,12 @@ def _demo(config: RunConfig, rebuild: Sequence[str]) -> int:
     return 0
 
 
+def _names(config: RunConfig) -> list[str]:
+    return [*stages.names(config), "evaluate"]
+
+
 def _complete(config: RunConfig) -> bool:
-    names = [*stages.names(config), "evaluate"]
-    return all(cli.status(config, name).state == "valid" for name in names)
+    return all(cli.status(config, name).state == "valid" for name in _names(config))
 
 
 def _write_report(config: RunConfig) -> None:
@@ -126,7 +129,7 @@ def _write_report(config: RunConfig) -> None:
 
 def _timings(config: RunConfig, seconds: dict[str, float], total: float) -> None:
     print("\nstage           wall time")
-    for name in [*stages.names(config), "evaluate"]:
+    for name in _names(config):
         print(f"{name:<16}{clock(seconds[name]) if name in seconds else 'was done before'}")
     print(f"{'all':<16}{clock(total)}")
 

@@ -16,12 +16,12 @@ from typing import Any
 
 from jobs import cli
 from jobs.board import Board
+from jobs.forecast import training_to_go, work
 from paris_ray import stages
-from paris_ray.config import ModelConfig, RunConfig
+from paris_ray.config import RunConfig
 from paris_ray.manifest import fingerprint
 from paris_ray.progress import clock
 from paris_ray.storage import Folder
-from paris_ray.training.budget import total_images
 
 POLL_SECONDS = 1.0
 LOST_SECONDS = 60.0
@@ -57,6 +57,7 @@ class Runner:
         retries: how often a failed job is submitted again.
         rebuild: stages to delete and make anew.
         on_done: called with each stage that becomes valid.
+        planned: all stages that the caller will run, in this walk or a later one, for the count on the board; ``None`` for the run's own.
     """
 
     def __init__(
@@ -68,6 +69,7 @@ class Runner:
         retries: int = 1,
         rebuild: Sequence[str] = (),
         on_done: Callable[[str], None] | None = None,
+        planned: Sequence[str] | None = None,
     ):
         self.config, self.client, self.python = config, client, python
         self.runtime_env, self.retries, self.rebuild, self.on_done = runtime_env, retries, set(rebuild), on_done
@@ -78,6 +80,7 @@ class Runner:
         self.running: dict[str, Attempt] = {}
         self.failures: dict[str, int] = {}
         self.seconds: dict[str, float] = {}
+        self.planned = stages.names(config) if planned is None else planned
         self.board = Board(self.events)
 
     # -- the walk -----------------------------------------------------------------------------------------------
@@ -96,7 +99,7 @@ class Runner:
             ClusterLostError: the cluster is gone.
         """
         arguments = arguments or {}
-        every = {*stages.names(self.config), *names}
+        every = {*stages.names(self.config), *self.planned, *names}
         done = {name for name in every if name not in self.rebuild and cli.status(self.config, name).state == "valid"}
         todo = [name for name in names if name not in done]
         failed: list[str] = []
@@ -115,7 +118,8 @@ class Runner:
                 failed.append(name)
             if not self.running and not self._ready(todo, done):
                 break
-            self.board.show(sum(name in done for name in names), len(names), {name: one.since for name, one in self.running.items()})
+            running = {name: one.since for name, one in self.running.items()}
+            self.board.show(len(done), len(every), running, lambda events: training_to_go(self.config, todo, events))
             time.sleep(POLL_SECONDS)
         for name in failed:
             self.board.say(f"{name}: failed; its logs are in {self.logs.uri}/{name}-a*.log")
@@ -160,9 +164,9 @@ class Runner:
         """What can be submitted now, in the order of submission; a stage that trains waits for one of ``max_parallel`` places."""
         given_up = self._given_up(todo)
         ready = [name for name in todo if name not in self.running and name not in given_up and done.issuperset(stages.parents(self.config, name))]
-        training = sorted((name for name in ready if trains(name)), key=lambda name: (name == stages.CONTROL_ROUTER, -work(self.config, name)))
-        free = self.config.max_parallel - sum(trains(name) for name in self.running)
-        return [name for name in ready if not trains(name)] + training[: max(0, free)]
+        training = sorted((name for name in ready if stages.trains(name)), key=lambda name: (name == stages.CONTROL_ROUTER, -work(self.config, name)))
+        free = self.config.max_parallel - sum(stages.trains(name) for name in self.running)
+        return [name for name in ready if not stages.trains(name)] + training[: max(0, free)]
 
     def _given_up(self, todo: Sequence[str]) -> list[str]:
         return [name for name in todo if self.failures.get(name, 0) > self.retries]
@@ -265,11 +269,6 @@ class Runner:
                 time.sleep(POLL_SECONDS)
 
 
-def trains(name: str) -> bool:
-    """Whether a stage counts against ``max_parallel``."""
-    return name.startswith("expert-") or name in ("router", stages.CONTROL_ROUTER)
-
-
 def module(name: str) -> list[str]:
     """The job script of a stage with its own arguments."""
     if name.startswith("expert-"):
@@ -277,14 +276,3 @@ def module(name: str) -> list[str]:
     if name == stages.CONTROL_ROUTER:
         return ["jobs.train_router", "--control"]
     return ["jobs.train_router"] if name == "router" else [f"jobs.{name}"]
-
-
-def work(config: RunConfig, name: str) -> float:
-    """About how much a training stage has to do (images × weights that each passes), so that the longest can start first."""
-    spec: Any = config.experts[int(name.removeprefix("expert-"))] if name.startswith("expert-") else config.router
-    model: ModelConfig = spec.model
-    rows = 0
-    if spec.train.images is None:
-        sizes = stages.folder(config, "partition").read_json("clusters.json")["sizes"]
-        rows = sizes[int(name.removeprefix("expert-"))] if name.startswith("expert-") else sum(sizes)
-    return float(total_images(spec.train, rows) * model.num_layers * model.hidden_size**2)

@@ -123,6 +123,11 @@ class Progress:
             print(f"{self.stage}: progress not written ({error}); the work goes on", file=sys.stderr, flush=True)
 
 
+def counted(number: int, what: str) -> str:
+    """A number of things: ``1 restart``, ``2 restarts``."""
+    return f"{number} {what}" if number == 1 else f"{number} {what}s"
+
+
 def clock(seconds: float) -> str:
     """A duration for people: ``42 s``, ``3 min 05 s``, ``2 h 07 min``."""
     whole = round(seconds)

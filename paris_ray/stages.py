@@ -16,6 +16,11 @@ def expert_name(k: int) -> str:
     return f"expert-{k}"
 
 
+def trains(name: str) -> bool:
+    """Whether a stage trains an expert or a router."""
+    return name.startswith("expert-") or name in ("router", CONTROL_ROUTER)
+
+
 def names(config: RunConfig) -> list[str]:
     """All stages of a run, parents first."""
     experts = [expert_name(k) for k in range(config.num_experts)]
@@ -29,7 +34,7 @@ def parents(config: RunConfig, name: str) -> list[str]:
         return []
     if name == "partition":
         return ["embed"]
-    if name.startswith("expert-") or name in ("router", CONTROL_ROUTER):
+    if trains(name):
         return ["partition"]
     if name == "assemble":
         return [expert_name(k) for k in range(config.num_experts)] + ["router"]

@@ -7,7 +7,7 @@ import math
 import pytest
 
 from paris_ray import progress as module
-from paris_ray.progress import Progress, clock
+from paris_ray.progress import Progress, clock, counted
 from paris_ray.storage import Folder
 
 
@@ -84,3 +84,7 @@ def test_a_store_that_is_away_costs_an_update_not_the_work(tmp_path, monkeypatch
 @pytest.mark.parametrize(("seconds", "text"), [(0.4, "0 s"), (59.4, "59 s"), (60, "1 min 00 s"), (3599, "59 min 59 s"), (7620, "2 h 07 min")])
 def test_clock(seconds, text):
     assert clock(seconds) == text
+
+
+def test_one_is_not_many():
+    assert [counted(n, "restart") for n in (0, 1, 2)] == ["0 restarts", "1 restart", "2 restarts"]

@@ -9,7 +9,7 @@ import uuid
 from typing import Any
 
 from paris_ray.config import RunConfig
-from paris_ray.progress import Progress
+from paris_ray.progress import Progress, counted
 from paris_ray.stages import stage as find_stage
 from paris_ray.storage import Folder
 from paris_ray.training.worker import resources, work
@@ -59,7 +59,8 @@ def train_stage(config: RunConfig, name: str) -> dict[str, Any]:
     counts = manifest["counts"]
     progress.done = progress.total = counts["images"]
     progress.loss = counts["loss"]
-    progress.finish(f"{counts['images_per_second']} images/s, {counts['restarts']} restarts")
+    rate = counts["images_per_second"]  # unknown when the last attempt had nothing left to train
+    progress.finish(", ".join([*([f"{rate} images/s"] if rate else []), counted(counts["restarts"], "restart")]))
     return manifest
 
 
@@ -74,6 +75,8 @@ def _in_a_line(error: BaseException) -> str:
 def _fit(config: RunConfig, name: str) -> dict[str, Any]:
     """Run the worker function under Ray Train; returns what the worker of rank 0 returned."""
     os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", START_TIMEOUT_S)
+    # Ray Train's own `print` writes a worker's line to the stream and logs it as well; both are forwarded here, so each line would come twice.
+    os.environ.setdefault("RAY_TRAIN_ENABLE_PRINT_PATCH", "0")
     import ray.train
 
     asked = resources(config, name)

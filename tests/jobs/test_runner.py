@@ -6,7 +6,8 @@ import pytest
 from fabricated_cluster import FakeClient, publish, tiny
 
 from jobs import cli, runner
-from jobs.runner import ClusterLostError, Runner, work
+from jobs.forecast import work
+from jobs.runner import ClusterLostError, Runner
 from paris_ray import stages
 from paris_ray.storage import Folder
 
@@ -46,7 +47,7 @@ def test_the_longest_training_starts_first_and_the_control_last(tmp_path):
     config = tiny(tmp_path, "expert.train.images=null", "expert.train.passes=10", "max_parallel=1")
     client = FakeClient(config)
     assert Runner(config, client).run(names(config))
-    training = [name for name in client.order if runner.trains(name)]
+    training = [name for name in client.order if stages.trains(name)]
     assert training[-1] == stages.CONTROL_ROUTER
     # Ten passes over 10 and 30 rows, in whole batches of 8; expert 2 has one layer of 48 instead of two of 32.
     assert work(config, "expert-0") == 104 * 2 * 32**2
