@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from paris_ray import config as configs
 from paris_ray import stages
 from paris_ray.config import ConfigError, FolderSource, RunConfig
+from paris_ray.data.report import cost
 from paris_ray.diffusion.routing import Routing
 from paris_ray.manifest import Lock, LockedError, StaleError, Status
 from paris_ray.storage import Folder
@@ -149,7 +150,7 @@ PLAN = {"absent": "run", "partial": "resume", "valid": "skip", "stale": "refuse"
 
 
 def print_plan(config: RunConfig) -> None:
-    """Print the resolved config, and what each stage would do."""
+    """Print the resolved config, what each stage would do, and what training would cost."""
     print(configs.dump(config))
     print(f"{'stage':<16}{'found':<10}would")
     for name in [*stages.names(config), "evaluate"]:
@@ -157,6 +158,26 @@ def print_plan(config: RunConfig) -> None:
         print(f"{name:<16}{found.state:<10}{PLAN[found.state]}")
         if found.state in ("stale", "damaged"):
             print("".join(f"    {reason}\n" for reason in found.reasons), end="")
+    print_cost(config)
+
+
+def print_cost(config: RunConfig) -> None:
+    """Print what training would cost with this config, once the clusters are known; how it is estimated stands in ``clusters/report.html``."""
+    run = Folder(config.run_dir)
+    try:
+        sizes, encoders = run.read_json("clusters/clusters.json")["sizes"], run.read_json("encoders/encoders.json")
+    except FileNotFoundError:
+        return
+    if len(sizes) != config.num_experts:
+        return  # of another number of experts: the plan above refuses it
+    found = cost.estimate(config, sizes, encoders)
+    devices = list(found["peak_tflops"])
+    print(f"\n{'training':<16}{'images':>12}{'passes':>10}{'PFLOP':>12}" + "".join(f"{'one ' + device:>14}" for device in devices))
+    for line in found["stages"]:
+        hours = "".join(f"{cost.time_text(line['gpu_hours'][device]):>14}" for device in devices)
+        print(f"{line['stage']:<16}{line['images']:>12}{line['passes']:>10.1f}{line['flops'] / 1e15:>12.4g}{hours}")
+    print(f"Times are estimates, at {found['mfu']:.0%} of a device's bfloat16 peak; small models reach far less.")
+    print("".join(f"{warning}\n" for warning in cost.warnings(found)), end="")
 
 
 def refused(config: RunConfig, rebuild: Sequence[str] = ()) -> dict[str, Status]:

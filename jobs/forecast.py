@@ -43,7 +43,8 @@ def training_to_go(config: RunConfig, todo: Iterable[str], events: Mapping[str, 
     Returns:
         seconds, ``None`` while no training runs whose speed is known, or when none is left.
     """
-    left, speeds = {}, []
+    left: dict[str, float | None] = {}
+    speeds = []
     for name in filter(stages.trains, todo):
         event = events.get(name)
         if event is None or not event["total"]:

@@ -30,7 +30,7 @@ p{margin:.4rem 0 .9rem;max-width:46rem}
 a{color:var(--accent)}
 code,pre{font:13px/1.5 ui-monospace,SFMono-Regular,Menlo,Consolas,monospace}
 pre{background:var(--card);border:1px solid var(--line);border-radius:8px;padding:12px 14px;overflow-x:auto}
-small,.muted,figcaption{color:var(--muted)}
+small,.muted,figcaption{color:var(--muted)}small{font-size:max(.85em,12px)}
 .lead{font-size:1.08rem;color:var(--muted);margin-bottom:1.4rem}
 .none{color:var(--muted);font-style:italic}
 .warn{color:var(--bad);font-weight:600}
@@ -53,7 +53,7 @@ th{text-align:left;font-weight:600;color:var(--muted);font-size:.8rem;border-bot
 padding:6px 10px 6px 0;vertical-align:bottom}
 td{border-bottom:1px solid var(--line);padding:7px 10px 7px 0;vertical-align:top}
 .wide td:first-child,.wide th:first-child{min-width:6.5em;max-width:14em;position:sticky;left:0;background:var(--bg)}
-td.n,th.n{text-align:right}td.n{font-variant-numeric:tabular-nums;white-space:nowrap}
+.wide td,.wide th{min-width:4.5em}td.n,th.n{text-align:right}td.n{font-variant-numeric:tabular-nums;white-space:nowrap}
 tr.key td{font-weight:650}
 .two{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(100%,420px),1fr));gap:18px 28px}.two>*{min-width:0}
 .cards{display:grid;grid-template-columns:repeat(auto-fill,minmax(min(100%,230px),1fr));gap:14px}
@@ -98,7 +98,7 @@ font:600 12px/26px system-ui,sans-serif;color:#fff;text-shadow:0 0 3px #000}
 .legend{display:flex;flex-wrap:wrap;gap:3px 14px;font-size:.82rem;color:var(--muted);margin:.3rem 0 .8rem}
 .legend i,.swatch{display:inline-block;width:11px;height:11px;border-radius:3px;margin-right:5px;vertical-align:-1px}
 @media (min-width:700px){.bars td:first-child{white-space:nowrap}}
-@media (max-width:560px){main{padding:24px 16px 60px}h1{font-size:1.7rem}.contact{max-width:600px}
+@media (max-width:560px){main{padding:24px 16px 60px}h1{font-size:1.7rem}.contact{max-width:600px}.stage::after{display:none}
 .wide td:first-child,.wide th:first-child{max-width:9em}}
 """
 

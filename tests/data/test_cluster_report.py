@@ -140,7 +140,7 @@ def test_the_page_is_self_contained_and_says_what_matters() -> None:
         "the cap of 90", "No caption word stands out", "25.0% of the variance, up 12.5%. The other 62%", "0.032 on average",
         "-0.018",
         "originals as the latent codec gives them back (decoded latents)", "The critical one is expert-", "An estimate, not a measurement",
-        "reaches 40%", "H100 989", "Fewer than 100 passes",
+        "one GPU at 40%", "H100 989", "Fewer than 100 passes",
     ):  # fmt: skip
         assert said in html, said
     assert "<run>" not in html

@@ -17,6 +17,7 @@ from paris_ray import config as configs
 from paris_ray import stages
 from paris_ray.manifest import Lock
 from paris_ray.storage import Folder
+from paris_ray.training.budget import Inputs, expert_flops
 
 PROJECT = Path(__file__).parent.parent.parent
 
@@ -137,6 +138,23 @@ def test_dry_run_says_what_each_stage_would_do(capsys, tmp_path):
     assert rows["assemble"] == ["waiting", "run after its parents"]
     assert "config.train.learning_rate: 0.001 → 0.5" in table
     assert sorted(str(path) for path in tmp_path.rglob("*")) == before
+
+
+def test_dry_run_counts_what_training_would_cost(capsys, tmp_path):
+    config = tiny(tmp_path)
+    assert run_all.main(arguments(tmp_path, "--dry-run")) == 0
+    assert "PFLOP" not in capsys.readouterr().out  # nobody knows the clusters yet
+    for name in ("embed", "partition"):
+        publish(config, name)
+    encoders = {"codec": {"channels": 4, "latent_size": 8}, "text": {"max_length": 16, "width": 384}}
+    (Folder(tmp_path) / "encoders").write_json("encoders.json", encoders)
+    assert run_all.main(arguments(tmp_path, "--set", "experts.1.train.images=4000000", "--dry-run")) == 0
+    rows = {line.split()[0]: line.split() for line in capsys.readouterr().out.split("PFLOP")[1].split("Times")[0].splitlines()[1:]}
+    assert rows["expert-0"][1:3] == ["320", "32.0"]  # 320 images over 10 rows
+    assert rows["expert-1"][1:3] == ["4000000", "200000.0"]
+    flops = 3 * expert_flops(config.experts[1].model, Inputs(4, 8, 16, 384)) * 4_000_000
+    assert float(rows["expert-1"][3]) == pytest.approx(flops / 1e15, rel=1e-3)
+    assert rows["router"][1:3] == ["320", "5.3"]
 
 
 def test_config_yaml_is_replaced_only_while_nothing_depends_on_what_differs(tmp_path):

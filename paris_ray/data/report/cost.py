@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from paris_ray.config import RunConfig
+from paris_ray.progress import clock
 from paris_ray.stages import expert_name
 from paris_ray.training.budget import MFU, PEAK_TFLOPS, Inputs, expert_flops, gpu_hours, router_flops, total_images
 
@@ -58,6 +59,13 @@ def _stage(name: str, spec: Any, rows: int, forward: int) -> dict[str, Any]:
         "gpus": spec.resources.gpus,
         "gpu_hours": {device: gpu_hours(flops, peak) for device, peak in PEAK_TFLOPS.items()},
     }
+
+
+def time_text(hours: float) -> str:
+    """A time on a GPU for people: ``< 1 s``, ``3 min 05 s``, ``412 h``."""
+    if hours < 1 / 3600:
+        return "< 1 s"
+    return clock(3600 * hours) if hours < 100 else f"{hours:,.0f} h".replace(",", "\u202f")
 
 
 def warnings(cost: dict[str, Any]) -> list[str]:

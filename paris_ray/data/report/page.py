@@ -102,13 +102,15 @@ def _cost(report: dict[str, Any]) -> str:
             number(line["flops_per_image"] / 1e9),
             number(line["flops"] / 1e15),
         ]
-        + [_time(line["gpu_hours"][device]) for device in devices]
+        + [cost.time_text(line["gpu_hours"][device]) for device in devices]
         for line in found["stages"]
     ]
     images, flops = (number(sum(line[key] for line in found["stages"]) / unit) for key, unit in (("images", 1), ("flops", 1e15)))
-    rows.append(["all", "", images, "", "", flops, *(_time(sum(line["gpu_hours"][device] for line in found["stages"])) for device in devices)])
+    rows.append(
+        ["all", "", images, "", "", flops, *(cost.time_text(sum(line["gpu_hours"][device] for line in found["stages"])) for device in devices)]
+    )
     slowest = next(line for line in found["stages"] if line["stage"] == found["critical"])
-    times = ", ".join(f"{_time(slowest['gpu_hours'][device] / slowest['workers'])} on {device}" for device in devices)
+    times = ", ".join(f"{cost.time_text(slowest['gpu_hours'][device] / slowest['workers'])} on {device}" for device in devices)
     workers = f" with its {slowest['workers']} workers" if slowest["workers"] > 1 else ""
     said = f"The critical one is {slowest['stage']}: when all experts train at once, the run is as long as it takes"
     said += (
@@ -116,16 +118,12 @@ def _cost(report: dict[str, Any]) -> str:
     )
     peaks = ", ".join(f"{device} {peak:g}" for device, peak in found["peak_tflops"].items())
     how = (
-        "An estimate, not a measurement. Images follow from the config as it stood when this page was written. Arithmetic is counted from the "
-        "networks' shapes: three forward passes an image, two operations for each multiply-add. Hours assume one GPU that reaches "
-        f"{found['mfu']:.0%} of its dense bfloat16 peak ({peaks} TFLOP/s): float32, a small model or a small batch reach far less. Not in it: "
+        "An estimate, not a measurement. Images follow from the config as it stood when this page was written; run_all --dry-run counts them anew. "
+        "Arithmetic is counted from the networks' shapes: three forward passes an image, two operations for each multiply-add. Times assume one GPU "
+        f"at {found['mfu']:.0%} of its dense bfloat16 peak ({peaks} TFLOP/s): float32, a small model or a small batch reach far less. Not in it: "
         "embedding, validation, and encoding captions anew where token ids are stored (about 1.5 % for DiT-XL/2)."
     )
     return blocks.paragraph(said) + blocks.table(header, rows, range(1, len(header)), [len(rows) - 1]) + f"<p><small>{escape(how)}</small></p>"
-
-
-def _time(hours: float) -> str:
-    return "< 1 s" if hours < 1 / 3600 else charts.duration(3600 * hours) if hours < 10 else f"{number(round(hours))} h"
 
 
 def _map(report: dict[str, Any], where: Map) -> str:
