@@ -68,6 +68,15 @@ def test_quotas(sizes: list[int], limit: int, expected: list[int]) -> None:
     assert all(fewer <= more for fewer, more in zip(quotas(sizes, limit // 2), found, strict=True))
 
 
+def test_a_group_whose_members_are_near_and_far_is_shown_once() -> None:
+    near, far = Extremes(8), Extremes(8)
+    values = np.concatenate([np.arange(12.0), [99.0]])
+    groups = [*(f"g{i}" for i in range(12)), "g0"]
+    near.add(values, np.arange(13), groups)
+    far.add(-values, np.arange(13), groups)
+    assert members._sheet(near, far) == ([0, 1, 2, 3, 4, 5, 6], [11])
+
+
 def corpus(path: Path, n: int = 230, per_part: int = 50) -> tuple[Folder, dict[str, np.ndarray]]:
     g = np.random.default_rng(3)
     columns = {
