@@ -153,8 +153,14 @@ class DataConfig(Strict):
 class PartitionConfig(Strict):
     """Two-level k-means over the semantic embeddings; the number of coarse clusters is the number of experts."""
 
+    # random: experts by hash of the near-duplicate group, the control that papers compare with; it uses none of the keys below.
+    method: Literal["kmeans", "random"] = "kmeans"
     fine: Annotated[int, Field(ge=2)] = 1024
     metric: Literal["cosine", "euclidean"] = "cosine"
+    # What multiplies matrices; the result is the same. torch uses GPUs where the cluster has them, faiss must be installed.
+    backend: Literal["numpy", "torch", "faiss"] = "numpy"
+    # Whether a fine centroid counts in the coarse level as often as it has rows; the papers count each once.
+    weighted: bool = False
     max_iterations: Annotated[int, Field(ge=1)] = 100
     # Largest share of the corpus one expert may get, as a multiple of an equal share; null leaves sizes free.
     max_share: Annotated[float, Field(gt=1.0)] | None = None

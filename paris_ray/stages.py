@@ -75,9 +75,9 @@ def config_part(config: RunConfig, name: str) -> dict[str, Any]:
     if name == "embed":
         return {"seed": config.seed, **_without(data, "min_encoders", "max_encoders", "encoder_cpus", "encoder_gpus")}
     if name == "partition":
-        return {"seed": config.seed, "num_experts": config.num_experts, **tree["partition"]}
+        return {"seed": config.seed, "num_experts": config.num_experts, **_without(tree["partition"], "backend")}
     if name.startswith("shard-"):
-        return {"seed": config.seed, "num_experts": config.num_experts, **_without(tree["partition"], "contact_sheet")}
+        return {"seed": config.seed, "num_experts": config.num_experts, **_without(tree["partition"], "backend", "contact_sheet")}
     if name.startswith("expert-"):
         k = int(name.removeprefix("expert-"))
         if not 0 <= k < config.num_experts:

@@ -19,8 +19,8 @@ WITHOUT_RAY = [
     "paris_ray.models", "paris_ray.models.dit", "paris_ray.models.router", "paris_ray.models.layers",
     "paris_ray.diffusion.path", "paris_ray.diffusion.ensemble", "paris_ray.diffusion.routing", "paris_ray.diffusion.sampler",
     "paris_ray.data.schema", "paris_ray.data.sources", "paris_ray.data.images", "paris_ray.data.text", "paris_ray.data.clip",
-    "paris_ray.data.codec",
-    "paris_ray.data.embedding", "paris_ray.data.encoders", "paris_ray.data.openmoji", "paris_ray.data.kmeans", "paris_ray.data.balance",
+    "paris_ray.data.codec", "paris_ray.data.embedding", "paris_ray.data.encoders", "paris_ray.data.openmoji",
+    "paris_ray.data.kmeans", "paris_ray.data.nearest", "paris_ray.data.balance",
     "paris_ray.training.loop", "paris_ray.training.ema", "paris_ray.training.checkpoint", "paris_ray.training.shard", "paris_ray.training.draws",
     "paris_ray.training.budget", "paris_ray.pages.blocks", "paris_ray.pages.charts", "paris_ray.evaluation.metrics",
 ]  # fmt: skip
@@ -43,12 +43,12 @@ import importlib, sys, pathlib
 for name in sys.argv[2:]:
     importlib.import_module(name)
 import numpy as np, torch
-from paris_ray.data import balance, kmeans
+from paris_ray.data import balance, kmeans, nearest
 from paris_ray.diffusion import ensemble, sampler
 from paris_ray.models import DiT, Router
 
-x = kmeans.prepare(np.random.default_rng(0).standard_normal((200, 6)), "cosine", 200)
-fit = kmeans.kmeans(kmeans.Rows([x]), 8, 0)
+x = np.random.default_rng(0).standard_normal((200, 6)).astype(np.float16)
+fit = kmeans.kmeans(kmeans.Rows(x, nearest.scales(x, "cosine", 200)), 8, 0)
 coarse = balance.coarse_clusters(fit.centroids, fit.counts, 2, 0, 50, 1.4)
 assert np.bincount(coarse.fine_to_coarse, fit.counts).max() <= 140
 
@@ -160,7 +160,7 @@ LEVELS = [
         "paris_ray.layout",
         "paris_ray.pages",
     },
-    {"paris_ray.diffusion", "paris_ray.models", "paris_ray.data.kmeans", "paris_ray.data.balance"},
+    {"paris_ray.diffusion", "paris_ray.models", "paris_ray.data.kmeans", "paris_ray.data.nearest", "paris_ray.data.balance"},
     {"paris_ray.training", "paris_ray.inference", "paris_ray.data", "paris_ray.evaluation"},
     {"jobs", "serve_app"},
 ]

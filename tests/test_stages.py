@@ -54,6 +54,7 @@ EXPERTS = {"expert-0", "expert-1", "expert-2"}
         ("data.max_encoders=9", set()),
         ("max_parallel=1", set()),
         ("serve.port=9000", set()),
+        ("partition.backend=torch", set()),
         # … nor how often it is looked at and saved, nor the size of a contact sheet …
         ("expert.train.log_images=9", set()),
         ("expert.train.checkpoint_images=9", set()),

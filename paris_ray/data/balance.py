@@ -1,7 +1,7 @@
 """Coarse clusters over fine ones: the second level of the hierarchy, with an optional cap on what one expert gets. NumPy only.
 
-Fine centroids count once each, whatever the size of their clusters, as in arXiv 2510.03434 and ssl-data-curation (arXiv 2405.15613): the upper level
-clusters the support of the data, not its density. Sizes enter only through the cap.
+By default fine centroids count once each, whatever the size of their clusters, as in arXiv 2510.03434 and ssl-data-curation (arXiv 2405.15613): the
+upper level clusters the support of the data, not its density, and sizes enter only through the cap. Weighted, each counts as often as it has rows.
 """
 
 from __future__ import annotations
@@ -15,7 +15,8 @@ from numpy.typing import NDArray
 
 from paris_ray import rng
 from paris_ray.config import ConfigError
-from paris_ray.data.kmeans import F32, Fit, Rows, kmeans
+from paris_ray.data.kmeans import Fit, Labels, Rows, State, lloyd, plus_plus
+from paris_ray.data.nearest import F32, scales
 
 RESTARTS = 8
 """Starts of the coarse k-means, of which the lowest inertia is kept; it has few rows and costs nothing."""
@@ -28,9 +29,9 @@ class Coarse:
     """The second level.
 
     Attributes:
-        centroids: mean of the fine centroids of each coarse cluster, (K, D) float32.
+        centroids: mean (weighted or not) of the fine centroids of each coarse cluster, (K, D) float32.
         fine_to_coarse: (F,) int64.
-        inertia: sum of squared distances of fine centroids to their coarse ones: k-means' iterations, then the balancing's.
+        inertia: sum of squared distances (weighted or not) of fine centroids to their coarse ones: k-means' iterations, then the balancing's.
         cap: rows that one coarse cluster may hold, or None.
         over: coarse clusters that hold more than the cap, because no packing within it was found.
     """
@@ -42,7 +43,9 @@ class Coarse:
     over: tuple[int, ...]
 
 
-def coarse_clusters(fine: F32, sizes: NDArray[np.int64], k: int, seed: int, max_iterations: int, max_share: float | None) -> Coarse:
+def coarse_clusters(
+    fine: F32, sizes: NDArray[np.int64], k: int, seed: int, max_iterations: int, max_share: float | None, weighted: bool = False
+) -> Coarse:
     """Cluster F fine centroids into K coarse clusters.
 
     Args:
@@ -52,6 +55,7 @@ def coarse_clusters(fine: F32, sizes: NDArray[np.int64], k: int, seed: int, max_
         seed: of the run.
         max_iterations: limit of k-means.
         max_share: cap on the rows of a coarse cluster, as a multiple of an equal share; None is no cap.
+        weighted: whether a fine centroid counts as often as it has rows, or once.
 
     Raises:
         ConfigError: one fine cluster alone is larger than the cap.
@@ -65,30 +69,34 @@ def coarse_clusters(fine: F32, sizes: NDArray[np.int64], k: int, seed: int, max_
             f"divided; raise partition.fine (now {len(sizes)}), set partition.max_share to null or to at least "
             f"{math.ceil(largest * k / total * 100) / 100:.2f}"
         )
-    # Around their middle: embeddings may differ by far less than their length, and distances of float32 rows are only as exact as the rows are long.
+    # Around their middle and up to 1: embeddings may differ by far less than their length, and rows are on a grid of fixed spacing.
     middle = fine.astype(np.float64).mean(0)
     points = fine.astype(np.float64) - middle
-    best: tuple[float, Fit, Rows] | None = None
+    unit = 2.0 ** math.ceil(math.log2(np.abs(points).max() or 1.0))
+    points /= unit
+    mass = sizes if weighted else np.ones(len(fine), np.int64)
+    stored = points.astype(np.float32)
+    best: tuple[float, Fit, Labels] | None = None
     for restart in range(RESTARTS):
-        rows = Rows([points.astype(np.float32)])
-        fit = kmeans(rows, k, rng.key(seed, "coarse", restart), max_iterations)
+        rows = Rows(stored, scales(stored, "euclidean", int(mass.sum())), weights=mass)
+        fit = lloyd(rows, State(plus_plus(stored, k, rng.key(seed, "coarse", restart), mass)), max_iterations)
         if best is None or fit.inertia[-1] < best[0]:
-            best = (fit.inertia[-1], fit, rows)
+            best = (fit.inertia[-1], fit, rows.labels(fit.centroids))
     assert best is not None
-    _, fit, rows = best
-    labels, inertia = rows.labels.astype(np.int64), list(fit.inertia)
+    _, fit, found = best
+    labels, inertia = found.astype(np.int64), list(fit.inertia)
     over: tuple[int, ...] = ()
     if cap is not None and np.bincount(labels, sizes, k).max() > cap:
-        labels, balanced, over = balance(points, sizes, fit.centroids.astype(np.float64), cap)
+        labels, balanced, over = balance(points, sizes, fit.centroids.astype(np.float64), cap, mass)
         inertia += balanced
-    centroids = _means(points, labels, fit.centroids.astype(np.float64)) + middle
-    return Coarse(centroids.astype(np.float32), labels, inertia, cap, over)
+    centroids = _means(points, labels, fit.centroids.astype(np.float64), mass) * unit + middle
+    return Coarse(centroids.astype(np.float32), labels, [value * unit**2 for value in inertia], cap, over)
 
 
 def balance(
-    points: NDArray[np.float64], weights: NDArray[np.int64], centroids: NDArray[np.float64], cap: float
+    points: NDArray[np.float64], weights: NDArray[np.int64], centroids: NDArray[np.float64], cap: float, mass: NDArray[np.int64] | None = None
 ) -> tuple[NDArray[np.int64], list[float], tuple[int, ...]]:
-    """Assign points to centroids at the least squared distance so that the weights of each cluster stay within ``cap``.
+    """Assign points to centroids at the least squared distance, times their mass, so that the weights of each cluster stay within ``cap``.
 
     A first assignment by regret (or, where that fails, heaviest point into the lightest cluster), then in turn: moves and exchanges that lower the
     cost within the cap, and new centroids. The cost never rises, so it ends. A heuristic: least cost under a cap is NP-hard.
@@ -97,14 +105,15 @@ def balance(
         labels (F,), cost of each round, and the clusters still above the cap.
     """
     k = len(centroids)
-    labels = _by_regret(_costs(points, centroids), weights, cap)
+    mass = np.ones(len(points), np.int64) if mass is None else mass
+    labels = _by_regret(_costs(points, centroids, mass), weights, cap)
     if labels is None:
-        labels = _heaviest_first(_costs(points, centroids), weights, cap)
+        labels = _heaviest_first(_costs(points, centroids, mass), weights, cap)
     history: list[float] = []
     for _ in range(MAX_ROUNDS):
-        centroids = _means(points, labels, centroids)
-        improved = _improve(_costs(points, centroids), weights, cap, labels)
-        history.append(float(_costs(points, centroids)[np.arange(len(points)), improved].sum()))
+        centroids = _means(points, labels, centroids, mass)
+        improved = _improve(_costs(points, centroids, mass), weights, cap, labels)
+        history.append(float(_costs(points, centroids, mass)[np.arange(len(points)), improved].sum()))
         if (improved == labels).all():
             break
         labels = improved
@@ -112,12 +121,12 @@ def balance(
     return labels, history, tuple(int(i) for i in np.flatnonzero(loads > cap))
 
 
-def _costs(points: NDArray[np.float64], centroids: NDArray[np.float64]) -> NDArray[np.float64]:
-    return np.stack([((points - c) ** 2).sum(1) for c in centroids], axis=1)  # (F, K)
+def _costs(points: NDArray[np.float64], centroids: NDArray[np.float64], mass: NDArray[np.int64]) -> NDArray[np.float64]:
+    return np.stack([mass * ((points - c) ** 2).sum(1) for c in centroids], axis=1)  # (F, K)
 
 
-def _means(points: NDArray[np.float64], labels: NDArray[np.int64], old: NDArray[np.float64]) -> NDArray[np.float64]:
-    return np.stack([points[labels == k].mean(0) if (labels == k).any() else old[k] for k in range(len(old))])
+def _means(points: NDArray[np.float64], labels: NDArray[np.int64], old: NDArray[np.float64], mass: NDArray[np.int64]) -> NDArray[np.float64]:
+    return np.stack([np.average(points[labels == k], 0, mass[labels == k]) if mass[labels == k].any() else old[k] for k in range(len(old))])
 
 
 def _by_regret(cost: NDArray[np.float64], weights: NDArray[np.int64], cap: float) -> NDArray[np.int64] | None:

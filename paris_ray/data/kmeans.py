@@ -1,11 +1,11 @@
 """Exact k-means for rows in many places: Lloyd's algorithm with k-means++ (Lloyd 1982; Arthur & Vassilvitskii 2007). NumPy only.
 
-The result has the same bits however the rows are cut into files, shards or actors (on one kind of machine, at one number of BLAS threads):
+The result has the same bits however the rows are ordered, or cut into files, shards or actors (on one kind of machine, with one backend):
 
-- rows have a global index, and distances are computed in chunks of :data:`CHUNK` rows whose bounds are multiples of it, the last one padded:
-  a row is always at the same place of a matrix product of the same shape;
-- :func:`prepare` puts rows on a grid of 2⁻²⁴, on which float16 lies anyway, so that sums of them in float64 are exact and have no order;
-- what decides (stop, re-seeding) is made of integers and of comparisons with ties to the lower index, never of a sum of distances.
+- a row has a key, the rank of its id: rows are drawn, ordered and told apart in ties by it, never by where they are;
+- a row's label depends on the row and the centroids alone (:mod:`paris_ray.data.nearest`);
+- sums are exact, so they have no order, and may be updated by what came and what left;
+- what decides (stop, re-seeding) is made of integers and of comparisons, never of a sum of distances.
 
 ``cosine`` means Euclidean k-means on rows scaled to unit length; centroids are plain means of them and are not scaled again.
 """
@@ -13,20 +13,17 @@ The result has the same bits however the rows are cut into files, shards or acto
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from paris_ray import rng
-
-CHUNK = 4096
-"""Rows in one matrix product."""
-
-GRID = 2.0**-24
-"""Spacing of all float16 numbers; see :func:`prepare`."""
+from paris_ray.data.nearest import BATCH, BLOCK, F32, GRID, Nearest, Stored, nearest_to, one_blas_thread, prepare
 
 SAMPLE_PER_CENTROID = 128
 """Rows for k-means++, per centroid: it takes one pass for each centroid, so it sees a sample of a large corpus."""
@@ -34,32 +31,8 @@ SAMPLE_PER_CENTROID = 128
 CHANGED_SHARE = 100_000
 """Lloyd stops when at most one row in this many has changed its cluster: none at all below that many rows."""
 
-F32 = NDArray[np.float32]
-
-
-def prepare(rows: NDArray[np.floating], metric: str, total: int) -> F32:
-    """Rows as stored → rows as clustered: unit length for ``cosine``, and on the grid on which float64 sums are exact.
-
-    Args:
-        rows: (N, D), finite.
-        metric: ``cosine`` or ``euclidean``.
-        total: rows in the whole corpus, here and elsewhere.
-
-    Raises:
-        ValueError: a row is not finite or has no direction, or the values are too large for exact sums of ``total`` rows.
-    """
-    wide = rows.astype(np.float64)
-    if not np.isfinite(wide).all():
-        raise ValueError(f"embedding: row {int(np.argmin(np.isfinite(wide).all(1)))} is not finite; embed the corpus again")
-    if metric == "cosine":
-        norms = np.sqrt(np.einsum("nd,nd->n", wide, wide))
-        if (norms == 0).any():
-            raise ValueError(f"embedding: row {int(np.argmin(norms))} is zero and has no direction; use partition.metric=euclidean")
-        wide /= norms[:, None]
-    largest = float(np.abs(wide).max(initial=0.0))
-    if total * largest >= 2.0**53 * GRID:
-        raise ValueError(f"embedding: {total} rows of values up to {largest:g} have no exact float64 sum (limit 2²⁹); use partition.metric=cosine")
-    return (np.rint(wide / GRID) * GRID).astype(np.float32)
+Labels = NDArray[np.int32]
+Keys = NDArray[np.integer]
 
 
 @dataclass(frozen=True)
@@ -81,87 +54,225 @@ class Partial:
 
 
 class RowSet(Protocol):
-    """Rows wherever they live."""
+    """Rows wherever they live. What they remember of an iteration they can find again, so any of them may be lost and loaded anew."""
 
     total: int
 
-    def assign(self, centroids: F32) -> Partial:
-        """Put every row into the cluster of its nearest centroid (K, D)."""
+    def assign(self, centroids: F32, previous: F32 | None) -> Partial:
+        """Put every row into the cluster of its nearest centroid (K, D), from that of its nearest among the previous ones."""
         ...
 
-    def farthest(self, n: int) -> F32:
-        """The ``n`` rows farthest from their centroids at the last :meth:`assign`, (n, D); ties to the lower index, none at distance zero."""
+    def farthest(self, n: int, centroids: F32) -> F32:
+        """The ``n`` rows farthest from their nearest centroids, (n, D); ties to the lower key, none at distance zero."""
         ...
 
-    def take(self, indices: NDArray[np.int64]) -> F32:
-        """Rows by global index."""
+    def take(self, keys: Keys) -> F32:
+        """Rows by key."""
         ...
 
-    def squares(self) -> list[float]:
-        """Sum of squares of each chunk."""
+    def squares(self) -> int:
+        """Sum of squares of all rows, in units of ``GRID**2``."""
         ...
 
 
 class Rows:
-    """Rows in memory: all of the corpus, or the part of it that starts at global index ``start``.
+    """Rows in memory: all of the corpus, or a part of it. As stored, so that a row takes its float16 and 12 bytes.
 
     Args:
-        shards: arrays (n, D) float32, in global order, cut anywhere.
-        start: global index of the first row, a multiple of :data:`CHUNK`.
+        stored: (n, D) float16 or float32.
+        scale: of each row (:func:`paris_ray.data.nearest.scales`).
+        keys: of each row, among all rows wherever they are; by default the order given.
+        weights: how often each row counts, integers; by default once.
+        backend: ``numpy``, ``torch`` or ``faiss``.
+        threads: blocks of rows worked on at once; the bits do not depend on it.
     """
 
-    def __init__(self, shards: Sequence[F32], start: int = 0):
-        if start % CHUNK:
-            raise ValueError(f"start: {start} must be a multiple of {CHUNK}, so that chunks are the same wherever rows live")
-        self.x = shards[0] if len(shards) == 1 else np.concatenate(shards)
-        self.start, self.total = start, len(self.x)
-        self.labels = np.full(self.total, -1, np.int32)
-        # Squared distance to the row's centroid.
-        self.distances = np.zeros(self.total, np.float32)
-        self._x2 = np.einsum("nd,nd->n", self.x, self.x, dtype=np.float64)
+    def __init__(
+        self,
+        stored: Stored,
+        scale: F32,
+        keys: Keys | None = None,
+        weights: NDArray[np.int64] | None = None,
+        backend: str = "numpy",
+        threads: int = 1,
+    ):
+        self.stored, self.scale, self.weights, self.backend, self.threads = stored, scale, weights, backend, threads
+        self.total = len(stored)
+        self.keys = np.arange(self.total, dtype=np.int32) if keys is None else keys
+        self._lock = threading.Lock()
+        self._forget()
 
-    def assign(self, centroids: F32) -> Partial:
-        k, width = centroids.shape
-        c2 = np.einsum("kd,kd->k", centroids, centroids, dtype=np.float64).astype(np.float32)
-        minus_two_c = np.ascontiguousarray(-2.0 * centroids.T)
-        sums, counts, changed = np.zeros((k, width)), np.zeros(k, np.int64), 0
-        for low in range(0, self.total, CHUNK):
-            block = self.x[low : low + CHUNK]
-            n = len(block)
-            if n < CHUNK:
-                block = np.concatenate([block, np.zeros((CHUNK - n, width), np.float32)])
-            scores = (block @ minus_two_c + c2)[:n]  # d² − x²
-            labels = scores.argmin(1)
-            here = slice(low, low + n)
-            self.distances[here] = np.maximum(self._x2[here] + scores[np.arange(n), labels], 0.0)
-            changed += int((labels != self.labels[here]).sum())
-            self.labels[here] = labels
-            order = np.argsort(labels, kind="stable")
-            found, first, size = np.unique(labels[order], return_index=True, return_counts=True)
-            sums[found] += np.add.reduceat(block[order].astype(np.float64), first, axis=0)
-            counts[found] += size
-        return Partial(sums, counts, changed)
+    def _forget(self) -> None:
+        self._labels = np.full(self.total, -1, np.int32)
+        self._found: F32 | None = None  # the centroids that the labels belong to
 
-    def farthest_indices(self, n: int) -> tuple[F32, NDArray[np.int64]]:
-        """Distances and global indices of the ``n`` farthest rows, farthest first."""
-        order = np.argsort(-self.distances, kind="stable")[:n]
-        # A row's distance to a centroid equal to it is rounding, not distance.
-        order = order[self.distances[order] > 1e-6 * self._x2[order]]
-        return self.distances[order], order + self.start
+    def _each_block(self, function: Callable[[slice], Any]) -> list[Any]:
+        blocks = [slice(low, min(low + BLOCK, self.total)) for low in range(0, self.total, BLOCK)]
+        if self.threads == 1 or len(blocks) == 1:
+            return [function(block) for block in blocks]
+        with ThreadPoolExecutor(self.threads) as pool:
+            return list(pool.map(function, blocks))
 
-    def farthest(self, n: int) -> F32:
-        return self.take(self.farthest_indices(n)[1])
+    # -- an iteration ---------------------------------------------------------------------------------------------------
 
-    def take(self, indices: NDArray[np.int64]) -> F32:
-        return self.x[indices - self.start]
+    def assign(self, centroids: F32, previous: F32 | None = None) -> Partial:
+        if previous is None:
+            self._forget()
+        else:
+            self._find(previous)
+        changed = self._find(centroids)
+        return Partial(self._sums * GRID, self._counts.copy(), changed)
 
-    def distances_to(self, centroids: F32, choice: NDArray[np.int64]) -> F32:
-        """Squared distance of each row to centroid ``choice[label]``, (N,)."""
-        blocks = [slice(low, low + CHUNK) for low in range(0, self.total, CHUNK)]
-        return np.concatenate([((self.x[b] - centroids[choice[self.labels[b]]]) ** 2).sum(1) for b in blocks])
+    def labels(self, centroids: F32) -> Labels:
+        """The nearest centroid of each row, (n,)."""
+        self._find(centroids)
+        return self._labels
 
-    def squares(self) -> list[float]:
-        return [float(self._x2[low : low + CHUNK].sum()) for low in range(0, self.total, CHUNK)]
+    def _find(self, centroids: F32) -> int:
+        """Bring labels, sums and counts to these centroids; returns how many rows have moved."""
+        if self._found is not None and np.array_equal(self._found, centroids):
+            return 0
+        if self._found is None or self._found.shape != centroids.shape:
+            self._forget()
+            self._sums, self._counts = np.zeros(centroids.shape), np.zeros(len(centroids), np.int64)
+        with nearest_to(self.backend, centroids) as nearest:
+            moved = self._each_block(lambda block: self._find_block(block, nearest))
+        self._found = centroids
+        return sum(moved)
+
+    def _find_block(self, block: slice, nearest: Nearest) -> int:
+        new, old = nearest(self.stored[block], self.scale[block]), self._labels[block]
+        came = np.flatnonzero(new != old)
+        left = came[old[came] >= 0]
+        rows, sign = np.concatenate([came, left]) + block.start, np.repeat(np.array([1, -1], np.float32), [len(came), len(left)])
+        self._add(rows, np.concatenate([new[came], old[left]]), sign, self._sums, self._counts)
+        self._labels[block] = new
+        return len(came)
+
+    def _add(self, rows: NDArray[np.int64], labels: Labels, sign: F32, sums: NDArray[np.float64], counts: NDArray[np.int64]) -> None:
+        """Add rows to the sums of clusters, or take them away."""
+        order = np.argsort(labels, kind="stable")
+        for low in range(0, len(order), BATCH):
+            here = order[low : low + BATCH]
+            at, into = rows[here], labels[here]
+            first = np.flatnonzero(np.diff(into, prepend=-1))
+            content: NDArray[Any] = prepare(self.stored[at], self.scale[at] * sign[here])
+            times = sign[here].astype(np.int64)
+            if self.weights is not None:
+                content, times = content * self.weights[at, None], times * self.weights[at]
+            summed, counted = np.add.reduceat(content, first, axis=0, dtype=np.float64), np.add.reduceat(times, first)
+            with self._lock:
+                sums[into[first]] += summed
+                counts[into[first]] += counted
+
+    # -- other questions ------------------------------------------------------------------------------------------------
+
+    def sums_by(self, labels: Labels, k: int) -> Partial:
+        """Sums and counts for labels (n,) from elsewhere."""
+        sums, counts = np.zeros((k, self.stored.shape[1])), np.zeros(k, np.int64)
+        ones = np.ones(BLOCK, np.float32)
+        self._each_block(lambda b: self._add(np.arange(b.start, b.stop), labels[b], ones[: b.stop - b.start], sums, counts))
+        return Partial(sums * GRID, counts, self.total)
+
+    def distances(self, labels: Labels, centroids: F32) -> F32:
+        """Squared distance of each row to the centroid that its label names, (n,)."""
+
+        def block(b: slice) -> F32:
+            return np.concatenate([((self._real(p) - centroids[labels[p]]) ** 2).sum(1) for p in _batches(b)])
+
+        return np.concatenate([np.empty(0, np.float32), *self._each_block(block)])
+
+    def farthest_keys(self, n: int, centroids: F32) -> tuple[F32, Keys]:
+        """Distances and keys of the ``n`` farthest rows, farthest first."""
+        distances = self.distances(self.labels(centroids), centroids)
+        order = np.lexsort((self.keys, -distances))[:n]
+        order = order[distances[order] > 0]
+        return distances[order], self.keys[order]
+
+    def farthest(self, n: int, centroids: F32) -> F32:
+        return self.take(self.farthest_keys(n, centroids)[1])
+
+    def take(self, keys: Keys) -> F32:
+        return self.at(np.argsort(self.keys)[keys])
+
+    def at(self, places: NDArray[np.int64]) -> F32:
+        """Rows by where they are here."""
+        return self._real(places)
+
+    def _real(self, at: Any) -> F32:
+        rows = prepare(self.stored[at], self.scale[at])
+        return np.multiply(rows, np.float32(GRID), out=rows)
+
+    def squares(self) -> int:
+        def batch(b: slice) -> int:
+            rows = prepare(self.stored[b], self.scale[b]).astype(np.float64)
+            values = np.einsum("nd,nd->n", rows, rows).tolist()
+            times = [1] * len(values) if self.weights is None else self.weights[b].tolist()
+            return sum(int(value) * time for value, time in zip(values, times, strict=True))
+
+        return sum(self._each_block(lambda block: sum(map(batch, _batches(block)))))
+
+
+def _batches(block: slice) -> list[slice]:
+    return [slice(low, min(low + BATCH, block.stop)) for low in range(block.start, block.stop, BATCH)]
+
+
+# -- start --------------------------------------------------------------------------------------------------------------
+
+
+def plus_plus(sample: F32, k: int, seed: int, weights: NDArray[np.int64] | None = None, threads: int = 1) -> F32:
+    """Greedy k-means++: each next centroid is the best of 2 + ⌊ln k⌋ rows drawn with probability ∝ weight × squared distance; (n, D) → (k, D)."""
+    mass = np.ones(len(sample)) if weights is None else weights.astype(np.float64)
+    x2 = np.einsum("nd,nd->n", sample, sample, dtype=np.float64)
+    blocks = [slice(low, low + BLOCK) for low in range(0, len(sample), BLOCK)]
+
+    def squared(indices: NDArray[np.int64]) -> NDArray[np.float64]:
+        chosen = sample[indices].T
+        d2 = x2[:, None] + x2[indices] - 2.0 * np.concatenate(list(each(lambda block: sample[block] @ chosen, blocks)))
+        return np.where(d2 > 1e-6 * (x2[:, None] + x2[indices]), d2, 0.0)
+
+    def drawn(of: NDArray[np.float64], values: Any) -> NDArray[np.int64]:
+        ladder = np.cumsum(of)
+        return np.minimum(np.searchsorted(ladder, values * ladder[-1], side="right"), len(sample) - 1)
+
+    trials = 2 + int(math.log(k))
+    with one_blas_thread(), ThreadPoolExecutor(threads) as pool:
+        each: Any = map if len(blocks) == 1 else pool.map
+        chosen = drawn(mass, rng.generator(seed, "kmeans++", 0).random(1)).tolist()
+        nearest = squared(np.array(chosen))[:, 0]
+        for j in range(1, k):
+            tried = drawn(nearest * mass, rng.generator(seed, "kmeans++", j).random(trials))
+            options = np.minimum(nearest[:, None], squared(tried))
+            best = int((options * mass[:, None]).sum(0).argmin())
+            chosen.append(int(tried[best]))
+            nearest = options[:, best]
+    return sample[chosen]
+
+
+def sample_keys(total: int, k: int, seed: int) -> Keys:
+    """Keys of the rows that k-means++ sees: all, or :data:`SAMPLE_PER_CENTROID` per centroid without replacement, ascending."""
+    size = k * SAMPLE_PER_CENTROID
+    if total <= size:
+        return np.arange(total)
+    return np.sort(rng.generator(seed, "kmeans-sample", 0).choice(total, size, replace=False))
+
+
+# -- iterations ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class State:
+    """All that an iteration needs to know of those before it.
+
+    Attributes:
+        centroids: of the next iteration, (K, D) float32.
+        previous: of the last one; None before the first.
+        inertia: of all before it.
+    """
+
+    centroids: F32
+    previous: F32 | None = None
+    inertia: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -181,77 +292,68 @@ class Fit:
     converged: bool
 
 
-def plus_plus(sample: F32, k: int, seed: int) -> F32:
-    """Greedy k-means++: each next centroid is the best of 2 + ⌊ln k⌋ rows drawn with probability ∝ squared distance; (n, D) → (k, D)."""
-    x2 = np.einsum("nd,nd->n", sample, sample, dtype=np.float64)
-
-    def squared(indices: NDArray[np.int64]) -> NDArray[np.float64]:
-        d2 = x2[:, None] + x2[indices] - 2.0 * (sample @ sample[indices].T)
-        return np.where(d2 > 1e-6 * (x2[:, None] + x2[indices]), d2, 0.0)
-
-    chosen = [int(rng.generator(seed, "kmeans++", 0).integers(len(sample)))]
-    nearest = squared(np.array(chosen))[:, 0]
-    trials = 2 + int(math.log(k))
-    for j in range(1, k):
-        ladder = np.cumsum(nearest)
-        draws = rng.generator(seed, "kmeans++", j).random(trials) * ladder[-1]
-        tried = np.minimum(np.searchsorted(ladder, draws, side="right"), len(sample) - 1)
-        options = np.minimum(nearest[:, None], squared(tried))
-        best = int(options.sum(0).argmin())
-        chosen.append(int(tried[best]))
-        nearest = options[:, best]
-    return sample[chosen]
+def means(part: Partial) -> F32:
+    """Mean of each cluster, (K, D); zero where there is no row."""
+    mean: F32 = (part.sums / np.maximum(part.counts, 1)[:, None]).astype(np.float32)
+    return mean
 
 
-def sample_indices(total: int, k: int, seed: int) -> NDArray[np.int64]:
-    """Rows that k-means++ sees: all, or :data:`SAMPLE_PER_CENTROID` per centroid without replacement, ascending."""
-    size = k * SAMPLE_PER_CENTROID
-    if total <= size:
-        return np.arange(total)
-    return np.sort(rng.generator(seed, "kmeans-sample", 0).choice(total, size, replace=False))
+def inertia_of(squares: int, part: Partial, centroids: F32) -> float:
+    """Σ|x − c|² = Σ|x|² + Σ_k (n_k·|c_k|² − 2·c_k·S_k), from exact sums."""
+    wide = centroids.astype(np.float64)
+    terms = part.counts * np.einsum("kd,kd->k", wide, wide) - 2 * np.einsum("kd,kd->k", wide, part.sums)
+    return max(math.fsum([squares / int(GRID**-2), *terms]), 0.0)
 
 
-def lloyd(rows: RowSet, start: F32, max_iterations: int, on_iteration: Callable[[int, float, int], None] | None = None) -> Fit:
-    """Lloyd's algorithm from given centroids.
+OnIteration = Callable[[int, float, int], None]
+"""Called with (iteration from 0, inertia, rows that moved)."""
+
+
+def lloyd(
+    rows: RowSet, state: State, max_iterations: int, on_iteration: OnIteration | None = None, save: Callable[[State], None] | None = None
+) -> Fit:
+    """Lloyd's algorithm from given centroids, or from where an earlier run was.
 
     Stops when at most one row in :data:`CHANGED_SHARE` changed its cluster and none is empty, or after ``max_iterations``. Empty clusters, in the
     order of their index, restart at the rows farthest from their centroids, farthest first.
 
     Args:
         rows: N rows, N ≥ K.
-        start: (K, D).
+        state: ``State(start)`` for a start (K, D).
         max_iterations: limit.
-        on_iteration: called with (iteration, inertia, changed rows).
+        on_iteration: told of each.
+        save: given the state after each iteration, from which another run goes on to the same bits.
     """
-    centroids = start.astype(np.float32)
-    squares = math.fsum(rows.squares())
-    inertia: list[float] = []
-    for iteration in range(max_iterations):
-        part = rows.assign(centroids)
-        wide = centroids.astype(np.float64)
-        # Σ|x − c|² = Σ|x|² + Σ_k (n_k·|c_k|² − 2·c_k·S_k), from exact sums.
-        terms = part.counts * np.einsum("kd,kd->k", wide, wide) - 2 * np.einsum("kd,kd->k", wide, part.sums)
-        inertia.append(max(squares + math.fsum(terms), 0.0))
+    squares = rows.squares()
+    while True:
+        centroids, iteration = state.centroids, len(state.inertia)
+        part = rows.assign(centroids, state.previous)
+        inertia = (*state.inertia, inertia_of(squares, part, centroids))
         if on_iteration is not None:
             on_iteration(iteration, inertia[-1], part.changed)
         empty = np.flatnonzero(part.counts == 0)
-        seeds = rows.farthest(len(empty)) if len(empty) else centroids[:0]
-        if part.changed <= rows.total // CHANGED_SHARE and len(seeds) == 0:
-            return Fit(centroids, part.counts, inertia, True)
-        if iteration + 1 < max_iterations:
-            new = np.where(part.counts[:, None] > 0, part.sums / np.maximum(part.counts, 1)[:, None], wide)
-            new[empty[: len(seeds)]] = seeds
-            centroids = new.astype(np.float32)
-    return Fit(centroids, part.counts, inertia, False)
+        seeds = rows.farthest(len(empty), centroids) if len(empty) else centroids[:0]
+        done = part.changed <= rows.total // CHANGED_SHARE and len(seeds) == 0
+        if done or iteration + 1 == max_iterations:
+            return Fit(centroids, part.counts, list(inertia), done)
+        new = np.where(part.counts[:, None] > 0, means(part), centroids)
+        new[empty[: len(seeds)]] = seeds
+        state = State(new, centroids, inertia)
+        if save is not None:
+            save(state)
 
 
-def kmeans(rows: RowSet, k: int, seed: int, max_iterations: int = 100, on_iteration: Callable[[int, float, int], None] | None = None) -> Fit:
-    """k-means++ on a bounded sample, then :func:`lloyd` on all rows.
+def start(rows: RowSet, k: int, seed: int, threads: int = 1) -> State:
+    """k-means++ on a bounded sample.
 
     Raises:
         ValueError: fewer rows than clusters.
     """
     if rows.total < k:
         raise ValueError(f"{rows.total} rows cannot make {k} clusters; give more rows or ask for at most {rows.total} clusters")
-    sample = rows.take(sample_indices(rows.total, k, seed))
-    return lloyd(rows, plus_plus(sample, k, seed), max_iterations, on_iteration)
+    return State(plus_plus(rows.take(sample_keys(rows.total, k, seed)), k, seed, threads=threads))
+
+
+def kmeans(rows: RowSet, k: int, seed: int, max_iterations: int = 100) -> Fit:
+    """:func:`start`, then :func:`lloyd` on all rows."""
+    return lloyd(rows, start(rows, k, seed), max_iterations)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import importlib.util
 import itertools
-from typing import ClassVar
+import tracemalloc
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -12,7 +14,9 @@ from sklearn.metrics import adjusted_rand_score
 
 from paris_ray.config import ConfigError
 from paris_ray.data import kmeans as km
+from paris_ray.data import nearest
 from paris_ray.data.balance import balance, coarse_clusters
+from paris_ray.data.nearest import BLOCK, GRID
 
 
 def stored(n: int, width: int, seed: int = 0) -> np.ndarray:
@@ -30,130 +34,248 @@ def mixture(k: int, each: int, width: int, spread: float, seed: int) -> tuple[np
     return rows[order].astype(np.float16), truth[order]
 
 
+def rows_of(x: np.ndarray, metric: str = "cosine", **how: Any) -> km.Rows:
+    return km.Rows(x, nearest.scales(x, metric, len(x)), **how)
+
+
+def real(x: np.ndarray, metric: str = "cosine") -> np.ndarray:
+    """Rows as clustered, float64, without the code's own arithmetic."""
+    wide = x.astype(np.float64)
+    return wide / np.linalg.norm(wide, axis=1, keepdims=True) if metric == "cosine" else wide
+
+
+BACKENDS = [name for name in ("numpy", "torch", "faiss") if importlib.util.find_spec(name)]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("metric", ["cosine", "euclidean"])
-def test_inertia_is_scikit_learns_from_the_same_start(metric: str) -> None:
-    x = km.prepare(stored(3000, 24), metric, 3000)
-    start = x[np.random.default_rng(1).choice(3000, 20, replace=False)]
-    rows = km.Rows([x])
-    fit = km.lloyd(rows, start, 300)
-    reference = KMeans(20, init=start.astype(np.float64), n_init=1, max_iter=300, tol=0, algorithm="lloyd").fit(x.astype(np.float64))
+def test_inertia_is_scikit_learns_from_the_same_start(metric: str, backend: str) -> None:
+    x = stored(3000, 24)
+    rows = rows_of(x, metric, backend=backend)
+    start = rows.take(np.random.default_rng(1).choice(3000, 20, replace=False))
+    fit = km.lloyd(rows, km.State(start), 300)
+    wide = real(x, metric)
+    reference = KMeans(20, init=start.astype(np.float64), n_init=1, max_iter=300, tol=0, algorithm="lloyd").fit(wide)
     assert fit.converged
     assert fit.inertia[-1] == pytest.approx(reference.inertia_, rel=1e-5)
-    assert (rows.labels == reference.labels_).mean() > 0.98
+    assert (rows.labels(fit.centroids) == reference.labels_).mean() >= 0.995
     assert all(b <= a * (1 + 1e-12) for a, b in itertools.pairwise(fit.inertia))
     # The first iteration is the assignment to the given start, by brute force in float64.
-    d2 = ((x[:, None].astype(np.float64) - start[None]) ** 2).sum(-1)
+    d2 = ((wide[:, None] - start[None]) ** 2).sum(-1)
     assert fit.inertia[0] == pytest.approx(d2.min(1).sum(), rel=1e-7)
 
 
 def test_each_row_is_with_its_nearest_centroid_and_counts_are_right() -> None:
-    x = km.prepare(stored(500, 8, 3), "cosine", 500)
-    rows = km.Rows([x])
+    x = stored(500, 8, 3)
+    rows = rows_of(x)
     fit = km.kmeans(rows, 7, seed=4)
-    d2 = ((x[:, None].astype(np.float64) - fit.centroids[None]) ** 2).sum(-1)
-    assert (rows.labels == d2.argmin(1)).all()
-    assert (fit.counts == np.bincount(rows.labels, minlength=7)).all()
-    np.testing.assert_allclose(rows.distances, d2.min(1), atol=1e-5)
+    d2 = ((real(x)[:, None] - fit.centroids[None]) ** 2).sum(-1)
+    labels = rows.labels(fit.centroids)
+    assert (labels == d2.argmin(1)).all()
+    assert (fit.counts == np.bincount(labels, minlength=7)).all()
+    np.testing.assert_allclose(rows.distances(labels, fit.centroids), d2.min(1), atol=1e-6)
+    farthest = np.sort(d2.min(1))[::-1][:5]
+    np.testing.assert_allclose(rows.farthest_keys(5, fit.centroids)[0], farthest, atol=1e-6)
     for k in range(7):  # a fixed point: centroids are means
-        np.testing.assert_allclose(fit.centroids[k], x[rows.labels == k].astype(np.float64).mean(0), atol=1e-6)
+        np.testing.assert_allclose(fit.centroids[k], real(x)[labels == k].mean(0), atol=1e-6)
 
 
 @pytest.mark.parametrize(("k", "width", "spread"), [(8, 16, 0.1), (20, 32, 0.15)])
 def test_known_mixtures_are_recovered(k: int, width: int, spread: float) -> None:
     for seed in range(5):
         x, truth = mixture(k, 60, width, spread, seed)
-        rows = km.Rows([km.prepare(x, "cosine", len(x))])
-        km.kmeans(rows, k, seed)
-        assert adjusted_rand_score(truth, rows.labels) >= 0.98
-
-
-@pytest.mark.parametrize("metric", ["cosine", "euclidean"])
-def test_bits_do_not_depend_on_how_rows_are_cut(metric: str) -> None:
-    n = 2 * km.CHUNK + 777
-    x = km.prepare(stored(n, 12), metric, n)
-
-    def run(shards: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray, list[float]]:
-        rows = km.Rows(shards)
-        fit = km.kmeans(rows, 16, seed=5, max_iterations=12)
-        return fit.centroids, rows.labels, fit.inertia
-
-    whole = run([x])
-    for cuts in ([100, 5000], [1, 2, 3, 4097, 6000, 8200]):
-        parts = run(np.split(x, cuts))
-        assert whole[0].tobytes() == parts[0].tobytes()
-        assert whole[1].tobytes() == parts[1].tobytes()
-        assert whole[2] == parts[2]
+        rows = rows_of(x)
+        fit = km.kmeans(rows, k, seed)
+        assert adjusted_rand_score(truth, rows.labels(fit.centroids)) >= 0.98
 
 
 class Scattered:
-    """Rows in several places, whose parts are added in any order."""
+    """Rows in several places, in any order, whose parts are added in any order."""
 
-    def __init__(self, x: np.ndarray, cuts: list[int], order: list[int]):
-        self.total = len(x)
-        self.parts = [km.Rows([part], start) for part, start in zip(np.split(x, cuts), [0, *cuts], strict=True)]
+    def __init__(self, x: np.ndarray, metric: str, places: list[np.ndarray], backend: str, order: list[int]):
+        self.total, self.places = len(x), places
+        scale = nearest.scales(x, metric, len(x))
+        self.parts = [km.Rows(x[p], scale[p], p.astype(np.int32), backend=backend, threads=1 + i % 2) for i, p in enumerate(places)]
         self.order = order
+        self.whole = km.Rows(x, scale)
 
-    def assign(self, centroids: np.ndarray) -> km.Partial:
-        partials = [part.assign(centroids) for part in self.parts]
+    def assign(self, centroids: np.ndarray, previous: np.ndarray | None) -> km.Partial:
+        partials = [part.assign(centroids, previous) for part in self.parts]
         total = partials[self.order[0]]
         for i in self.order[1:]:
             total = total + partials[i]
         return total
 
-    def farthest(self, n: int) -> np.ndarray:
-        found = [part.farthest_indices(n) for part in self.parts]
-        distance, index = (np.concatenate(column) for column in zip(*found, strict=True))
-        return self.take(index[np.lexsort((index, -distance))[:n]])
+    def farthest(self, n: int, centroids: np.ndarray) -> np.ndarray:
+        found = [part.farthest_keys(n, centroids) for part in self.parts]
+        distance, key = (np.concatenate(column) for column in zip(*found, strict=True))
+        return self.take(key[np.lexsort((key, -distance))[:n]])
 
-    def take(self, indices: np.ndarray) -> np.ndarray:
-        return np.concatenate([part.x for part in self.parts])[indices]
+    def take(self, keys: np.ndarray) -> np.ndarray:
+        return self.whole.at(keys)
 
-    def squares(self) -> list[float]:
-        return [value for i in self.order for value in self.parts[i].squares()]
+    def squares(self) -> int:
+        return sum(self.parts[i].squares() for i in self.order)
+
+    def labels(self, centroids: np.ndarray) -> np.ndarray:
+        out = np.empty(self.total, np.int32)
+        for part, place in zip(self.parts, self.places, strict=True):
+            out[place] = part.labels(centroids)
+        return out
 
 
-def test_bits_do_not_depend_on_where_rows_are_or_in_which_order_parts_are_added() -> None:
-    n = 5 * km.CHUNK + 99
-    x = km.prepare(stored(n, 8, 2), "cosine", n)
-    here = km.Rows([x])
-    there = Scattered(x, [km.CHUNK, 3 * km.CHUNK], [2, 0, 1])
-    # Two starts alike: one cluster is empty at first, so re-seeding is compared too.
-    start = x[[10, 10, 300, 4000, 9000, 20000]]
-    a, b = km.lloyd(here, start, 20), km.lloyd(there, start, 20)
-    assert a.centroids.tobytes() == b.centroids.tobytes()
-    assert a.inertia == b.inertia
-    assert (a.counts == b.counts).all()
-    assert (here.labels == np.concatenate([part.labels for part in there.parts])).all()
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("metric", ["cosine", "euclidean"])
+def test_bits_depend_neither_on_the_order_of_rows_nor_on_where_they_are_nor_on_the_backend(metric: str, backend: str) -> None:
+    n = BLOCK + 777
+    x = stored(n, 12, 2)
+    x[5000:5200] = x[:200]  # equal rows: ties among the farthest
+    here = rows_of(x, metric)
+    # Three starts alike: clusters are empty at first, so re-seeding is compared too.
+    start = km.State(here.take(np.array([10, 10, 10, *range(20, 54)])))
+    a = km.lloyd(here, start, 8)
+    shuffled = np.random.default_rng(0).permutation(n)
+    seven = np.split(shuffled, [1, 300, 4097, 6000, 6001, 12000])
+    for places, order in (([shuffled], [0]), (np.split(np.arange(n), [5000, 12288]), [2, 0, 1]), (seven, [3, 6, 0, 2, 1, 5, 4])):
+        there = Scattered(x, metric, places, backend, order)
+        b = km.lloyd(there, start, 8)
+        assert a.centroids.tobytes() == b.centroids.tobytes()
+        assert a.inertia == b.inertia
+        assert (a.counts == b.counts).all()
+        assert (here.labels(a.centroids) == there.labels(b.centroids)).all()
+        mixed = km.Rows(x[shuffled], here.scale[shuffled], shuffled.astype(np.int32), backend=backend)
+        assert (km.start(mixed, 5, 1).centroids == km.start(here, 5, 1).centroids).all()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(("width", "k"), [(3, 2), (64, 9), (257, 1024)])
+def test_a_label_is_the_nearest_in_float64_wherever_the_row_is(backend: str, width: int, k: int) -> None:
+    n = 600  # of no product a multiple
+    x = stored(n, width, 4)
+    scale = nearest.scales(x, "cosine", n)
+    # Centroids in pairs that differ by roundings or not at all, so that float32 cannot tell them apart.
+    g = np.random.default_rng(5)
+    half = g.standard_normal((k // 2 + 1, width)).astype(np.float32) * 0.1
+    centroids = np.repeat(half, 2, axis=0)[:k]
+    centroids[1::4] += g.choice(np.float32([-1e-8, 0, 1e-8]), centroids[1::4].shape)
+    shuffled = g.permutation(n)
+    with nearest.nearest_to(backend, centroids) as find:
+        labels = find(x, scale)
+        assert (find(x[shuffled], scale[shuffled]) == labels[shuffled]).all()
+        assert (find(x[1:], scale[1:]) == labels[1:]).all()
+        assert (find(x[321:322], scale[321:322]) == labels[321]).all()
+    y, c = nearest.prepare(x, scale).astype(np.longdouble) * GRID, centroids.astype(np.longdouble)
+    exact = (c**2).sum(1) - 2 * y @ c.T
+    assert (labels == exact.argmin(1)).mean() > 0.999  # float64 against longer numbers
+    assert (exact[np.arange(n), labels] - exact.min(1)).max() < 1e-15
+    assert len(set(labels.tolist())) > 1
+
+
+def test_what_float32_leaves_undecided_is_little() -> None:
+    x = stored(4000, 256, 6)
+    scale, centroids = nearest.scales(x, "cosine", 4000), real(stored(200, 256, 7)).astype(np.float32)
+    one = nearest._Centroids(centroids)
+    y = nearest.prepare(x, scale)
+    exact = one.squares - 2 * GRID * y.astype(np.float64) @ one.wide.T
+    factor, add = one.factor()
+    error = np.abs(y @ factor + add - exact).max(1)
+    assert (error <= one.slack(y) / 2).all()
+    worst = 256 * 2.0**-24 * (2 * np.abs(y * GRID) @ np.abs(one.wide.T)).max(1)  # Higham 2002, eq. 3.5, before Cauchy and Schwarz
+    assert (worst <= one.slack(y) / 2).all()
+    gap = np.diff(np.partition(exact, 1, axis=1)[:, :2])[:, 0]
+    assert (gap <= one.slack(y)).mean() < 0.02
 
 
 def test_sums_on_the_grid_are_exact() -> None:
-    x = km.prepare(stored(4000, 6, 9), "cosine", 4000)
-    exact = [sum(int(v) for v in np.rint(x[:, d].astype(np.float64) / km.GRID)) for d in range(6)]
-    part = km.Rows([x]).assign(np.zeros((1, 6), np.float32))
-    assert [int(v) for v in part.sums[0] / km.GRID] == exact
+    x = stored(4000, 6, 9)
+    y = nearest.prepare(x, nearest.scales(x, "cosine", 4000))
+    assert (y == np.rint(y)).all()
+    np.testing.assert_allclose(y * GRID, real(x), atol=1.5 * GRID)
+    exact = [sum(int(v) for v in y[:, d]) for d in range(6)]
+    rows = rows_of(x)
+    part = rows.assign(np.zeros((1, 6), np.float32))
+    assert [int(v / GRID) for v in part.sums[0]] == exact
+    assert rows.squares() == sum(int(v) ** 2 for v in y.ravel())
     half = stored(100, 6)
-    assert (km.prepare(half, "euclidean", 100) == half.astype(np.float32)).all()
-    np.testing.assert_allclose(np.linalg.norm(x, axis=1), 1, atol=1e-6)
+    assert (nearest.prepare(half, nearest.scales(half, "euclidean", 100)) * GRID == half.astype(np.float32)).all()
+
+
+def test_sums_of_differences_are_the_full_sums() -> None:
+    n, k = BLOCK + 500, 12
+    x = stored(n, 9, 1)
+    y = nearest.prepare(x, nearest.scales(x, "cosine", n)).astype(np.int64)
+    rows, g = rows_of(x), np.random.default_rng(3)
+    previous: np.ndarray | None = None
+    before = np.full(n, -1)
+    for _ in range(6):
+        centroids = g.standard_normal((k, 9)).astype(np.float32)
+        part = rows.assign(centroids, previous)
+        labels = rows.labels(centroids)
+        assert part.changed == (labels != before).sum()
+        for c in range(k):
+            assert [int(v / GRID) for v in part.sums[c]] == y[labels == c].sum(0).tolist()
+            assert part.counts[c] == (labels == c).sum()
+        by_labels = rows.sums_by(labels, k)
+        assert (by_labels.sums == part.sums).all()
+        previous, before = centroids, labels.copy()
+
+
+def test_rows_that_forgot_go_on_with_the_same_bits() -> None:
+    x = stored(6000, 10, 8)
+    start = km.start(rows_of(x), 15, 2)
+    states: list[km.State] = []
+    told: list[tuple[int, float, int]] = []
+    whole = km.lloyd(rows_of(x), start, 9, lambda *what: told.append(what), states.append)
+    assert len(states) == 8
+    assert [what[0] for what in told] == list(range(9))
+    for at in (0, 4, 7):
+        again: list[tuple[int, float, int]] = []
+        fit = km.lloyd(rows_of(x), states[at], 9, lambda *what, to=again: to.append(what))
+        assert fit.centroids.tobytes() == whole.centroids.tobytes()
+        assert fit.inertia == whole.inertia
+        assert again == told[at + 1 :]
+
+
+def test_memory_is_the_rows_as_stored() -> None:
+    n, width, k = 60_000, 64, 16
+    x = stored(n, width)
+    scale = nearest.scales(x, "cosine", n)
+    tracemalloc.start()
+    rows = km.Rows(x.copy(), scale)
+    fit = km.lloyd(rows, km.State(rows.take(np.arange(k))), 6)
+    rows.distances(rows.labels(fit.centroids), fit.centroids)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    # float16 rows, 12 bytes of labels, scale and key each (here 8 more, for a moment, where rows are taken by key), and a tile of rows and scores.
+    assert peak < n * width * 2 + 20 * n + 2.5e6
+    assert peak > n * width * 2
 
 
 def test_ties_go_to_the_lower_index() -> None:
     x = np.array([[0.0, 1.0], [0.0, -1.0], [2.0, 0.0]], np.float32)
-    rows = km.Rows([x])
-    rows.assign(np.array([[1.0, 0.0], [-1.0, 0.0], [1.0, 0.0]], np.float32))
-    assert rows.labels.tolist() == [0, 0, 0]
+    for backend in BACKENDS:
+        rows = rows_of(x, "euclidean", backend=backend)
+        assert rows.labels(np.array([[1.0, 0.0], [-1.0, 0.0], [1.0, 0.0]], np.float32)).tolist() == [0, 0, 0]
 
 
 def test_an_empty_cluster_restarts_at_the_farthest_row() -> None:
     x = np.array([[0.0], [0.1], [10.0], [10.1], [-7.0]], np.float32)
-    fit = km.lloyd(km.Rows([x]), np.array([[0.0], [10.0], [99.0]], np.float32), 10)
+    fit = km.lloyd(rows_of(x, "euclidean"), km.State(np.array([[0.0], [10.0], [99.0]], np.float32)), 10)
     assert sorted(fit.centroids[:, 0].tolist()) == pytest.approx([-7.0, 0.05, 10.05])
     assert fit.counts.min() == 1
     assert fit.converged
 
 
+def test_of_equally_far_rows_the_lowest_key_is_taken() -> None:
+    x = np.array([[0.0], [5.0], [-5.0]], np.float32)
+    for keys, first in (([0, 1, 2], 5.0), ([0, 2, 1], -5.0)):
+        rows = km.Rows(x, nearest.scales(x, "euclidean", 3), np.array(keys))
+        assert rows.farthest(1, np.array([[0.0], [99.0]], np.float32)).tolist() == [[first]]
+
+
 def test_fewer_distinct_rows_than_clusters_ends_and_leaves_one_empty() -> None:
-    x = km.prepare(np.repeat(stored(3, 5), 4, axis=0), "cosine", 12)
-    fit = km.kmeans(km.Rows([x]), 4, seed=0, max_iterations=50)
+    x = np.repeat(stored(3, 5), 4, axis=0)
+    fit = km.kmeans(rows_of(x), 4, seed=0, max_iterations=50)
     assert fit.converged
     assert sorted(fit.counts.tolist()) == [0, 4, 4, 4]
 
@@ -168,34 +290,47 @@ def test_tiny_sets_reach_the_best_of_all_partitions() -> None:
             return sum(((g - g.mean(0)) ** 2).sum() for g in groups)
 
         best = min(cost(labels) for labels in itertools.product(range(3), repeat=8) for labels in [(0, *labels)])
-        found = min(km.kmeans(km.Rows([km.prepare(x, "euclidean", 9)]), 3, s).inertia[-1] for s in range(4))
+        found = min(km.kmeans(rows_of(x, "euclidean"), 3, s).inertia[-1] for s in range(4))
         assert found == pytest.approx(best, rel=1e-5, abs=1e-9)
 
 
 def test_plus_plus_is_a_draw_of_rows_by_seed() -> None:
-    x = km.prepare(stored(400, 6), "cosine", 400)
+    x = real(stored(400, 6)).astype(np.float32)
     first = km.plus_plus(x, 10, 3)
     assert (km.plus_plus(x, 10, 3) == first).all()
+    assert (km.plus_plus(x, 10, 3, threads=2) == first).all()
     assert not (km.plus_plus(x, 10, 4) == first).all()
     assert len({row.tobytes() for row in first}) == 10
     assert {row.tobytes() for row in first} <= {row.tobytes() for row in x}
-    picked = km.sample_indices(10**6, 4, 7)
+    picked = km.sample_keys(10**6, 4, 7)
     assert len(set(picked.tolist())) == 4 * km.SAMPLE_PER_CENTROID
     assert (np.diff(picked) > 0).all()
     assert picked.max() < 10**6
+    # A row that counts a thousand times is drawn first as often as its share says (mean 250 of 300, standard deviation 6.5).
+    mass = np.array([1000, *[1] * 200])
+    drawn = [(km.plus_plus(x[:201], 1, seed, mass)[0] == x[0]).all() for seed in range(300)]
+    assert 225 <= sum(drawn) <= 272
+
+
+def test_weights_count_rows_several_times() -> None:
+    x, w = stored(300, 7, 4), np.random.default_rng(0).integers(1, 6, 300)
+    start = km.State(rows_of(x).take(np.arange(5)))
+    a = km.lloyd(rows_of(x, weights=w), start, 20)
+    b = km.lloyd(rows_of(np.repeat(x, w, axis=0)), start, 20)
+    assert a.centroids.tobytes() == b.centroids.tobytes()
+    assert a.inertia == b.inertia
+    assert (a.counts == b.counts).all()
 
 
 def test_bad_input_is_refused_with_a_remedy() -> None:
     with pytest.raises(ValueError, match="3 rows cannot make 4 clusters"):
-        km.kmeans(km.Rows([np.eye(3, dtype=np.float32)]), 4, 0)
+        km.kmeans(rows_of(np.eye(3, dtype=np.float32)), 4, 0)
     with pytest.raises(ValueError, match=r"row 1 is zero.*euclidean"):
-        km.prepare(np.array([[1.0], [0.0]]), "cosine", 2)
+        nearest.scales(np.array([[1.0], [0.0]]), "cosine", 2)
     with pytest.raises(ValueError, match="row 1 is not finite"):
-        km.prepare(np.array([[1.0], [np.inf]]), "cosine", 2)
+        nearest.scales(np.array([[1.0], [np.inf]]), "cosine", 2)
     with pytest.raises(ValueError, match="no exact float64 sum"):
-        km.prepare(np.array([[60000.0]]), "euclidean", 10_000)
-    with pytest.raises(ValueError, match="multiple of 4096"):
-        km.Rows([np.eye(2, dtype=np.float32)], start=5)
+        nearest.scales(np.array([[60000.0]]), "euclidean", 10_000)
 
 
 class TestBalance:

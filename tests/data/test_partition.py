@@ -13,10 +13,10 @@ import pytest
 from paris_ray import config as configs
 from paris_ray import stages
 from paris_ray.config import ConfigError, RunConfig
-from paris_ray.data import cut, partition, schema
+from paris_ray.data import cut, fit, partition, schema
 from paris_ray.data.cut import cut_all
-from paris_ray.data.kmeans import CHUNK, Rows, kmeans
-from paris_ray.data.remote_rows import RemoteRows, load_rows, slices
+from paris_ray.data.kmeans import Rows, kmeans
+from paris_ray.data.remote_rows import RemoteRows, load, ranges
 from paris_ray.manifest import StaleError
 from paris_ray.storage import Folder
 
@@ -30,9 +30,11 @@ ENCODERS: dict[str, Any] = {
 WORDS = ["red fox", "green tree", "blue car"]
 
 
-def make_corpus(path: Path, sets: tuple[str, ...] = (), store_text: str = "states", distinct: bool = True) -> RunConfig:
+def make_corpus(
+    path: Path, sets: tuple[str, ...] = (), store_text: str = "states", distinct: bool = True, per_part: int = 70, shuffled: bool = False
+) -> RunConfig:
     """A corpus of three well-separated kinds, published as the stage before would."""
-    n, per_part = 240, 70
+    n = 240
     g = np.random.default_rng(5)
     kind = g.integers(0, 3, n)
     centres = g.standard_normal((3, WIDTH))
@@ -54,6 +56,9 @@ def make_corpus(path: Path, sets: tuple[str, ...] = (), store_text: str = "state
         "width": np.full(n, 16),
         "height": np.full(n, 16),
     }
+    if shuffled:
+        order = np.random.default_rng(6).permutation(n)
+        columns = {name: values[order] for name, values in columns.items()}
     one = configs.load("tiny", [f"run_dir={path}", f"data.store_text={store_text}", *sets])
     run = Folder(path)
     encoders = stages.stage(one, "encoders")
@@ -92,7 +97,7 @@ def test_labels_and_shards_hold_what_they_should(tmp_path: Path, store_text: str
     text = "text" if store_text == "states" else "token_ids"
     corpus = schema.read_columns(run / "corpus", ["id", "split", "embedding", "latent", "text_len", text])
     labels = pq.read_table(tmp_path / "clusters/labels.parquet").to_pydict()
-    c = partition.read_centroids(run / "clusters")
+    c = vars(fit.Model.read(run / "clusters"))
     assert c["fine"].shape == (9, WIDTH)
     assert c["coarse"].shape == (3, WIDTH)
     assert {name: str(value.dtype) for name, value in c.items()} == {"fine": "float32", "coarse": "float32", "fine_to_coarse": "int64"}
@@ -156,6 +161,44 @@ def test_a_second_run_does_nothing_and_another_folder_gives_the_same_bytes(tmp_p
     assert stages.stage(a, "partition").status().manifest["fingerprint"] == stages.stage(b, "partition").status().manifest["fingerprint"]  # type: ignore[index]
 
 
+@pytest.mark.parametrize("method", ["kmeans", "random"])
+def test_a_corpus_in_another_order_and_in_other_files_gives_the_same_shards(tmp_path: Path, method: str) -> None:
+    sets = (f"partition.method={method}",)
+    partition.partition(make_corpus(tmp_path / "a", sets))
+    partition.partition(make_corpus(tmp_path / "b", sets, per_part=31, shuffled=True))
+    assert shard_bytes(tmp_path / "a") == shard_bytes(tmp_path / "b")
+    for name in ("centroids.safetensors", "clusters.json"):
+        assert (tmp_path / "a/clusters" / name).read_bytes() == (tmp_path / "b/clusters" / name).read_bytes()
+    a, b = (schema.read_table(Folder(tmp_path / run) / "clusters", "labels.parquet") for run in ("a", "b"))
+    assert a["id"] != b["id"]
+    assert a.sort_by("id").equals(b.sort_by("id"))
+
+
+def test_the_random_control_deals_out_groups_in_equal_shares(tmp_path: Path) -> None:
+    one = make_corpus(tmp_path, ("partition.method=random",))
+    partition.partition(one)
+    run = Folder(tmp_path)
+    corpus = schema.read_columns(run / "corpus", ["id", "group", "embedding", "split"])
+    labels = pq.read_table(tmp_path / "clusters/labels.parquet").to_pandas().set_index("id").loc[corpus["id"]]
+    expert = labels["expert"].to_numpy()
+    assert (labels["fine"] == expert).all()
+    assert all(len({expert[i] for i in np.flatnonzero(corpus["group"] == group)}) == 1 for group in set(corpus["group"]))
+    # 120 groups dealt to 3: 40 each, standard deviation 5.2.
+    dealt = np.bincount([expert[np.flatnonzero(corpus["group"] == group)[0]] for group in set(corpus["group"])], minlength=3)
+    assert (np.abs(dealt - 40) < 16).all()
+    train = corpus["split"] == "train"
+    x = corpus["embedding"].astype(np.float64)
+    x /= np.linalg.norm(x, axis=1, keepdims=True)
+    means = np.stack([x[train & (expert == k)].mean(0) for k in range(3)])
+    np.testing.assert_allclose(fit.Model.read(run / "clusters").coarse, means, atol=1e-6)
+    np.testing.assert_allclose(labels["distance"], ((x - means[expert]) ** 2).sum(1), atol=1e-5)
+    summary = json.loads((tmp_path / "clusters/clusters.json").read_text())
+    assert summary["method"] == "random"
+    assert summary["sizes"] == summary["fine_sizes"] == np.bincount(expert[train], minlength=3).tolist()
+    assert summary["inertia"][0] == [pytest.approx(((x - means[expert]) ** 2).sum(1)[train].sum(), rel=1e-5)]
+    assert max(map(len, shard_bytes(tmp_path).values())) < 1.3 * min(map(len, shard_bytes(tmp_path).values()))
+
+
 def test_a_run_that_died_goes_on_and_writes_nothing_twice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     whole, one = make_corpus(tmp_path / "whole"), make_corpus(tmp_path / "run")
     partition.partition(whole)
@@ -178,7 +221,7 @@ def test_a_run_that_died_goes_on_and_writes_nothing_twice(tmp_path: Path, monkey
     kept = {name: (tmp_path / "run" / name).stat().st_mtime_ns for name in shard_bytes(tmp_path / "run")}
     assert len(kept) == 1
     monkeypatch.setattr(schema, "write_table", write)
-    monkeypatch.setattr(partition, "kmeans", lambda *_: pytest.fail("fitted again"))
+    monkeypatch.setattr(partition, "fit_clusters", lambda *_: pytest.fail("fitted again"))
     partition.partition(one)
     assert {name: (tmp_path / "run" / name).stat().st_mtime_ns for name in kept} == kept
     assert shard_bytes(tmp_path / "run") == shard_bytes(tmp_path / "whole")
@@ -212,35 +255,37 @@ def test_too_few_rows_or_too_alike_say_what_to_do(tmp_path: Path) -> None:
         partition.partition(configs.load("tiny", [f"run_dir={tmp_path}/none"]))
 
 
-def test_ranges_of_chunks_cover_all_rows_once() -> None:
+def test_ranges_cover_all_rows_once() -> None:
     pieces = [("a", np.arange(3000)), ("b", np.arange(0, 12000, 2)), ("c", np.arange(0)), ("d", np.arange(7000))]
-    ranges = slices(pieces, 2)
-    assert [start for start, _ in ranges] == [0, 2 * CHUNK]
-    joined = [(name, int(row)) for _, own in ranges for name, rows in own for row in rows]
+    cut_ = ranges(pieces, 3)
+    assert [(where.start, where.stop) for where, _ in cut_] == [(0, 5333), (5333, 10666), (10666, 16000)]
+    joined = [(name, int(row)) for _, own in cut_ for name, rows in own for row in rows]
     assert joined == [(name, int(row)) for name, rows in pieces for row in rows]
-    assert [sum(len(rows) for _, rows in own) for _, own in ranges] == [8192, 16000 - 8192]
+    assert [sum(len(rows) for _, rows in own) for _, own in cut_] == [5333, 5333, 5334]
 
 
 def test_past_the_drivers_memory_actors_give_the_same_bits(tmp_path: Path, ray_local: None) -> None:
-    n = 2 * CHUNK + 500
+    n = 5500
     corpus = Folder(tmp_path / "corpus")
     g = np.random.default_rng(0)
-    for i, rows in enumerate((5000, n - 5000)):
+    for i, rows in enumerate((4000, n - 4000)):
         embedding = g.standard_normal((rows, 6)).astype(np.float16)
         kind = schema.corpus_schema({**ENCODERS, "embedding": {"width": 6}}, "states").field("embedding")
         schema.write_table(corpus, schema.part_name(i), schema.table(schema.pa.schema([kind]), {"embedding": embedding}))
-    pieces = [("part-00000.parquet", np.arange(0, 5000)), ("part-00001.parquet", np.arange(n - 5000))]
-    here = Rows(load_rows(corpus, pieces, "cosine", n))
-    there = RemoteRows(corpus, pieces, 6, "cosine", CHUNK * 6 * 4, lambda _: None)
+    pieces = [("part-00000.parquet", np.arange(4000)), ("part-00001.parquet", np.arange(n - 4000))]
+    keys = g.permutation(n).astype(np.int32)
+    here = Rows(*load(corpus, pieces, 6, "cosine", n), keys)
+    there = RemoteRows(corpus, pieces, keys, 6, "cosine", "numpy", 2000 * 6 * 2, lambda _: None)
     assert len(there.actors) == 3
     a, b = kmeans(here, 11, 3, 8), kmeans(there, 11, 3, 8)
     assert a.centroids.tobytes() == b.centroids.tobytes()
     assert a.inertia == b.inertia
-    assert (here.labels == there.labels).all()
-    choice = np.arange(11)
-    assert (here.distances_to(a.centroids, choice) == there.distances_to(b.centroids, choice)).all()
-    assert (here.farthest(5) == there.farthest(5)).all()
-    some = np.array([0, 4095, 4096, 8400, 17])
+    labels = here.labels(a.centroids)
+    assert (labels == there.labels(b.centroids)).all()
+    assert (here.distances(labels, a.centroids) == there.distances(labels, a.centroids)).all()
+    assert (here.sums_by(labels, 11).sums == there.sums_by(labels, 11).sums).all()
+    assert (here.farthest(5, a.centroids) == there.farthest(5, a.centroids)).all()
+    some = np.array([0, 4095, 4096, 5400, 17])
     assert (here.take(some) == there.take(some)).all()
     there.close()
 

@@ -1,0 +1,277 @@
+"""From the corpus to ``clusters/``: centroids, the label of every row, and the figures that the report shows. Torch-free.
+
+Centroids are fitted on the train rows only; validation and held-out rows get the nearest fine centroid and its expert. While the embeddings of the
+train rows fit :data:`DRIVER_BYTES`, k-means runs in this process straight from the Parquet files; past it, in actors, with the same bits.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from numpy.typing import NDArray
+from safetensors.numpy import load as load_safetensors
+from safetensors.numpy import save as save_safetensors
+
+from paris_ray import rng
+from paris_ray.config import ConfigError, PartitionConfig, RunConfig
+from paris_ray.data import schema
+from paris_ray.data.balance import coarse_clusters
+from paris_ray.data.kmeans import Fit, Keys, Labels, Rows, State, inertia_of, lloyd, means, start
+from paris_ray.data.nearest import F32
+from paris_ray.data.remote_rows import Piece, RemoteRows, load
+from paris_ray.manifest import Stage, fingerprint
+from paris_ray.progress import Progress, clock
+from paris_ray.storage import Folder
+
+DRIVER_BYTES = 1 << 30
+"""Embeddings up to which k-means runs in the driver (524,288 rows of 1024); also what one actor holds past that, at most."""
+
+SAVE_SECONDS = 30.0
+"""What a run that dies in k-means loses, at most, beside the iteration it is in."""
+
+LABELS, CENTROIDS, CLUSTERS = "labels.parquet", "centroids.safetensors", "clusters.json"
+
+
+@dataclass(frozen=True)
+class Index:
+    """What the driver holds of each row of the corpus, in the corpus' order: 37 bytes, with ids of 32 characters.
+
+    Attributes:
+        parts: part files, and the places of their rows.
+        ids: of the rows.
+        split: place in :data:`paris_ray.data.schema.SPLITS`, (N,) int8.
+    """
+
+    parts: dict[str, slice]
+    ids: pa.ChunkedArray
+    split: NDArray[np.int8]
+
+    @classmethod
+    def read(cls, corpus: Folder) -> Index:
+        """From ``RUN/corpus``."""
+        parts: dict[str, slice] = {}
+        ids: list[pa.Array] = []
+        codes: list[NDArray[np.int8]] = []
+        first, names = 0, pa.array(schema.SPLITS)
+        for part in schema.parts(corpus):
+            table = schema.read_table(corpus, part, ["id", "split"])
+            ids += table["id"].chunks
+            codes.append(pc.index_in(table["split"], names).to_numpy().astype(np.int8))
+            parts[part] = slice(first, first + len(table))
+            first += len(table)
+        return cls(parts, pa.chunked_array(ids, pa.string()), np.concatenate(codes))
+
+    def pieces(self, wanted: NDArray[np.bool_]) -> list[Piece]:
+        """The rows for which ``wanted`` (N,) is true."""
+        found = [(name, np.flatnonzero(wanted[here])) for name, here in self.parts.items()]
+        return [(name, rows) for name, rows in found if len(rows)]
+
+    def keys(self, wanted: NDArray[np.bool_]) -> Keys:
+        """Rank of the id of each wanted row among them: the same in whatever order the corpus is."""
+        order = pc.sort_indices(self.ids.filter(pa.array(wanted))).to_numpy()
+        keys = np.empty(len(order), np.int32)
+        keys[order] = np.arange(len(order), dtype=np.int32)
+        return keys
+
+
+@dataclass(frozen=True)
+class Model:
+    """What labels a row: ``fine`` (F, D), ``coarse`` (K, D) float32 and ``fine_to_coarse`` (F,) int64 of ``clusters/centroids.safetensors``."""
+
+    fine: F32
+    coarse: F32
+    fine_to_coarse: NDArray[np.int64]
+
+    @classmethod
+    def read(cls, clusters: Folder) -> Model:
+        """From ``RUN/clusters``."""
+        return cls(**load_safetensors(clusters.read_bytes(CENTROIDS)))
+
+    def write(self, clusters: Folder) -> None:
+        """To ``RUN/clusters``."""
+        clusters.write_bytes(CENTROIDS, save_safetensors(vars(self).copy()))
+
+
+def fit_clusters(config: RunConfig, corpus: Folder, stage: Stage, progress: Progress) -> None:
+    """Write ``centroids.safetensors``, ``clusters.json`` and, last, ``labels.parquet`` into the stage's folder.
+
+    Raises:
+        ConfigError: the corpus is too small for the number of clusters, the backend is not installed, or the cap on an expert's share cannot be held.
+    """
+    part, experts, out = config.partition, config.num_experts, stage.folder
+    index = Index.read(corpus)
+    train = index.split == schema.SPLITS.index("train")
+    total, clusters = int(train.sum()), part.fine if part.method == "kmeans" else experts
+    if total < clusters:
+        raise ConfigError(
+            f"partition.fine: {clusters} fine clusters need at least as many training rows, and the corpus has {total}; "
+            f"lower it (--set partition.fine={max(experts, total // 8)}) or embed more pictures"
+        )
+    if importlib.util.find_spec(part.backend) is None:
+        raise ConfigError(f"partition.backend: {part.backend} is not installed; install it on every node, or pass --set partition.backend=numpy")
+    say = lambda message: progress.update(0, message=message)  # noqa: E731
+    rows = _open(corpus, index.pieces(train), index.keys(train), part, say)
+    try:
+        if part.method == "kmeans":
+            model, summary = _two_levels(config, rows, stage, say)
+            given = None
+        else:
+            given = _random_experts(corpus, index, experts, config.seed)
+            model, summary = _means_of(rows, given[train], experts)
+        fine, distance = np.empty(len(train), np.int32), np.empty(len(train), np.float32)
+        fine[train], distance[train] = label(rows, model, None if given is None else given[train])
+    finally:
+        if isinstance(rows, RemoteRows):
+            rows.close()
+    _label_others(corpus, index, ~train, part, model, given, fine, distance)
+    expert = model.fine_to_coarse[fine].astype(np.int32)
+    sizes = summary["sizes"]
+    model.write(out)
+    out.write_json(
+        CLUSTERS,
+        {
+            **summary,
+            "sizes_all": np.bincount(expert, minlength=experts).tolist(),
+            "method": part.method,
+            "metric": part.metric,
+            "imbalance": max(sizes) * experts / total,
+            "largest_fine_share": max(summary["fine_sizes"]) * experts / total,
+            "splits": {name: int((index.split == code).sum()) for code, name in enumerate(schema.SPLITS)},
+        },
+    )
+    split = pa.DictionaryArray.from_arrays(pa.array(index.split), pa.array(schema.SPLITS)).cast(pa.string())
+    schema.write_table(out, LABELS, pa.table({"id": index.ids, "fine": fine, "expert": expert, "distance": distance, "split": split}))
+    out.delete(_saved(stage))
+
+
+def _open(corpus: Folder, pieces: list[Piece], keys: Keys, part: PartitionConfig, say: Callable[[str], None]) -> Rows | RemoteRows:
+    width = schema.read_table(corpus, pieces[0][0], ["embedding"])["embedding"].type.shape[0]
+    if len(keys) * width * 2 > DRIVER_BYTES:
+        return RemoteRows(corpus, pieces, keys, width, part.metric, part.backend, DRIVER_BYTES, say)
+    return Rows(*load(corpus, pieces, width, part.metric, len(keys)), keys, backend=part.backend, threads=_threads())
+
+
+def _threads() -> int:
+    return len(os.sched_getaffinity(0))
+
+
+# -- k-means ------------------------------------------------------------------------------------------------------------
+
+
+def _two_levels(config: RunConfig, rows: Rows | RemoteRows, stage: Stage, say: Callable[[str], None]) -> tuple[Model, dict[str, Any]]:
+    part, experts = config.partition, config.num_experts
+    fit = _fit_fine(part, rows, rng.key(config.seed, "fine"), stage, say)
+    if fit.counts.min() == 0:
+        distinct = int((fit.counts > 0).sum())
+        raise ConfigError(
+            f"partition.fine: {part.fine} fine clusters, but the embeddings of the {rows.total} training rows are only {distinct} different ones; "
+            f"lower it (--set partition.fine={distinct})"
+        )
+    coarse = coarse_clusters(fit.centroids, fit.counts, experts, config.seed, part.max_iterations, part.max_share, part.weighted)
+    sizes = np.bincount(coarse.fine_to_coarse, fit.counts, experts).astype(int)
+    if sizes.min() == 0:
+        raise ConfigError(
+            f"partition: expert {int(sizes.argmin())} of {experts} would get no training row (sizes {sizes.tolist()}); "
+            "raise partition.fine or partition.max_iterations, or ask for fewer experts"
+        )
+    summary = {
+        "sizes": sizes.tolist(),
+        "fine_sizes": fit.counts.tolist(),
+        "inertia": [fit.inertia, coarse.inertia],
+        "converged": fit.converged,
+        "cap": coarse.cap,
+        "over_cap": list(coarse.over),
+    }
+    return Model(fit.centroids, coarse.centroids, coarse.fine_to_coarse), summary
+
+
+def _fit_fine(part: PartitionConfig, rows: Rows | RemoteRows, seed: int, stage: Stage, say: Callable[[str], None]) -> Fit:
+    """The fine level; goes on where a run with the same inputs was."""
+    name, folder = _saved(stage), stage.folder
+    saved = begun = time.monotonic()
+
+    def save(state: State) -> None:
+        nonlocal saved
+        if state.previous is None or time.monotonic() - saved >= SAVE_SECONDS:
+            previous = {} if state.previous is None else {"previous": state.previous}
+            folder.write_bytes(name, save_safetensors({"centroids": state.centroids, "inertia": np.array(state.inertia), **previous}))
+            saved = time.monotonic()
+
+    def tell(iteration: int, inertia: float, changed: int) -> None:
+        nonlocal begun
+        seconds, begun = time.monotonic() - begun, time.monotonic()
+        left = clock(seconds * (part.max_iterations - iteration - 1))
+        say(
+            f"k-means: iteration {iteration + 1}, inertia {inertia:.6g}, {changed} rows ({changed / rows.total:.2%}) moved, "
+            f"{rows.total / seconds:,.0f} rows/s, at most {left} to go"
+        )
+
+    if folder.exists(name):
+        found = load_safetensors(folder.read_bytes(name))
+        state = State(found["centroids"], found.get("previous"), tuple(found["inertia"].tolist()))
+        say(f"k-means: going on after iteration {len(state.inertia)}")
+    else:
+        say(f"k-means++: {part.fine} centroids from a sample")
+        state = start(rows, part.fine, seed, _threads())
+        save(state)
+    return lloyd(rows, state, part.max_iterations, tell, save)
+
+
+def _saved(stage: Stage) -> str:
+    """File of the state between iterations: named after all that the fit depends on, and not in the manifest, as it begins with _."""
+    return f"_kmeans-{fingerprint(stage.inputs)}.safetensors"
+
+
+# -- random -------------------------------------------------------------------------------------------------------------
+
+
+def _random_experts(corpus: Folder, index: Index, experts: int, seed: int) -> Labels:
+    """Expert of each row by hash of its near-duplicate group: equal shares are expected."""
+    labels = np.empty(len(index.split), np.int32)
+    for name, here in index.parts.items():
+        groups = schema.read_table(corpus, name, ["group"])["group"].to_pylist()
+        labels[here] = [rng.key(seed, "random-partition", group) % experts for group in groups]
+    return labels
+
+
+def _means_of(rows: Rows | RemoteRows, labels: Labels, experts: int) -> tuple[Model, dict[str, Any]]:
+    part = rows.sums_by(labels, experts)
+    if part.counts.min() == 0:
+        raise ConfigError(f"partition: by chance, expert {int(part.counts.argmin())} of {experts} would get no training row; ask for fewer experts")
+    centroids = means(part)
+    summary = {
+        "sizes": part.counts.tolist(),
+        "fine_sizes": part.counts.tolist(),
+        "inertia": [[inertia_of(rows.squares(), part, centroids)], [0.0]],
+        "converged": True,
+        "cap": None,
+        "over_cap": [],
+    }
+    return Model(centroids, centroids, np.arange(experts)), summary
+
+
+# -- labels -------------------------------------------------------------------------------------------------------------
+
+
+def label(rows: Rows | RemoteRows, model: Model, given: Labels | None = None) -> tuple[Labels, F32]:
+    """Fine cluster of each row (the nearest, unless given) and its squared distance to the expert's centroid."""
+    fine = rows.labels(model.fine) if given is None else given
+    return fine, rows.distances(model.fine_to_coarse[fine].astype(np.int32), model.coarse)
+
+
+def _label_others(
+    corpus: Folder, index: Index, others: NDArray[np.bool_], part: PartitionConfig, model: Model, given: Labels | None, fine: Labels, distance: F32
+) -> None:
+    """Fill in the rows that the clusters were not fitted on."""
+    for name, at in index.pieces(others):
+        places = index.parts[name].start + at
+        rows = Rows(*load(corpus, [(name, at)], model.fine.shape[1], part.metric, len(fine)), backend=part.backend, threads=_threads())
+        fine[places], distance[places] = label(rows, model, None if given is None else given[places])
