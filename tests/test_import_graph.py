@@ -17,8 +17,11 @@ WITHOUT_RAY = [
     "paris_ray.config", "paris_ray.storage", "paris_ray.manifest", "paris_ray.stages", "paris_ray.rng", "paris_ray.progress", "paris_ray.presets",
     "paris_ray.models", "paris_ray.models.dit", "paris_ray.models.router", "paris_ray.models.layers",
     "paris_ray.diffusion.path", "paris_ray.diffusion.ensemble", "paris_ray.diffusion.routing", "paris_ray.diffusion.sampler",
-    "paris_ray.data.schema", "paris_ray.data.sources", "paris_ray.data.images", "paris_ray.data.text", "paris_ray.data.codec",
-    "paris_ray.data.embedding", "paris_ray.data.encoders", "paris_ray.data.openmoji", "paris_ray.data.kmeans", "paris_ray.data.balance",
+    "paris_ray.data.schema", "paris_ray.data.sources", "paris_ray.data.sources.folder", "paris_ray.data.sources.parquet",
+    "paris_ray.data.sources.webdataset", "paris_ray.data.sources.hf_dataset", "paris_ray.data.part", "paris_ray.data.phash",
+    "paris_ray.data.filters", "paris_ray.data.splits", "paris_ray.data.duplicates", "paris_ray.data.images", "paris_ray.data.text",
+    "paris_ray.data.codec", "paris_ray.data.embedding", "paris_ray.data.encoders", "paris_ray.data.openmoji", "paris_ray.data.kmeans",
+    "paris_ray.data.balance",
     "paris_ray.training.loop", "paris_ray.training.ema", "paris_ray.training.checkpoint", "paris_ray.training.shard", "paris_ray.training.draws",
     "paris_ray.evaluation.metrics",
 ]  # fmt: skip

@@ -9,7 +9,6 @@ from paris_ray.config import ConfigError
 from paris_ray.data import part
 from paris_ray.data.sources import captions, files, open_source
 
-from .hostile import HOSTILE, write_hostile
 from .reading import data_config, good, read, reasons
 
 
@@ -20,13 +19,6 @@ def png(path, colour="red", size=(20, 20)):
 
 def units(folder):
     return open_source(data_config(folder)).units(1000)
-
-
-def test_every_hostile_row_has_its_reason_and_costs_no_other(tmp_path):
-    names = write_hostile(tmp_path)
-    found = read(tmp_path, max_pixels=1_000_000, filter={"max_caption_chars": 200})
-    assert good(found).keys() == set(names)
-    assert reasons(found) == HOSTILE
 
 
 def test_sidecars_below_folders_in_the_order_of_names(tmp_path):
