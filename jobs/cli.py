@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 
 from paris_ray import config as configs
 from paris_ray import stages
-from paris_ray.config import ConfigError, FolderSource, RunConfig
+from paris_ray.config import ConfigError, RunConfig
 from paris_ray.data.report import cost
 from paris_ray.diffusion.routing import Routing
 from paris_ray.manifest import Lock, LockedError, StaleError, Status
@@ -86,7 +86,7 @@ def load(args: argparse.Namespace, stages_named: Sequence[str] = ()) -> RunConfi
     except ValueError as error:
         raise ConfigError(f"sampling.{error}") from None
     data = tree["data"]
-    named = [(data["source"], "uri"), (data["codec"], "source"), (data["text"], "source"), (data["embedding"], "weights")]
+    named = [(data["source"], "uri"), (data["source"], "images"), (data["codec"], "source"), (data["text"], "source"), (data["embedding"], "weights")]
     for part, key in [*named, *((expert, "init_from") for expert in (tree["expert"], *tree["experts"]))]:
         value = part.get(key)
         if value and "://" not in value and os.path.exists(os.path.expanduser(value)):
@@ -100,12 +100,10 @@ def load(args: argparse.Namespace, stages_named: Sequence[str] = ()) -> RunConfi
 
 
 def check_source(config: RunConfig) -> None:
-    """Raise ConfigError when the folder of images is not there."""
-    source = config.data.source
-    if isinstance(source, FolderSource) and not Folder(source.uri).exists():
-        raise ConfigError(
-            f"data.source.uri: the folder {source.uri} does not exist; name one that holds images and captions, --set data.source.uri=…"
-        )
+    """Raise ConfigError when the images are not there."""
+    uri = getattr(config.data.source, "uri", None)
+    if uri is not None and not Folder(uri).exists():
+        raise ConfigError(f"data.source.uri: {uri} does not exist; name what holds the images and captions, --set data.source.uri=…")
 
 
 def check_parents(config: RunConfig, name: str) -> None:

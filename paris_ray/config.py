@@ -43,13 +43,70 @@ class OpenMojiSource(Strict):
 
 
 class FolderSource(Strict):
-    """A folder of images: ``name.jpg`` with its caption in ``name.txt``, or all captions in ``captions.csv``/``captions.jsonl``."""
+    """A folder of images: ``name.jpg`` with its caption in ``name.txt`` or ``name.json``, or all captions in ``captions.csv``/``captions.jsonl``."""
 
     kind: Literal["folder"] = "folder"
     uri: str
 
 
-Source = Annotated[OpenMojiSource | FolderSource, Field(discriminator="kind")]
+class _Columns(Strict):
+    """Which column of a table holds what."""
+
+    # A folder with the files, or one of them.
+    uri: str
+    caption: str = "caption"
+    # Bytes of an image file, a struct with these bytes (as Hugging Face datasets have it), or a name below the folder `images`.
+    image: str = "image"
+    images: str | None = None
+    # What identifies a row; null: the image's bytes and the caption.
+    key: str | None = None
+
+
+class ParquetSource(_Columns):
+    """Parquet files: a row is an image and its caption."""
+
+    kind: Literal["parquet"] = "parquet"
+
+
+class HfDatasetSource(_Columns):
+    """A Hugging Face dataset as ``save_to_disk`` writes it, one split."""
+
+    kind: Literal["hf_dataset"] = "hf_dataset"
+
+
+class WebdatasetSource(Strict):
+    """Webdataset tars as img2dataset writes them: ``KEY.jpg`` with its caption in ``KEY.txt``, or as ``caption`` in ``KEY.json``."""
+
+    kind: Literal["webdataset"] = "webdataset"
+    # A folder with the tars, or one of them.
+    uri: str
+    # Field of KEY.json that identifies a row; null: the image's bytes and the caption.
+    key: str | None = None
+
+
+Source = Annotated[OpenMojiSource | FolderSource | ParquetSource | WebdatasetSource | HfDatasetSource, Field(discriminator="kind")]
+
+
+class FilterConfig(Strict):
+    """Which rows are refused although they could be used; each is a reject with its reason."""
+
+    # Short side of the image in pixels.
+    min_side: Annotated[int, Field(ge=1)] = 1
+    # Long side over short side; null leaves it free.
+    max_aspect: Annotated[float, Field(ge=1)] | None = None
+    min_caption_chars: Annotated[int, Field(ge=1)] = 1
+    max_caption_chars: Annotated[int, Field(ge=1)] = 4000
+    # A column of numbers, or a field of an image's .json, such as an aesthetic score; rows below min_score are refused.
+    score_column: str | None = None
+    min_score: float | None = None
+
+    @model_validator(mode="after")
+    def _consistent(self) -> FilterConfig:
+        if (self.score_column is None) != (self.min_score is None):
+            raise ValueError(f"score_column is {self.score_column!r} and min_score is {self.min_score}; give both, or neither")
+        if self.min_caption_chars > self.max_caption_chars:
+            raise ValueError(f"min_caption_chars {self.min_caption_chars} is above max_caption_chars {self.max_caption_chars}; no caption is both")
+        return self
 
 
 class TimmEmbedding(Strict):
@@ -132,15 +189,15 @@ class DataConfig(Strict):
     image_size: Annotated[int, Field(ge=8, le=4096)] = 256
     # Refuse an image whose header claims more pixels than this.
     max_pixels: Annotated[int, Field(ge=1)] = 64_000_000
-    # Refuse a caption longer than this many characters.
-    max_caption_chars: Annotated[int, Field(ge=1)] = 4000
+    filter: FilterConfig = FilterConfig()
     split: SplitConfig = SplitConfig()
     embedding: Embedding = TimmEmbedding()
     codec: Codec = VaeCodec()
     text: Text = ClipText()
-    # States are ready to use but large (77 × 768 in float16 is 118 kB a caption); token ids are re-encoded in training.
+    # For 11 M captions of 77 tokens: states (77 × 768 in float16, 118 kB each) are 1.3 TB and ready to use, token ids (int32, 308 bytes each) are
+    # 3.4 GB before compression and are encoded again in training, about 1.5 % of a step of the paper's expert.
     store_text: Literal["states", "token_ids"] = "token_ids"
-    # Rows in one corpus file: the unit of work and of resumption.
+    # Rows in one corpus file: the unit of work and of resumption. Of tars and Hugging Face datasets it is one of their files instead.
     rows_per_part: Annotated[int, Field(ge=1)] = 2048
     # Bounds of the encoder actor pool and what each actor takes.
     min_encoders: Annotated[int, Field(ge=1)] = 1
@@ -148,6 +205,12 @@ class DataConfig(Strict):
     encoder_cpus: float = 1.0
     encoder_gpus: float = 0.0
     encoder_batch: Annotated[int, Field(ge=1)] = 64
+
+    @model_validator(mode="after")
+    def _scored(self) -> DataConfig:
+        if self.filter.score_column is not None and isinstance(self.source, OpenMojiSource):
+            raise ValueError(f"filter.score_column is {self.filter.score_column!r}, but the openmoji source has no scores; leave it out")
+        return self
 
 
 class PartitionConfig(Strict):
@@ -373,10 +436,10 @@ class RunConfig(Strict):
         codec = self.data.codec
         if self.sampling.steps > self.serve.max_steps:
             raise ValueError(f"sampling.steps is {self.sampling.steps}, above serve.max_steps {self.serve.max_steps}; raise serve.max_steps")
-        if self.data.max_caption_chars > self.serve.max_prompt_chars:
+        if self.data.filter.max_caption_chars > self.serve.max_prompt_chars:
             raise ValueError(
-                f"data.max_caption_chars is {self.data.max_caption_chars}, above serve.max_prompt_chars {self.serve.max_prompt_chars}; such a "
-                "caption could be trained on and not be asked for: raise serve.max_prompt_chars"
+                f"data.filter.max_caption_chars is {self.data.filter.max_caption_chars}, above serve.max_prompt_chars {self.serve.max_prompt_chars}; "
+                "such a caption could be trained on and not be asked for: raise serve.max_prompt_chars"
             )
         if isinstance(codec, PatchPcaCodec):  # a VAE says so only once it is loaded
             self.check_downsampling(codec.downsampling)
@@ -547,7 +610,7 @@ def _models_in(annotation: Any) -> list[type[BaseModel]]:
 
 
 _UNIONS = ("source", "embedding", "codec", "text")
-_TAGS = ("openmoji", "folder", "timm", "efficientnet_lite0", "vae", "patch_pca", "clip", "minilm")
+_TAGS = ("openmoji", "folder", "parquet", "webdataset", "hf_dataset", "timm", "efficientnet_lite0", "vae", "patch_pca", "clip", "minilm")
 
 
 def _explain(error: pydantic.ValidationError) -> str:

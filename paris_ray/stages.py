@@ -70,7 +70,7 @@ def config_part(config: RunConfig, name: str) -> dict[str, Any]:
     if name == "encoders":
         return {
             "seed": config.seed,
-            **{key: data[key] for key in ("source", "image_size", "split", "embedding", "codec", "text", "max_pixels", "max_caption_chars")},
+            **{key: data[key] for key in ("source", "image_size", "split", "embedding", "codec", "text", "max_pixels", "filter")},
         }
     if name == "embed":
         return {"seed": config.seed, **_without(data, "min_encoders", "max_encoders", "encoder_cpus", "encoder_gpus")}

@@ -52,6 +52,26 @@ def _resolve(uri: str) -> tuple[pafs.FileSystem, str]:
         return pafs.PyFileSystem(pafs.FSSpecHandler(fs)), path
 
 
+def _local_files(root: str, below: str, recursive: bool, above: tuple[str, ...]) -> Iterator[Entry]:
+    """Files below a local folder, by names that need not be Unicode. A link that leads nowhere is listed, one that leads back is not followed."""
+    try:
+        entries = list(os.scandir(os.path.join(root, below)))
+    except FileNotFoundError:
+        return
+    for entry in entries:
+        name = posixpath.join(below, entry.name)
+        if entry.is_dir():
+            real = os.path.realpath(entry.path)
+            if recursive and real not in above:
+                yield from _local_files(root, name, recursive, (*above, real))
+        elif not entry.name.startswith(".tmp-") and (entry.is_file() or entry.is_symlink()):
+            try:
+                yield Entry(name, entry.stat().st_size)
+            except FileNotFoundError:  # deleted since, or a link that leads nowhere
+                if entry.is_symlink():
+                    yield Entry(name, 0)
+
+
 class Folder:
     """A folder on local disk or in an object store.
 
@@ -99,6 +119,8 @@ class Folder:
 
     def files(self, recursive: bool = False) -> list[Entry]:
         """The files in the folder, sorted by name; unfinished uploads (``.tmp-…``) are not listed."""
+        if self.is_local:
+            return sorted(_local_files(self.path, "", recursive, (os.path.realpath(self.path),)), key=lambda e: e.name)
         selector = pafs.FileSelector(self.path, recursive=recursive, allow_not_found=True)
         entries = [
             Entry(posixpath.relpath(info.path, self.path), info.size)
@@ -114,7 +136,10 @@ class Folder:
 
     def open(self, name: str) -> IO[bytes]:
         """A random-access binary file for reading. Raises FileNotFoundError."""
-        return self.fs.open_input_file(self._at(name))
+        try:
+            return self.fs.open_input_file(self._at(name))
+        except UnicodeEncodeError:  # a local name that is no Unicode
+            return open(self._at(name), "rb")
 
     def read_bytes(self, name: str) -> bytes:
         """The whole file. Raises FileNotFoundError."""

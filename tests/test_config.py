@@ -94,7 +94,10 @@ def fails(*sets: str, source: str = "demo") -> str:
         ("serve.placement=[[0,1],[2]]", ["serve.placement", "each expert 0…7 once"]),
         ("name=No Good", ["name: "]),
         ("sampling.steps=300", ["sampling.steps is 300, above serve.max_steps 200; raise serve.max_steps"]),
-        ("data.max_caption_chars=5000", ["data.max_caption_chars is 5000, above serve.max_prompt_chars 4000", "raise serve.max_prompt_chars"]),
+        (
+            "data.filter.max_caption_chars=5000",
+            ["data.filter.max_caption_chars is 5000, above serve.max_prompt_chars 4000", "raise serve.max_prompt_chars"],
+        ),
         ("expert.resources.num_workers=3", ["expert: train.batch_size 16 must be a multiple of resources.num_workers 3"]),
         ("partition.max_share=1.0", ["partition.max_share: ", "greater than 1"]),
         ("seed", ["--set 'seed' has no '='"]),

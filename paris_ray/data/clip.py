@@ -207,6 +207,10 @@ class Clip(FrozenText):
             ids[row, : len(tokens)] = tokens
         return ids, (ids == end).argmax(1).astype(np.int32) + 1
 
+    def count(self, captions: list[str]) -> list[int]:
+        """How many tokens captions have before they are cut, start and end included."""
+        return [len(self.tokenizer.encode(caption)) + 2 for caption in captions]
+
     def _states(self, ids: Tensor, lengths: Tensor) -> Tensor:
         states: Tensor = self.model(ids)[1]
         return states

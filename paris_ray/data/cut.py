@@ -15,6 +15,7 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from paris_ray.data import schema
+from paris_ray.data.splits import read_splits
 from paris_ray.storage import Folder
 
 GROUP_BYTES = 512 << 20
@@ -51,19 +52,21 @@ def cut(corpus: Folder, parts: list[str], index: int, fine: NDArray[np.int32], e
         rows read.
     """
     text = "text" if "text" in pq.read_schema(corpus.open(parts[0])).names else "token_ids"
-    light = pa.concat_tables(schema.read_table(corpus, name, ["id", "split"]) for name in parts)
+    light = pa.concat_tables(schema.read_table(corpus, name, ["id"]) for name in parts)
     if len(light) != len(fine):
         raise ValueError(f"{corpus.uri}: group {index} has {len(light)} rows, its labels are {len(fine)}; run with --rebuild partition")
-    ids, kept = light["id"].to_numpy(), light["split"].to_numpy() != "held_out"
+    ids, split = light["id"].to_numpy(), np.concatenate(list(read_splits(corpus, parts).values()))
+    kept, names = split != schema.SPLITS.index("held_out"), np.array(schema.SPLITS, object)
     name = schema.part_name(index)
     wanted = {int(k): np.flatnonzero(kept & (expert == k)) for k in np.unique(expert[kept])}
     missing = {k: rows for k, rows in wanted.items() if not (shards / f"expert={k}").exists(name)}
     if missing:
-        heavy = pa.concat_tables(schema.read_table(corpus, part, ["id", text, "text_len", "latent", "split"]) for part in parts)
+        heavy = pa.concat_tables(schema.read_table(corpus, part, ["id", text, "text_len", "latent"]) for part in parts)
         for k, rows in missing.items():
             order = rows[np.argsort(ids[rows].astype(str), kind="stable")]
             chosen = heavy.take(pa.array(order)).combine_chunks()
-            content = chosen.add_column(4, pa.field("fine", pa.int32()), pa.array(fine[order], pa.int32()))
+            content = chosen.append_column(pa.field("fine", pa.int32()), pa.array(fine[order], pa.int32()))
+            content = content.append_column(pa.field("split", pa.string()), pa.array(names[split[order]], pa.string()))
             schema.write_table(shards / f"expert={k}", name, content.replace_schema_metadata(None))
     return len(light)
 

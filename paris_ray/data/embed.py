@@ -1,7 +1,8 @@
 """From a source of pictures and captions to the corpus: latents, text, semantic embeddings, splits. Ray Data does the work.
 
-A part is a fixed range of the source's rows. It is the unit of work, of resumption and of one Parquet file; the worker that reads its rows
-writes it, so that only counts travel. A part's bytes depend on the rows and the config, not on who made it or beside whom.
+A unit of the source becomes one part: the unit of work, of resumption and of one Parquet file. The worker that reads its rows writes it, so that
+only counts travel. A part's bytes depend on the rows and the config, not on who made it or beside whom. The driver holds the list of units and,
+at the end, some 33 bytes of each row.
 """
 
 from __future__ import annotations
@@ -11,19 +12,22 @@ import logging
 import os
 import tempfile
 import time
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
 
 from paris_ray import stages
 from paris_ray.config import ConfigError, DataConfig, PatchPcaCodec, RunConfig
-from paris_ray.data import encoders, schema
+from paris_ray.data import duplicates, encoders, schema
 from paris_ray.data.codec import PatchPcaCodec as FittedPca
 from paris_ray.data.codec import PatchSums
 from paris_ray.data.openmoji import ATTRIBUTION
-from paris_ray.data.part import EncodePart, SumPart, part_rows
-from paris_ray.data.sources import Item, listing, open_source
+from paris_ray.data.part import EncodePart, SumPart, unit_table
+from paris_ray.data.sources import open_source
+from paris_ray.data.sources.base import Unit, listing
 from paris_ray.manifest import StaleError
 from paris_ray.progress import Progress
 from paris_ray.storage import Folder
@@ -58,17 +62,18 @@ def _embed(config: RunConfig, progress: Progress) -> dict[str, Any]:
     fitted = first.begin()
     if fitted.state == "valid" and (done := stages.status(config, "embed")).state == "valid" and done.manifest is not None:
         return done.manifest
-    items = open_source(config.data).items()
-    parts, found = _parts(items, config.data.rows_per_part), listing(items)
-    progress.total = len(items)
+    units = open_source(config.data).units(config.data.rows_per_part)
+    found = listing(units)
+    progress.total = found["rows"] or 0
     if fitted.state != "valid":
-        counts = _make_encoders(config, run, parts, found, progress)
+        counts = _make_encoders(config, run, units, found, progress)
         first.publish(counts, time.monotonic() - began)
     meta = (run / "encoders").read_json(encoders.FILE)
     if meta["listing"] != found:
+        then, now = (f"{one['units']} parts" + (f" of {one['rows']} rows" if one["rows"] is not None else "") for one in (meta["listing"], found))
         raise StaleError(
-            f"embed: the source has changed since {run.uri}/encoders was made: {meta['listing']['items']} rows then, {len(items)} now, or other "
-            "names, sizes or captions. Put it back, choose another run_dir, or pass --rebuild embed to delete what was made and make it anew."
+            f"embed: the source has changed since {run.uri}/encoders was made: {then} then, {now} now, or other names, sizes or captions. "
+            "Put it back, choose another run_dir, or pass --rebuild embed to delete what was made and make it anew."
         )
     second, began = stages.stage(config, "embed"), time.monotonic()
     state = second.begin()
@@ -76,22 +81,17 @@ def _embed(config: RunConfig, progress: Progress) -> dict[str, Any]:
         return state.manifest
     if state.state == "absent":
         (run / "rejected").delete_all()
-    _encode(config, run, parts, progress)
-    progress.update(len(items), message="looking for duplicates", force=True)
-    _drop_duplicates(run)
-    counts = _count(run)
+    _encode(config, run, units, progress)
+    (run / "corpus").sweep()  # of workers that were killed
+    progress.update(progress.done, message="looking for duplicates", force=True)
+    counts = _finish(run)
     if not counts["splits"]["train"]:
         reasons = ", ".join(f"{kind} ({n})" for kind, n in counts["reasons"].items()) or "all are held out"
         raise ConfigError(
-            f"data.source: none of {len(items)} rows is left to train on: {reasons}. {run.uri}/rejected lists every row with its reason; "
+            f"data.source: none of {counts['listed']} rows is left to train on: {reasons}. {run.uri}/rejected lists every row with its reason; "
             "mend the source, then pass --rebuild embed"
         )
     return second.publish(counts, time.monotonic() - began)
-
-
-def _parts(items: list[Item], rows: int) -> list[pa.Table]:
-    """The rows in tables of one row each: the part's number and its items."""
-    return [part_rows(number, items[start : start + rows]) for number, start in enumerate(range(0, len(items), rows))]
 
 
 def _quiet() -> None:
@@ -107,7 +107,7 @@ def _quiet() -> None:
 # -- encoders -----------------------------------------------------------------------------------------------------------
 
 
-def _make_encoders(config: RunConfig, run: Folder, parts: list[pa.Table], found: dict[str, Any], progress: Progress) -> dict[str, Any]:
+def _make_encoders(config: RunConfig, run: Folder, units: list[Unit], found: dict[str, Any], progress: Progress) -> dict[str, Any]:
     """Fit or fetch the encoders and write ``RUN/encoders``. A worker loads the heavy ones while others sum patches for the codec."""
     import ray
 
@@ -116,7 +116,7 @@ def _make_encoders(config: RunConfig, run: Folder, parts: list[pa.Table], found:
     counts: dict[str, Any] = {}
     codec: dict[str, Any] | None = None
     if isinstance(data.codec, PatchPcaCodec):
-        fitted = FittedPca.fit(data.codec, _sum_patches(config, parts, progress))
+        fitted = FittedPca.fit(data.codec, _sum_patches(config, units, progress))
         with tempfile.TemporaryDirectory() as local:
             fitted.save(local)
             for entry in Folder(local).files(recursive=True):
@@ -163,13 +163,13 @@ def _save_frozen(data: dict[str, Any], target: str) -> dict[str, Any]:
     return meta
 
 
-def _sum_patches(config: RunConfig, parts: list[pa.Table], progress: Progress) -> PatchSums:
+def _sum_patches(config: RunConfig, units: list[Unit], progress: Progress) -> PatchSums:
     import ray.data
 
     assert isinstance(config.data.codec, PatchPcaCodec)
     _quiet()
     total, done = PatchSums.zero(config.data.codec.downsampling), 0
-    dataset = ray.data.from_arrow(parts).map_batches(
+    dataset = ray.data.from_arrow([unit_table(unit) for unit in units]).map_batches(
         SumPart(config.data.model_dump(mode="json"), config.seed), batch_size=1, batch_format="pyarrow", num_cpus=1
     )
     for row in dataset.iter_rows():
@@ -182,21 +182,21 @@ def _sum_patches(config: RunConfig, parts: list[pa.Table], progress: Progress) -
 # -- corpus -------------------------------------------------------------------------------------------------------------
 
 
-def _encode(config: RunConfig, run: Folder, parts: list[pa.Table], progress: Progress) -> None:
+def _encode(config: RunConfig, run: Folder, units: list[Unit], progress: Progress) -> None:
     """Encode and write every part that is not there yet."""
     import ray.data
 
     data = config.data
     there = set(schema.parts(run / "corpus"))
-    rows = {int(part["part"][0].as_py()): len(part["items"][0]) for part in parts}
-    todo = [part for part in parts if schema.part_name(part["part"][0].as_py()) not in there]
-    done = sum(rows.values()) - sum(rows[part["part"][0].as_py()] for part in todo)
+    todo = [unit for unit in units if schema.part_name(unit.number) not in there]
+    listed = [read_listed(run / "corpus", unit) for unit in units if schema.part_name(unit.number) in there]
+    done, parts = sum(listed), len(listed)
     progress.update(done, message="encoding" if not done else f"resuming after {done} rows", force=True)
     if not todo:
         return
     _quiet()
     most = min(data.max_encoders, len(todo))
-    dataset = ray.data.from_arrow(todo).map_batches(
+    dataset = ray.data.from_arrow([unit_table(unit) for unit in todo]).map_batches(
         EncodePart,
         fn_constructor_kwargs={"data": data.model_dump(mode="json"), "seed": config.seed, "run_dir": run.uri},
         batch_size=1,
@@ -205,45 +205,73 @@ def _encode(config: RunConfig, run: Folder, parts: list[pa.Table], progress: Pro
         num_cpus=data.encoder_cpus,
         num_gpus=data.encoder_gpus,
     )
-    rejected = 0
+    rejected, known = 0, all(unit.rows is not None for unit in units)
     for row in dataset.iter_rows():
         done += row["rows"]
         rejected += row["rejected"]
-        progress.update(done, message=f"{rejected} rejected" if rejected else "encoding")
+        parts += 1
+        if not known:  # as many rows as the parts so far would have, were they all
+            progress.total = round(done / parts * len(units))
+        progress.update(done, message=f"part {parts} of {len(units)}" + (f", {rejected} rejected" if rejected else ""))
 
 
-def _drop_duplicates(run: Folder) -> None:
-    """Move rows whose picture and caption an earlier row has already to the rejects. Done again it finds nothing more."""
+def read_listed(corpus: Folder, unit: Unit) -> int:
+    """How many rows a unit had, now that its part is there."""
+    if unit.rows is not None:
+        return unit.rows
+    with corpus.open(schema.part_name(unit.number)) as source, pq.ParquetFile(source) as content:
+        return schema.notes(content)["listed"]
+
+
+def _finish(run: Folder) -> dict[str, Any]:
+    """Drop rows that are there twice, give near-duplicates one split, and count everything; done again it finds nothing more.
+
+    What is counted is read back from the files, so that it is true after any number of resumptions.
+
+    Raises:
+        RuntimeError: rows were lost or doubled.
+    """
     corpus, rejected = run / "corpus", run / "rejected"
-    names = schema.parts(corpus)
-    ids = [np.array(schema.read_table(corpus, name, ["id"])["id"].to_pylist(), "S32") for name in names]
-    _, first = np.unique(np.concatenate(ids), return_index=True)
-    keep = np.zeros(sum(len(part) for part in ids), bool)
-    keep[first] = True
-    for name, kept in zip(names, np.split(keep, np.cumsum([len(part) for part in ids])[:-1]), strict=True):
-        if kept.all():
-            continue
-        content = schema.read_table(corpus, name)
-        old = schema.read_table(rejected, name).to_pylist() if rejected.exists(name) else []
-        # A run that died between the two writes has these rejects already.
-        listed = {row["source"] for row in old}
-        again = content.filter(pa.array(~kept)).select(["source", "id"]).to_pylist()
-        new = [{"source": row["source"], "reason": f"duplicate: of {row['id']}"} for row in again if row["source"] not in listed]
-        schema.write_table(rejected, name, pa.Table.from_pylist(old + new, schema=schema.REJECTED))
-        schema.write_table(corpus, name, content.filter(pa.array(kept)))
-
-
-def _count(run: Folder) -> dict[str, Any]:
-    """Rows, rejects by the kind of their reason, rows by split; read back from the files, so that it is true after any number of resumptions."""
-    splits: collections.Counter[str] = collections.Counter()
-    for name in schema.parts(run / "corpus"):
-        splits.update(schema.read_table(run / "corpus", name, ["split"])["split"].to_pylist())
+    rows = duplicates.read_rows(corpus)
+    kept = duplicates.first_of_equals(rows.ids)
+    _in_tasks(duplicates.drop, [(run, name, keep) for name, keep in rows.by_part(kept).items() if not keep.all()])
+    rows = rows.keep(kept)
+    near = duplicates.join_near_duplicates(corpus, rows)
+    splits = np.bincount(rows.splits, minlength=len(schema.SPLITS))
+    cut, listed = 0, 0
+    for _, content, notes in schema.read_each(corpus, ["caption_cut"]):
+        cut += int(pc.sum(content["caption_cut"]).as_py() or 0)
+        listed += notes["listed"]
     reasons: collections.Counter[str] = collections.Counter()
-    for name in schema.parts(run / "rejected"):
-        reasons.update(reason.split(":", 1)[0] for reason in schema.read_table(run / "rejected", name, ["reason"])["reason"].to_pylist())
-    return {
-        "rows": splits.total(),
+    for _, content, _ in schema.read_each(rejected, ["reason"]):
+        reasons.update(reason.split(":", 1)[0] for reason in content["reason"].to_pylist())
+    counts: dict[str, Any] = {
+        "listed": listed,
+        "rows": len(rows.ids),
         "rejected": reasons.total(),
         "reasons": dict(reasons.most_common()),
-        "splits": {split: splits[split] for split in schema.SPLITS},
+        "splits": {split: int(n) for split, n in zip(schema.SPLITS, splits, strict=True)},
+        "captions_cut": cut,
+        **near,
     }
+    if counts["rows"] + counts["rejected"] != listed:
+        raise RuntimeError(
+            f"{run.uri}: {counts['rows']} rows in corpus/ and {counts['rejected']} in rejected/ are not the {listed} that were read; "
+            "something else has written there: pass --rebuild embed"
+        )
+    return counts
+
+
+def _in_tasks(function: Callable[..., None], calls: list[tuple[Any, ...]]) -> None:
+    """Call a function in Ray tasks, as many at once as there are processors."""
+    import ray
+
+    if not calls:
+        return
+    task, waiting = ray.remote(function).options(num_cpus=1), list[Any]()
+    for call in calls:
+        waiting.append(task.remote(*call))
+        if len(waiting) >= max(1, int(ray.cluster_resources().get("CPU", 1))):
+            done, waiting = ray.wait(waiting)
+            ray.get(done)
+    ray.get(waiting)

@@ -27,6 +27,7 @@ from paris_ray.data.balance import coarse_clusters
 from paris_ray.data.kmeans import Fit, Keys, Labels, Rows, State, inertia_of, lloyd, means, start
 from paris_ray.data.nearest import F32
 from paris_ray.data.remote_rows import Piece, RemoteRows, load
+from paris_ray.data.splits import read_splits
 from paris_ray.manifest import Stage, fingerprint
 from paris_ray.progress import Progress, clock
 from paris_ray.storage import Folder
@@ -59,15 +60,13 @@ class Index:
         """From ``RUN/corpus``."""
         parts: dict[str, slice] = {}
         ids: list[pa.Array] = []
-        codes: list[NDArray[np.int8]] = []
-        first, names = 0, pa.array(schema.SPLITS)
-        for part in schema.parts(corpus):
-            table = schema.read_table(corpus, part, ["id", "split"])
-            ids += table["id"].chunks
-            codes.append(pc.index_in(table["split"], names).to_numpy().astype(np.int8))
-            parts[part] = slice(first, first + len(table))
-            first += len(table)
-        return cls(parts, pa.chunked_array(ids, pa.string()), np.concatenate(codes))
+        splits = read_splits(corpus)
+        first = 0
+        for part, codes in splits.items():
+            ids += schema.read_table(corpus, part, ["id"])["id"].chunks
+            parts[part] = slice(first, first + len(codes))
+            first += len(codes)
+        return cls(parts, pa.chunked_array(ids, pa.string()), np.concatenate(list(splits.values())))
 
     def pieces(self, wanted: NDArray[np.bool_]) -> list[Piece]:
         """The rows for which ``wanted`` (N,) is true."""

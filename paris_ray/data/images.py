@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import warnings
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -80,13 +81,16 @@ def square(image: Image.Image, side: int) -> NDArray[np.uint8]:
     return np.asarray(image.resize((side, side), Image.Resampling.LANCZOS, box=box, reducing_gap=3.0))
 
 
-def load_square(data: bytes | Image.Image, side: int, max_pixels: int) -> tuple[NDArray[np.uint8], int, int]:
-    """Decode, orient, flatten to RGB, crop and resize.
+def load_square(
+    data: bytes | Image.Image, side: int, max_pixels: int, check: Callable[[int, int], None] | None = None
+) -> tuple[NDArray[np.uint8], int, int]:
+    """Decode, orient, flatten to RGB, crop and resize. Colour profiles are ignored, as everywhere in this field: samples are taken for sRGB.
 
     Args:
         data: a file's content, or a picture that a source has drawn itself.
         side: side of the result in pixels.
         max_pixels: refuse a header that claims more.
+        check: told width and height before anything is decoded, raises RejectError for a picture that is not wanted.
 
     Returns:
         the picture (side, side, 3) uint8, and width and height before cropping. Of an animation the first frame.
@@ -98,6 +102,8 @@ def load_square(data: bytes | Image.Image, side: int, max_pixels: int) -> tuple[
         return square(to_rgb(data), side), data.width, data.height
     image = open_image(data, max_pixels)
     width, height = image.size
+    if check is not None:
+        check(width, height)
     try:
         # JPEG can be decoded at 1/2, 1/4 or 1/8; twice the wanted side leaves the filter enough to work with.
         image.draft(image.mode, (2 * side, 2 * side))

@@ -5,12 +5,13 @@ from __future__ import annotations
 import functools
 import hashlib
 import unicodedata
+from collections.abc import Iterator
 
 from PIL import Image, ImageDraw, ImageFont
 
 from paris_ray.config import ConfigError, OpenMojiSource
 from paris_ray.data.images import RejectError
-from paris_ray.data.sources import Item, Sample
+from paris_ray.data.sources.base import Item, Sample, Unit
 
 ATTRIBUTION = "All emojis designed by OpenMoji – the open-source emoji and icon project. License: CC BY-SA 4.0"
 """Must be shown wherever these pictures, or pictures of a model trained on them, are shown."""
@@ -121,16 +122,27 @@ class OpenMoji:
     def items(self) -> list[Item]:
         """Emoji × ground, emoji by emoji."""
         return [
-            Item(f"openmoji/{code:04X}/{ground}", f"{code:04X}/{ground}", 0, name if n == 0 else f"{name} on {_article(ground)} {ground} background")
+            Item(f"openmoji/{code:04X}/{ground}", f"{code:04X}/{ground}", name if n == 0 else f"{name} on {_article(ground)} {ground} background")
             for code, name in self.chosen.items()
             for n, ground in enumerate(self.grounds)
         ]
 
+    def units(self, rows: int) -> list[Unit]:
+        """Runs of rows."""
+        items = self.items()
+        pieces = [items[start : start + rows] for start in range(0, len(items), rows)]
+        return [Unit(number, tuple((item.image, item.caption) for item in piece), len(piece)) for number, piece in enumerate(pieces)]
+
+    def read(self, unit: Unit) -> Iterator[Item]:
+        """The rows of a unit; nothing is drawn yet."""
+        for name, caption in unit.where:
+            yield Item(f"openmoji/{name}", name, caption)
+
     def load(self, item: Item) -> Sample:
         """Draw one row. Raises RejectError when the font draws nothing."""
-        code, ground = item.file.split("/")
+        assert isinstance(item.image, str)
+        code, ground = item.image.split("/")
         emoji = render(int(code, 16), self.side)
         picture = Image.new("RGBA", emoji.size, (*GROUNDS[ground], 255))
         picture.alpha_composite(emoji)
-        assert item.caption is not None
-        return Sample(picture.convert("RGB"), item.caption, item.source, code)
+        return Sample(picture.convert("RGB"), item.caption, item.source, group=code)

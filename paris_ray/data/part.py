@@ -1,10 +1,10 @@
-"""What workers do with one part of the source: sum its patches for the codec, or encode and write it. No Ray here."""
+"""What workers do with one unit of the source: sum its patches for the codec, or encode it into a part of the corpus. No Ray here."""
 
 from __future__ import annotations
 
 import collections
-import dataclasses
-from collections.abc import Iterator, Sequence
+import pickle
+from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
@@ -16,31 +16,30 @@ from numpy.typing import NDArray
 from paris_ray.config import DataConfig, PatchPcaCodec
 from paris_ray.data import encoders, schema
 from paris_ray.data.codec import PatchSums, load_codec
+from paris_ray.data.filters import check_caption, check_score, check_shape
 from paris_ray.data.images import RejectError, load_square
-from paris_ray.data.sources import Item, Source, open_source, row_id, split_of
+from paris_ray.data.phash import phash
+from paris_ray.data.sources import open_source
+from paris_ray.data.sources.base import Item, Source, Unit
+from paris_ray.data.splits import key_id, row_id, split_of
 from paris_ray.storage import Folder
 
-_ITEM = pa.struct([(field.name, pa.int64() if field.name == "size" else pa.binary()) for field in dataclasses.fields(Item)])
+ROW_GROUP = 1024
+"""Rows of a part that are held in memory before they are written."""
+
+AHEAD_BYTES = 128 << 20
+"""Bytes of image files that are held while they wait to be decoded."""
 
 
-def part_rows(number: int, items: Sequence[Item]) -> pa.Table:
-    """A part as one row of a table: its number and its items. Names are bytes, as a file system's names need not be Unicode."""
-
-    def plain(value: Any) -> Any:
-        return value.encode("utf-8", "surrogateescape") if isinstance(value, str) else value
-
-    rows = [{field.name: plain(getattr(item, field.name)) for field in dataclasses.fields(Item)} for item in items]
-    return pa.table({"part": pa.array([number], pa.int64()), "items": pa.array([rows], pa.list_(_ITEM))})
+def unit_table(unit: Unit) -> pa.Table:
+    """A unit as one row of a table, for Ray Data."""
+    return pa.table({"unit": pa.array([pickle.dumps(unit)], pa.binary())})
 
 
-def items_of(table: pa.Table) -> tuple[int, list[Item]]:
-    """The inverse of :func:`part_rows`."""
-
-    def plain(value: Any) -> Any:
-        return value.decode("utf-8", "surrogateescape") if isinstance(value, bytes) else value
-
-    row = table.to_pylist()[0]
-    return int(row["part"]), [Item(**{name: plain(value) for name, value in item.items()}) for item in row["items"]]
+def unit_of(table: pa.Table) -> Unit:
+    """The inverse of :func:`unit_table`."""
+    unit: Unit = pickle.loads(table["unit"][0].as_py())
+    return unit
 
 
 @dataclass(slots=True)
@@ -52,6 +51,7 @@ class Row:
     id: str
     split: str
     group: str
+    phash: int
     source: str
     width: int
     height: int
@@ -63,35 +63,45 @@ def shown(name: str) -> str:
 
 
 def read_row(source: Source, item: Item, data: DataConfig, seed: int) -> Row | str:
-    """Read and decode one row, or the reason why it cannot be used. Raises OSError when the store fails."""
+    """Read, check and decode one row, or the reason why it cannot be used. Raises OSError when the store fails."""
     if item.reason is not None:
         return shown(item.reason)
     try:
         sample = source.load(item)
-        pixels, width, height = load_square(sample.image, data.image_size, data.max_pixels)
+        caption = check_caption(sample.caption, data.filter)
+        check_score(sample.score, data.filter)
+        pixels, width, height = load_square(
+            sample.image, data.image_size, data.max_pixels, lambda width, height: check_shape(width, height, data.filter)
+        )
     except RejectError as error:
         return shown(str(error))
-    identity = row_id(sample.content, sample.caption)
-    # Where a group is one picture, its rows differ in captions only: no split may see the picture beside another.
-    unit = sample.group if sample.group == sample.content else identity
-    return Row(pixels, sample.caption, identity, split_of(data.split, seed, sample.group, unit), sample.group, shown(item.source), width, height)
+    identity = row_id(sample.content, caption) if sample.key is None else key_id(sample.key)
+    looks = phash(pixels)
+    # Rows that look alike are one group, and no split may see one of them beside another. Where the source has groups of its own, these hold
+    # what differs, and only the whole group is held out as one.
+    group, unit = (f"{looks:016x}",) * 2 if sample.group is None else (sample.group, identity)
+    return Row(pixels, caption, identity, split_of(data.split, seed, group, unit), group, looks, shown(item.source), width, height)
 
 
-def read_rows(source: Source, items: Sequence[Item], data: DataConfig, seed: int, threads: int) -> Iterator[tuple[Item, Row | str]]:
-    """Rows in order, read ahead by a few threads: decoders and stores release the lock."""
-    ahead: collections.deque[tuple[Item, Future[Row | str]]] = collections.deque()
+def read_rows(source: Source, unit: Unit, data: DataConfig, seed: int, threads: int) -> Iterator[tuple[str, Row | str]]:
+    """Rows in order, each with its source's name, read ahead by a few threads: decoders and stores release the lock."""
+    ahead: collections.deque[tuple[str, int, Future[Row | str]]] = collections.deque()
+    held = 0
     with ThreadPoolExecutor(threads) as pool:
-        for item in items:
-            ahead.append((item, pool.submit(read_row, source, item, data, seed)))
-            if len(ahead) >= data.encoder_batch + 2 * threads:
-                first, result = ahead.popleft()
-                yield first, result.result()
-        for first, result in ahead:
-            yield first, result.result()
+        for item in source.read(unit):
+            size = len(item.image) if isinstance(item.image, bytes) else 0
+            held += size
+            ahead.append((shown(item.source), size, pool.submit(read_row, source, item, data, seed)))
+            while len(ahead) >= data.encoder_batch + 2 * threads or held > AHEAD_BYTES:
+                name, size, result = ahead.popleft()
+                held -= size
+                yield name, result.result()
+        for name, _, result in ahead:
+            yield name, result.result()
 
 
 class SumPart:
-    """Partial sums over a part's training rows, for the codec.
+    """Partial sums over a unit's training rows, for the codec.
 
     Args:
         data: the run's ``data`` config, as a dict.
@@ -102,19 +112,19 @@ class SumPart:
         self.data, self.seed = data, seed
 
     def __call__(self, table: pa.Table) -> pa.Table:
-        """One part → one row: how many rows it has, and its sums."""
-        data = DataConfig.model_validate(self.data)
+        """One unit → one row: how many rows it has, and its sums."""
+        data, unit = DataConfig.model_validate(self.data), unit_of(table)
         assert isinstance(data.codec, PatchPcaCodec)
-        _, items = items_of(table)
-        sums = PatchSums.zero(data.codec.downsampling)
-        for _, row in read_rows(open_source(data), items, data, self.seed, 1):
+        sums, rows = PatchSums.zero(data.codec.downsampling), 0
+        for _, row in read_rows(open_source(data), unit, data, self.seed, 1):
+            rows += 1
             if isinstance(row, Row) and row.split == "train":
                 sums.add(row.pixels[None], data.codec.downsampling)
-        return pa.table({"rows": [len(items)], "count": [sums.count], "total": [sums.total.tobytes()], "outer": [sums.outer.tobytes()]})
+        return pa.table({"rows": [rows], "count": [sums.count], "total": [sums.total.tobytes()], "outer": [sums.outer.tobytes()]})
 
 
 class EncodePart:
-    """Reads, decodes, encodes and writes parts; loads the encoders once.
+    """Reads, decodes and encodes units and writes parts; loads the encoders once.
 
     Args:
         data: the run's ``data`` config, as a dict.
@@ -148,35 +158,40 @@ class EncodePart:
         self.schema = schema.corpus_schema(self.meta, self.data.store_text)
 
     def __call__(self, table: pa.Table) -> pa.Table:
-        """One part → its files in ``corpus/`` and ``rejected/``, and one row that counts it."""
-        number, items = items_of(table)
-        name = schema.part_name(number)
-        tables: list[pa.Table] = []
+        """One unit → its files in ``corpus/`` and ``rejected/``, and one row that counts it."""
+        unit = unit_of(table)
+        name = schema.part_name(unit.number)
         rejects: list[tuple[str, str]] = []
         batch: list[Row] = []
+        made: list[pa.Table] = []
+        listed = 0
 
-        def flush() -> None:
+        def flush(writer: schema.PartWriter, last: bool) -> None:
             if batch:
-                made, refused = self._encode(batch)
-                tables.append(made)
+                content, refused = self._encode(batch)
+                made.append(content)
                 rejects.extend(refused)
                 batch.clear()
+            if made and (last or sum(map(len, made)) >= ROW_GROUP):
+                writer.write(pa.concat_tables(made))
+                made.clear()
 
-        for item, row in read_rows(self.source, items, self.data, self.seed, max(1, int(self.data.encoder_cpus))):
-            if isinstance(row, str):
-                rejects.append((shown(item.source), row))
-            else:
-                batch.append(row)
-                if len(batch) == self.data.encoder_batch:
-                    flush()
-        flush()
-        # The part of the corpus comes last: where it is, the part is done.
-        if rejects:
-            columns = {"source": [source for source, _ in rejects], "reason": [reason for _, reason in rejects]}
-            schema.write_table(self.run / "rejected", name, schema.table(schema.REJECTED, columns))
-        corpus = pa.concat_tables(tables).combine_chunks() if tables else self.schema.empty_table()
-        schema.write_table(self.run / "corpus", name, corpus)
-        return pa.table({"rows": [len(items)], "rejected": [len(rejects)]})
+        # The part of the corpus appears last: where it is, the part is done.
+        with schema.PartWriter(self.run / "corpus", name, self.schema) as writer:
+            for source, row in read_rows(self.source, unit, self.data, self.seed, max(1, int(self.data.encoder_cpus))):
+                listed += 1
+                if isinstance(row, str):
+                    rejects.append((source, row))
+                else:
+                    batch.append(row)
+                    if len(batch) == self.data.encoder_batch:
+                        flush(writer, last=False)
+            flush(writer, last=True)
+            writer.notes["listed"] = listed
+            if rejects:
+                columns = {"source": [source for source, _ in rejects], "reason": [reason for _, reason in rejects]}
+                schema.write_table(self.run / "rejected", name, schema.table(schema.REJECTED, columns))
+        return pa.table({"rows": [listed], "rejected": [len(rejects)]})
 
     def _encode(self, rows: list[Row]) -> tuple[pa.Table, list[tuple[str, str]]]:
         """Rows → a piece of the corpus, and those whose latent or embedding is not finite."""
@@ -186,7 +201,10 @@ class EncodePart:
         latents = self.codec.encode(pixels).cpu().numpy().astype(np.float16)
         vectors = self.embedder(pixels).astype(np.float16)
         ids, lengths = self.text.tokenize([row.caption for row in rows])
-        fields: dict[str, NDArray[Any]] = {"latent": latents, "embedding": vectors, "text_len": lengths}
+        # Only captions that fill their tokens may have been cut.
+        cut = lengths == self.text.max_length
+        cut[cut] = np.array(self.text.count([row.caption for row, full in zip(rows, cut, strict=True) if full]), int) > self.text.max_length
+        fields: dict[str, NDArray[Any]] = {"latent": latents, "embedding": vectors, "text_len": lengths, "caption_cut": cut}
         if self.data.store_text == "states":
             states = self.text.encode(torch.from_numpy(ids), torch.from_numpy(lengths))
             fields["text"] = states.cpu().numpy().astype(np.float16)
@@ -199,6 +217,6 @@ class EncodePart:
         columns: dict[str, Any] = {name: values[finite] for name, values in fields.items()}
         for name in ("id", "caption", "split", "group", "source", "width", "height"):
             columns[name] = [getattr(row, name) for row in kept]
-        columns["dup_of"] = [None] * len(kept)
+        columns["phash"] = np.array([row.phash for row in kept], np.uint64).view(np.int64)
         bad = [(row.source, "not finite: an encoder overflows float16 on it") for row, good in zip(rows, finite, strict=True) if not good]
         return schema.table(self.schema, columns), bad

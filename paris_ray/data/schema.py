@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import collections
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from types import TracebackType
 from typing import Any
 
 import numpy as np
@@ -13,6 +16,8 @@ from numpy.typing import NDArray
 from paris_ray.storage import Folder
 
 SPLITS = ("train", "validation", "held_out")
+
+READ_AHEAD = 8
 
 REJECTED = pa.schema([("source", pa.string()), ("reason", pa.string())])
 """Rows that were refused, and why: ``kind: detail``."""
@@ -48,11 +53,12 @@ def corpus_schema(encoders: Mapping[str, Any], store_text: str) -> pa.Schema:
             pa.field("caption", pa.string()),
             _text(encoders["text"], store_text),
             pa.field("text_len", pa.int32()),
+            pa.field("caption_cut", pa.bool_()),
             _latent(encoders["codec"]),
             pa.field("embedding", pa.fixed_shape_tensor(pa.float16(), (int(encoders["embedding"]["width"]),))),
             pa.field("split", pa.string()),
             pa.field("group", pa.string()),
-            pa.field("dup_of", pa.string()),
+            pa.field("phash", pa.int64()),
             pa.field("source", pa.string()),
             pa.field("width", pa.int32()),
             pa.field("height", pa.int32()),
@@ -106,6 +112,39 @@ def write_table(folder: Folder, name: str, content: pa.Table) -> None:
         pq.write_table(content, sink, compression="zstd")
 
 
+class PartWriter:
+    """Writes one part file piece by piece, each a row group; a context manager. The file appears when it is left without error.
+
+    Args:
+        folder: where.
+        name: of the file.
+        schema: of all pieces.
+        notes: whole numbers about the file, kept in its metadata; more may be added until the end.
+    """
+
+    def __init__(self, folder: Folder, name: str, schema: pa.Schema, notes: Mapping[str, int] | None = None):
+        self._sink, self._schema, self.notes = folder.writer(name), schema, dict(notes or {})
+
+    def __enter__(self) -> PartWriter:
+        self._file = pq.ParquetWriter(self._sink.__enter__(), self._schema, compression="zstd")
+        return self
+
+    def write(self, content: pa.Table) -> None:
+        """Add a row group."""
+        self._file.write_table(content.combine_chunks())
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if kind is None:
+            self._file.add_key_value_metadata({name: str(value) for name, value in self.notes.items()})
+        self._file.close()
+        self._sink.__exit__(kind, error, trace)
+
+
+def notes(content: pq.ParquetFile) -> dict[str, int]:
+    """What :class:`PartWriter` noted about a file."""
+    return {key.decode(): int(value) for key, value in (content.metadata.metadata or {}).items() if value.isdigit()}
+
+
 def parts(folder: Folder) -> list[str]:
     """Names of the part files directly in a folder, in the order of their rows."""
     return [entry.name for entry in folder.files() if entry.name.startswith("part-") and entry.name.endswith(".parquet")]
@@ -115,6 +154,23 @@ def read_table(folder: Folder, name: str, columns: Sequence[str] | None = None) 
     """One Parquet file, or some of its columns."""
     with folder.open(name) as source:
         return pq.read_table(source, columns=list(columns) if columns is not None else None)
+
+
+def read_each(folder: Folder, columns: Sequence[str]) -> Iterator[tuple[str, pa.Table, dict[str, int]]]:
+    """Some columns of each part file in the order of their names, a few files read ahead: name, columns, and the notes of its writer."""
+
+    def read(name: str) -> tuple[str, pa.Table, dict[str, int]]:
+        with folder.open(name) as source, pq.ParquetFile(source) as content:
+            return name, content.read(columns=list(columns), use_threads=False), notes(content)
+
+    ahead: collections.deque[Future[tuple[str, pa.Table, dict[str, int]]]] = collections.deque()
+    with ThreadPoolExecutor(READ_AHEAD) as pool:
+        for name in parts(folder):
+            ahead.append(pool.submit(read, name))
+            if len(ahead) > READ_AHEAD:
+                yield ahead.popleft().result()
+        while ahead:
+            yield ahead.popleft().result()
 
 
 def to_numpy(column: pa.ChunkedArray) -> NDArray[Any]:

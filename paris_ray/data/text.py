@@ -31,6 +31,10 @@ class TextEncoder(Protocol):
         """N captions → ids (N, T) int32, padded or cut, and the number of real tokens (N,) int32."""
         ...
 
+    def count(self, captions: list[str]) -> list[int]:
+        """How many tokens captions have before they are cut, those that mark start and end included."""
+        ...
+
     def encode(self, ids: Tensor, lengths: Tensor) -> Tensor:
         """Ids (N, T) and lengths (N,) → states (N, T, D) float32."""
         ...
@@ -87,6 +91,10 @@ class MiniLm(FrozenText):
             return np.empty((0, self.max_length), np.int32), np.empty(0, np.int32)
         found = self.tokenizer(captions, padding="max_length", truncation=True, max_length=self.max_length, return_tensors="np")
         return found["input_ids"].astype(np.int32), found["attention_mask"].sum(1).astype(np.int32)
+
+    def count(self, captions: list[str]) -> list[int]:
+        """How many tokens captions have before they are cut, [CLS] and [SEP] included."""
+        return [len(ids) for ids in self.tokenizer(captions, verbose=False)["input_ids"]] if captions else []
 
     def _states(self, ids: Tensor, lengths: Tensor) -> Tensor:
         import torch

@@ -18,7 +18,8 @@ from numpy.typing import NDArray
 
 from paris_ray import rng
 from paris_ray.config import RunConfig
-from paris_ray.data.schema import parts, read_columns, read_table, to_numpy
+from paris_ray.data.schema import SPLITS, parts, read_columns, read_table, to_numpy
+from paris_ray.data.splits import read_copies, read_splits
 from paris_ray.evaluation import metrics
 from paris_ray.storage import Folder
 
@@ -85,7 +86,8 @@ def read_corpus(config: RunConfig) -> Corpus:
         ValueError: a corpus row has no cluster label.
     """
     run = Folder(config.run_dir)
-    columns = read_columns(run / "corpus", ["id", "caption", "group", "split", "dup_of", "embedding"])
+    columns = read_columns(run / "corpus", ["id", "caption", "group", "embedding"])
+    splits, copies = np.concatenate(list(read_splits(run / "corpus").values())), read_copies(run / "corpus")
     labels = read_file(run / "clusters", "labels.parquet", ["id", "expert"])
     expert = dict(zip(labels["id"].tolist(), labels["expert"].tolist(), strict=True))
     unlabelled = [name for name in columns["id"].tolist() if name not in expert]
@@ -98,8 +100,8 @@ def read_corpus(config: RunConfig) -> Corpus:
         columns["id"],
         columns["caption"],
         columns["group"],
-        columns["split"],
-        np.array([value is not None for value in columns["dup_of"].tolist()], bool),
+        np.array(SPLITS, object)[splits],
+        np.array([name in copies for name in columns["id"].tolist()], bool),
         columns["embedding"],
         np.array([expert[name] for name in columns["id"].tolist()], np.int64),
     )

@@ -1,14 +1,11 @@
 """The whole stage on a real local Ray."""
 
-import collections
 import json
 import shutil
 
 import numpy as np
-import pyarrow.parquet as pq
 import pytest
 import torch
-from PIL import Image
 from safetensors.numpy import load_file
 
 from paris_ray import config as configs
@@ -18,13 +15,13 @@ from paris_ray.data import embed as stage
 from paris_ray.data import part, schema
 from paris_ray.data.codec import load_codec
 from paris_ray.data.embedding import build_embedder
-from paris_ray.data.openmoji import ATTRIBUTION
-from paris_ray.data.sources import open_source
+from paris_ray.data.openmoji import ATTRIBUTION, OpenMoji
+from paris_ray.data.phash import phash
 from paris_ray.data.text import build_text_encoder, load_text_encoder
 from paris_ray.manifest import StaleError
 from paris_ray.storage import Folder
 
-from .hostile import HOSTILE, write_hostile
+from .corpora import contents
 
 pytestmark = pytest.mark.usefixtures("ray_local")
 
@@ -32,13 +29,6 @@ pytestmark = pytest.mark.usefixtures("ray_local")
 def run_config(run_dir, *sets):
     base = ("data.source.emoji=16", "data.rows_per_part=10", "data.encoder_batch=4", "data.max_encoders=2", "data.split.validation_rows=0.1")
     return configs.load("tiny", [f"run_dir={run_dir}", *base, *sets])
-
-
-def contents(folder):
-    """Bytes of all files but those that tell the time, by name."""
-    return {
-        str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file() and not path.name.startswith("_")
-    }
 
 
 @pytest.fixture(scope="module")
@@ -56,21 +46,23 @@ def test_counts_and_columns(made):
     counts = manifest["counts"]
     assert (counts["rows"], counts["rejected"], counts["reasons"]) == (32, 0, {})
     assert counts["splits"] == {split: int((rows["split"] == split).sum()) for split in schema.SPLITS}
-    items = open_source(config.data).items()
+    items = OpenMoji(config.data.source, 32).items()
     assert rows["source"].tolist() == [item.source for item in items]
     assert rows["caption"].tolist() == [item.caption for item in items]
     assert rows["latent"].shape == (32, 12, 8, 8)
     assert rows["embedding"].shape == (32, 1280)
     assert rows["text"].shape == (32, 16, 384)
-    assert set(rows["dup_of"]) == {None}
+    assert not rows["caption_cut"].any()
     assert stages.status(config, "embed").state == stages.status(config, "encoders").state == "valid"
 
 
 def test_columns_against_the_encoders_called_directly(made):
     config, run, _ = made
     rows = schema.read_columns(Folder(run / "corpus"), ["caption", "latent", "embedding", "text", "text_len", "split"])
-    source = open_source(config.data)
+    source = OpenMoji(config.data.source, 32)
     pixels = np.stack([part.read_row(source, item, config.data, config.seed).pixels for item in source.items()])
+    hashes = schema.read_columns(Folder(run / "corpus"), ["phash"])["phash"].view(np.uint64)
+    assert hashes.tolist() == [phash(image) for image in pixels]
     text = build_text_encoder(config.data.text)
     ids, lengths = text.tokenize(rows["caption"].tolist())
     assert (rows["text_len"] == lengths).all()
@@ -134,56 +126,6 @@ def test_neither_parts_nor_actors_nor_batches_change_a_row(made, tmp_path):
     names = ["id", "latent", "embedding", "text", "split"]
     one, other = schema.read_columns(Folder(run / "corpus"), names), schema.read_columns(Folder(tmp_path / "run/corpus"), names)
     assert all((one[name] == other[name]).all() for name in names)
-
-
-def folder_config(folder, run_dir, *sets):
-    source = ("data.source.kind=folder", f"data.source.uri={folder}")
-    return run_config(run_dir, *source, "data.max_pixels=1000000", "data.max_caption_chars=200", "data.store_text=token_ids", *sets)
-
-
-def test_a_hostile_folder_with_duplicates(tmp_path):
-    images = tmp_path / "images"
-    images.mkdir()
-    write_hostile(images)
-    for n in range(24):
-        noise = np.random.default_rng(n).integers(0, 256, (24, 24, 3), dtype=np.uint8)
-        Image.fromarray(noise).save(images / f"n{n:02d}.png")
-        (images / f"n{n:02d}.txt").write_text(f"noise {n}")
-    for name, of, caption in (("z1", "n03", "noise 3"), ("z2", "n03", "noise 3"), ("z3", "n03", "another caption")):
-        shutil.copy(images / f"{of}.png", images / f"{name}.png")
-        (images / f"{name}.txt").write_text(caption)
-    config = folder_config(images, tmp_path / "run", "data.codec.channels=4")
-    counts = stage.embed(config)["counts"]
-    reasons = collections.Counter([*HOSTILE.values(), "duplicate", "duplicate"])
-    assert (counts["rows"], counts["rejected"], counts["reasons"]) == (2 + 24 + 1, len(HOSTILE) + 2, dict(reasons))
-    rejected = {row["source"]: row["reason"] for path in (tmp_path / "run/rejected").glob("*") for row in pq.read_table(path).to_pylist()}
-    rows = schema.read_columns(Folder(tmp_path / "run/corpus"), ["id", "source", "group", "token_ids", "split"])
-    by_source = dict(zip(rows["source"], rows["id"], strict=True))
-    assert rejected["z1.png"] == rejected["z2.png"] == f"duplicate: of {by_source['n03.png']}"
-    groups = dict(zip(rows["source"], rows["group"], strict=True))
-    assert groups["z3.png"] == groups["n03.png"]
-    assert rows["token_ids"].dtype == np.int32
-    # The same after a crash that lost the parts with the duplicates and the rejects of another.
-    before = contents(tmp_path / "run/corpus"), contents(tmp_path / "run/rejected")
-    for name in ("corpus/_manifest.json", "corpus/part-00004.parquet", "corpus/part-00000.parquet", "rejected/part-00000.parquet"):
-        (tmp_path / "run" / name).unlink()
-    assert stage.embed(config)["counts"] == counts
-    assert (contents(tmp_path / "run/corpus"), contents(tmp_path / "run/rejected")) == before
-    # A folder that has grown under a run that is not done is not mixed into it.
-    (tmp_path / "run/corpus/_manifest.json").unlink()
-    shutil.copy(images / "n04.png", images / "new.png")
-    with pytest.raises(StaleError, match=r"the source has changed.*--rebuild embed"):
-        stage.embed(config)
-
-
-def test_nothing_usable_is_an_error_that_says_why(tmp_path):
-    images = tmp_path / "images"
-    images.mkdir()
-    (images / "a.png").write_bytes(b"")
-    (images / "a.txt").write_text("x")
-    with pytest.raises(ConfigError, match="training split has no picture"):
-        stage.embed(folder_config(images, tmp_path / "run"))
-    assert json.loads((tmp_path / "run/events/embed.json").read_text())["state"] == "failed"
 
 
 def test_a_worker_s_user_error_is_one_line(tmp_path):

@@ -4,6 +4,7 @@ import zlib
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image, ImageCms
 
 from paris_ray.data import images
@@ -110,12 +111,12 @@ def test_first_frame_of_an_animation():
         assert (load_square(data, 8, LIMIT)[0] == (255, 0, 0)).all(), kind
 
 
+def chunk(name, body):
+    return struct.pack(">I", len(body)) + name + body + struct.pack(">I", zlib.crc32(name + body))
+
+
 def bomb(width, height):
     """A PNG whose header claims any size; there is next to nothing behind it."""
-
-    def chunk(name, body):
-        return struct.pack(">I", len(body)) + name + body + struct.pack(">I", zlib.crc32(name + body))
-
     return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)) + chunk(b"IDAT", b"") + chunk(b"IEND", b"")
 
 
@@ -144,6 +145,63 @@ def test_the_limit_is_checked_before_decoding(monkeypatch):
         images.open_image(data, 1000)
 
 
-def test_an_embedded_profile_does_not_break_decoding():
-    profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
-    assert (load_square(encoded(gradient(), "PNG", icc_profile=profile), 40, LIMIT)[0] == np.asarray(gradient())).all()
+def test_profiles_are_ignored():
+    # A profile that says that red is green would change every sample, were it applied.
+    swapped = bytearray(ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes())
+    tags = {bytes(swapped[i : i + 4]): i + 4 for i in range(132, 132 + 12 * int.from_bytes(swapped[128:132], "big"), 12)}
+    red, green = (int.from_bytes(swapped[tags[name] : tags[name] + 4], "big") for name in (b"rXYZ", b"gXYZ"))
+    swapped[red : red + 20], swapped[green : green + 20] = swapped[green : green + 20], swapped[red : red + 20]
+    applied = ImageCms.profileToProfile(gradient(), ImageCms.ImageCmsProfile(io.BytesIO(bytes(swapped))), ImageCms.createProfile("sRGB"))
+    assert np.abs(np.asarray(applied).astype(int) - np.asarray(gradient()).astype(int)).mean() > 20
+    for kind in ("PNG", "WEBP"):
+        options = {"lossless": True} if kind == "WEBP" else {}
+        data = encoded(gradient(), kind, icc_profile=bytes(swapped), **options)
+        assert (load_square(data, 40, LIMIT)[0] == np.asarray(gradient())).all()
+
+
+def test_cmyk_of_photoshop_is_inverted():
+    """Files with four colours hold them inverted, with Adobe's marker and without; libjpeg-turbo through torchvision says the same."""
+    from torchvision.io import ImageReadMode, decode_jpeg
+
+    data = encoded(Image.new("CMYK", (16, 16), (0, 200, 50, 20)), "JPEG", quality=98)
+    start = data.index(b"\xff\xee")
+    assert b"Adobe" in data[start : start + 12]
+    bare = data[:start] + data[start + 16 :]
+    for one in (data, bare):
+        pixels, *_ = load_square(one, 16, LIMIT)
+        other = decode_jpeg(torch.frombuffer(bytearray(one), dtype=torch.uint8), ImageReadMode.RGB).permute(1, 2, 0).numpy()
+        assert np.abs(pixels.astype(int) - other).max() <= 2
+        assert np.abs(pixels[0, 0].astype(int) - (235, 51, 189)).max() <= 3  # 255 (1 - c) (1 - k)
+
+
+def test_sixteen_bits_of_colour():
+    """A PNG of three 16-bit samples, written here: the high bytes are the picture."""
+    deep = np.random.default_rng(0).integers(0, 65536, (12, 12, 3), dtype=np.uint16)
+    lines = b"".join(b"\0" + row.astype(">u2").tobytes() for row in deep)
+    header = struct.pack(">IIBBBBB", 12, 12, 16, 2, 0, 0, 0)
+    data = b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(lines)) + chunk(b"IEND", b"")
+    pixels, *_ = load_square(data, 12, LIMIT)
+    assert np.abs(pixels - deep / 257).max() <= 1
+
+
+def test_a_webp_header_is_checked_before_its_canvas_is_made(monkeypatch):
+    data = bytearray(encoded(gradient(), "WEBP", lossless=True, exif=b"Exif\0\0II*\0\x08\0\0\0\0\0"))
+    at = data.index(b"VP8X") + 12
+    data[at : at + 6] = (16382).to_bytes(3, "little") * 2
+    monkeypatch.setattr("PIL._webp.WebPAnimDecoder", lambda *a: pytest.fail("a canvas of a gigabyte"))
+    with pytest.raises(RejectError, match="too many pixels"):
+        load_square(bytes(data), 40, LIMIT)
+
+
+def test_a_check_of_the_shape_comes_before_decoding(monkeypatch):
+    data = encoded(gradient(40, 30), "PNG")
+    seen = []
+    load_square(data, 10, LIMIT, lambda *size: seen.append(size))
+    assert seen == [(40, 30)]
+    monkeypatch.setattr(Image.Image, "load", lambda self: pytest.fail("decoded"))
+
+    def refuse(width, height):
+        raise RejectError("image too small: no")
+
+    with pytest.raises(RejectError, match="too small"):
+        load_square(data, 10, LIMIT, refuse)

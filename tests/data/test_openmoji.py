@@ -31,7 +31,7 @@ def test_captions_are_unique_and_rows_are_emoji_times_grounds():
     items = source.items()
     assert len(items) == 3 * len(openmoji.base_emoji())
     assert len({item.caption for item in items}) == len({item.source for item in items}) == len(items)
-    assert {item.caption for item in items if item.file.startswith("1F347/")} == {
+    assert {item.caption for item in items if item.image.startswith("1F347/")} == {
         "grapes",
         "grapes on a blue background",
         "grapes on a yellow background",
@@ -49,7 +49,7 @@ def test_pictures_fill_the_frame_on_their_ground():
     pixels = {}
     for item in source.items():
         sample = source.load(item)
-        code, ground = item.file.split("/")
+        code, ground = item.image.split("/")
         assert sample.group == code
         pixels[code, ground], *_ = load_square(sample.image, 32, 10**6)
     for (code, ground), image in pixels.items():

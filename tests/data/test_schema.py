@@ -25,7 +25,8 @@ def rows(n, store_text="states"):
         "caption": [f"näme {i}" for i in range(n)],
         "split": ["train"] * n,
         "group": ["g"] * n,
-        "dup_of": [None] * n,
+        "phash": range(n),
+        "caption_cut": [False] * n,
         "source": [f"{i}.png" for i in range(n)],
         "width": [10] * n,
         "height": [11] * n,
@@ -38,7 +39,7 @@ def test_round_trip_over_parts_in_name_order(tmp_path, store_text):
     pieces = [rows(n, store_text) for n in (3, 0, 2)]
     for index in (2, 0, 1):  # written out of order
         schema.write_table(folder, schema.part_name(index), schema.table(kind, pieces[index]))
-    columns = ["latent", "embedding", "id", "text_len", "dup_of", "text" if store_text == "states" else "token_ids"]
+    columns = ["latent", "embedding", "id", "text_len", "phash", "text" if store_text == "states" else "token_ids"]
     found = schema.read_columns(folder, columns)
     for name in columns:
         wanted = np.concatenate([np.asarray(piece[name]) for piece in pieces if len(piece["id"])])

@@ -57,7 +57,7 @@ def test_missing_folder_of_images(capsys, tmp_path):
     message = fails(
         capsys, run_all.main, arguments(tmp_path / "run", "--set", "data.source={kind: folder, uri: /no/such/folder}")
     )  # fmt: skip
-    assert "data.source.uri: the folder /no/such/folder does not exist" in message
+    assert "data.source.uri: /no/such/folder does not exist" in message
     assert "--set data.source.uri=" in message
 
 

@@ -1,0 +1,80 @@
+"""Identity of a row, its split, and near-duplicates that change it."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Collection
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from numpy.typing import NDArray
+
+from paris_ray import rng
+from paris_ray.config import SplitConfig
+from paris_ray.data import schema
+from paris_ray.storage import Folder
+
+NEAR_DUPLICATES = "near_duplicates.parquet"
+"""In ``RUN/corpus``: rows that look like rows of another group, and the split that all of these have (:mod:`paris_ray.data.duplicates`)."""
+
+
+def row_id(content: str, caption: str) -> str:
+    """Identity of a row: 32 hex digits of a hash of its content's hash (or its source's name for it) and its caption."""
+    return hashlib.sha256(f"{content}\n{caption}".encode()).hexdigest()[:32]
+
+
+def key_id(key: str) -> str:
+    """Identity of a row that its source has a key for: 32 hex digits."""
+    return hashlib.sha256(b"key\0" + key.encode("utf-8", "surrogateescape")).hexdigest()[:32]
+
+
+def split_of(split: SplitConfig, seed: int, group: str, identity: str) -> str:
+    """The split of a row, by hash alone, so that it is known before anything is fitted and stays when rows are added.
+
+    Args:
+        split: the shares.
+        seed: the run's seed.
+        group: rows of one group are held out together.
+        identity: of what is drawn as one within a group: the row's id, or the group's where rows of a group look alike.
+    """
+    if rng.key(seed, "split-group", group) < split.held_out_groups * 2**63:
+        return "held_out"
+    draw = rng.key(seed, "split-row", identity) / 2**63
+    if draw < split.held_out_rows:
+        return "held_out"
+    return "validation" if draw < split.held_out_rows + split.validation_rows else "train"
+
+
+def read_splits(corpus: Folder, parts: Collection[str] | None = None) -> dict[str, NDArray[np.int8]]:
+    """The split of each row, by part file, in the files' order; near-duplicates have the one that all of them have. A byte a row.
+
+    Args:
+        corpus: ``RUN/corpus``.
+        parts: names of part files; all by default.
+
+    Returns:
+        indices into :data:`paris_ray.data.schema.SPLITS`.
+    """
+    names = schema.parts(corpus) if parts is None else parts
+    found = {name: split_codes(schema.read_table(corpus, name, ["split"])["split"]) for name in names}
+    if corpus.exists(NEAR_DUPLICATES):
+        changed = schema.read_table(corpus, NEAR_DUPLICATES, ["part", "row", "split"])
+        number, rows, codes = changed["part"].to_numpy(), changed["row"].to_numpy(), split_codes(changed["split"])
+        for one in np.unique(number):
+            if (name := schema.part_name(int(one))) in found:
+                found[name][rows[number == one]] = codes[number == one]
+    return found
+
+
+def split_codes(column: pa.ChunkedArray) -> NDArray[np.int8]:
+    """A column of splits as indices into :data:`paris_ray.data.schema.SPLITS`."""
+    return np.asarray(pc.index_in(column, pa.array(schema.SPLITS)).to_numpy(), np.int8)
+
+
+def read_copies(corpus: Folder) -> set[str]:
+    """Ids of rows that look like a row of another group which stands for them all."""
+    if not corpus.exists(NEAR_DUPLICATES):
+        return set()
+    listed = schema.read_table(corpus, NEAR_DUPLICATES, ["id", "of"])
+    return set(listed["id"].filter(pc.not_equal(listed["id"], listed["of"])).to_pylist())

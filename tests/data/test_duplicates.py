@@ -1,0 +1,148 @@
+import hashlib
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from paris_ray.data import duplicates, schema
+from paris_ray.data.splits import NEAR_DUPLICATES, read_copies, read_splits
+from paris_ray.storage import Folder
+
+from .test_phash import brute
+
+LIGHT = pa.schema([("id", pa.string()), ("phash", pa.int64()), ("group", pa.string()), ("split", pa.string()), ("source", pa.string())])
+
+
+def name(i):
+    return hashlib.sha256(str(i).encode()).hexdigest()[:32]
+
+
+def write_corpus(run, rows, sizes, group_rows=3):
+    """Rows are dicts; each part in row groups of a few rows."""
+    at = 0
+    for number, size in enumerate(sizes):
+        with schema.PartWriter(run / "corpus", schema.part_name(number), LIGHT, {"listed": size + 1}) as writer:
+            for start in range(at, at + size, group_rows):
+                writer.write(pa.Table.from_pylist(rows[start : min(start + group_rows, at + size)], LIGHT))
+        at += size
+
+
+def make_rows(n, seed, own_groups):
+    g = np.random.default_rng(seed)
+    centres = g.integers(0, 2**63, n // 3, dtype=np.uint64)
+    rows = []
+    for i in range(n):
+        bits = [1 << int(b) for b in g.integers(0, 64, g.integers(0, 3))]
+        looks = int(centres[g.integers(len(centres))])
+        for bit in bits:
+            looks ^= bit
+        group = f"g{g.integers(n // 2)}" if own_groups else f"{looks:016x}"
+        draw = name(group if not own_groups else i)
+        split = "train" if draw < "5" else "validation" if draw < "a" else "held_out"
+        rows.append({"id": name(i), "phash": int(np.uint64(looks).view(np.int64)), "group": group, "split": split, "source": f"s{i}"})
+    return rows
+
+
+@pytest.mark.parametrize("own_groups", [False, True])
+@pytest.mark.parametrize("seed", [0, 1])
+def test_near_duplicates_against_all_pairs(tmp_path, own_groups, seed):
+    n = 150
+    rows, run = make_rows(n, seed, own_groups), Folder(tmp_path)
+    write_corpus(run, rows, [40, 0, 61, 49])
+    held = duplicates.read_rows(run / "corpus")
+    counts = duplicates.join_near_duplicates(run / "corpus", held)
+    looks = np.array([row["phash"] for row in rows]).view(np.uint64)
+    roots = np.array(brute(looks, [row["group"] for row in rows]))
+    # Rows of one group that look exactly alike hang together by themselves.
+    for i in range(n):
+        for j in range(i):
+            if looks[i] == looks[j] and rows[i]["group"] == rows[j]["group"]:
+                roots[roots == roots[i]] = roots[j]
+    members = {root: [i for i in range(n) if roots[i] == root] for root in set(roots.tolist())}
+    joined = {root: m for root, m in members.items() if len({rows[i]["group"] for i in m}) > 1}
+    wanted = {}
+    for m in joined.values():
+        split = min((rows[i]["split"] for i in m), key=schema.SPLITS.index)
+        first = min(rows[i]["id"] for i in m)
+        wanted |= {rows[i]["id"]: (rows[i]["group"], split, first) for i in m}
+    table = schema.read_table(run / "corpus", NEAR_DUPLICATES)
+    found = {row["id"]: (row["group"], row["split"], row["of"]) for row in table.to_pylist()}
+    assert found == wanted
+    assert len(table) == len(found) == counts["near_duplicates"] > 30
+    assert counts["groups"] == len({row["group"] for row in rows})
+    changed = [row for row in rows if row["id"] in wanted and wanted[row["id"]][1] != row["split"]]
+    assert counts["split_changed"] == len(changed) > 5
+    splits = read_splits(run / "corpus")
+    assert list(splits) == schema.parts(run / "corpus")
+    resolved = [schema.SPLITS[code] for codes in splits.values() for code in codes]
+    assert resolved == [wanted[row["id"]][1] if row["id"] in wanted else row["split"] for row in rows]
+    assert resolved == [schema.SPLITS[code] for code in held.splits]
+    assert read_copies(run / "corpus") == {row for row, (_, _, of) in wanted.items() if row != of}
+    # The order of rows and parts decides nothing.
+    order = np.random.default_rng(9).permutation(n)
+    other = Folder(tmp_path / "other")
+    write_corpus(other, [rows[i] for i in order], [75, 75])
+    assert duplicates.join_near_duplicates(other / "corpus", duplicates.read_rows(other / "corpus")) == counts
+    again = schema.read_table(other / "corpus", NEAR_DUPLICATES).to_pylist()
+    assert {row["id"]: (row["group"], row["split"], row["of"]) for row in again} == wanted
+
+
+def test_no_component_is_divided_over_splits_and_train_wins(tmp_path):
+    """A held-out row that looks like one that the fits have seen is no held-out row."""
+    base, run = 0x0F0F_1234_5678_9ABC, Folder(tmp_path)
+    looks = [base, base ^ 0b11, base ^ 0b1111, ~base % 2**64 >> 1, (~base % 2**64 >> 1) ^ 1, 12345]
+    splits = ["held_out", "validation", "train", "held_out", "validation", "held_out"]
+    rows = [
+        {"id": name(i), "phash": int(np.uint64(look).view(np.int64)), "group": str(i), "split": split, "source": str(i)}
+        for i, (look, split) in enumerate(zip(looks, splits, strict=True))
+    ]
+    write_corpus(run, rows, [6])
+    duplicates.join_near_duplicates(run / "corpus", duplicates.read_rows(run / "corpus"))
+    # The first and the third differ in four bits and hang together by the second.
+    assert read_splits(run / "corpus")[schema.part_name(0)].tolist() == [0, 0, 0, 1, 1, 2]
+
+
+def test_a_corpus_without_near_duplicates(tmp_path):
+    rows, run = make_rows(9, 3, False)[:1], Folder(tmp_path)
+    write_corpus(run, rows, [1])
+    assert read_splits(run / "corpus")[schema.part_name(0)].tolist() == [schema.SPLITS.index(rows[0]["split"])]
+    assert duplicates.join_near_duplicates(run / "corpus", duplicates.read_rows(run / "corpus"))["near_duplicates"] == 0
+    assert read_copies(run / "corpus") == set()
+
+
+def test_equal_rows_are_dropped_but_the_first_row_group_by_row_group(tmp_path):
+    run = Folder(tmp_path)
+    ids = [name(i) for i in (0, 1, 2, 1, 3, 4, 4, 4, 0, 5)]
+    rows = [{"id": one, "phash": i, "group": "g", "split": "train", "source": f"s{i}"} for i, one in enumerate(ids)]
+    write_corpus(run, rows, [5, 0, 5], group_rows=2)
+    schema.write_table(run / "rejected", schema.part_name(2), pa.Table.from_pylist([{"source": "x", "reason": "y"}], schema.REJECTED))
+    held = duplicates.read_rows(run / "corpus")
+    kept = duplicates.first_of_equals(held.ids)
+    assert kept.tolist() == [True, True, True, False, True, True, False, False, False, True]
+    stamps = (tmp_path / "corpus" / schema.part_name(1)).stat().st_mtime_ns
+    for part, keep in held.by_part(kept).items():
+        if not keep.all():
+            duplicates.drop(run, part, keep)
+    assert (tmp_path / "corpus" / schema.part_name(1)).stat().st_mtime_ns == stamps
+    assert schema.read_columns(run / "corpus", ["source"])["source"].tolist() == ["s0", "s1", "s2", "s4", "s5", "s9"]
+    rejected = [row for part in schema.parts(run / "rejected") for row in schema.read_table(run / "rejected", part).to_pylist()]
+    assert [row["source"] for row in rejected] == ["s3", "x", "s6", "s7", "s8"]
+    assert rejected[0]["reason"] == f"duplicate: of {name(1)}"
+    with pq.ParquetFile(tmp_path / "corpus" / schema.part_name(2)) as content:
+        assert schema.notes(content) == {"listed": 6}
+    again = duplicates.read_rows(run / "corpus")
+    assert duplicates.first_of_equals(again.ids).all()
+    assert [duplicates.name_of(one) for one in again.ids] == list(dict.fromkeys(ids))
+    assert (held.keep(kept).ids == again.ids).all()
+    assert held.keep(kept).sizes.tolist() == again.sizes.tolist() == [4, 0, 2]
+
+
+def test_ids_that_end_in_zeros(tmp_path):
+    run = Folder(tmp_path)
+    ids = ["ab" + "0" * 30, "ab01" + "0" * 28, "0" * 32]
+    rows = [{"id": one, "phash": 1, "group": "g", "split": "train", "source": one} for one in ids]
+    write_corpus(run, rows, [3])
+    held = duplicates.read_rows(run / "corpus")
+    assert duplicates.first_of_equals(held.ids).all()
+    assert [duplicates.name_of(one) for one in held.ids] == ids

@@ -1,0 +1,89 @@
+import json
+import tarfile
+
+import pytest
+
+from paris_ray.config import ConfigError
+from paris_ray.data.sources import open_source
+
+from .corpora import member, tar_bytes
+from .reading import data_config, good, read, reasons
+from .test_parquet import png
+
+
+def write(folder, name, members, **options):
+    folder.mkdir(exist_ok=True)
+    (folder / name).write_bytes(tar_bytes(members, **options))
+    return folder
+
+
+def test_the_caption_is_the_txt_else_the_jsons(tmp_path):
+    meta = json.dumps({"caption": "from json", "key": "k", "aesthetic": 6.0}).encode()
+    folder = write(tmp_path, "a.tar", [
+        member("000.jpg", png(0)), member("000.json", meta), member("000.txt", b"from txt"),
+        member("001.PNG", png(1)), member("001.JSON", meta),
+        member("sub/002.webp", png(2)), member("sub/002.cls", b"7"), member("sub/002.txt", b"two"),
+        member("003.txt", b"before its image"), member("003.png", png(3)),
+        member("dir", kind=tarfile.DIRTYPE),
+    ])  # fmt: skip
+    found = read(folder, "webdataset")
+    captions = {"a.tar/000": "from txt", "a.tar/001": "from json", "a.tar/sub/002": "two", "a.tar/003": "before its image"}
+    assert {name: row.caption for name, row in found.items()} == captions
+    scored = read(folder, "webdataset", filter={"score_column": "aesthetic", "min_score": 5})
+    assert reasons(scored) == {"a.tar/sub/002": "no score", "a.tar/003": "no score"}
+    assert reasons(scored).keys() | good(scored).keys() == captions.keys()
+    keyed = read(folder, "webdataset", source={"key": "key"})
+    assert keyed["a.tar/000"].id == keyed["a.tar/001"].id  # the same key in both
+    assert reasons(keyed) == {"a.tar/sub/002": "no key", "a.tar/003": "no key"}
+
+
+def test_samples_that_are_no_row(tmp_path):
+    folder = write(tmp_path, "a.tar", [
+        member("000.txt", b"alone"),
+        member("001.jpg", png(1)),
+        member("002.jpg", png(2)), member("002.png", png(2)), member("002.txt", b"two images"),
+        member("003.jpg", png(3)), member("003.json", b"{"),
+        member("004.jpg", png(4)), member("004.json", b'{"caption": null}'),
+        member("005.jpg", png(5)), member("005.json", b"[]"),
+        member("006", png(6)),
+    ])  # fmt: skip
+    assert list(reasons(read(folder, "webdataset")).items()) == [
+        ("a.tar/000", "no image"), ("a.tar/001", "no caption"), ("a.tar/002", "several images"), ("a.tar/003", "broken .json"),
+        ("a.tar/004", "no caption"), ("a.tar/005", "broken .json"), ("a.tar/006", "no image"),
+    ]  # fmt: skip
+
+
+def test_a_key_again_is_another_row(tmp_path):
+    folder = write(tmp_path, "a.tar", [
+        member("0.jpg", png(0)), member("0.txt", b"first"), member("0.jpg", png(1)), member("0.txt", b"second"),
+        member("1.jpg", png(2)), member("1.txt", b"x"), member("0.jpg", png(3)), member("0.txt", b"third"),
+    ])  # fmt: skip
+    found = read(folder, "webdataset")
+    assert {name: row.caption for name, row in found.items()} == {
+        "a.tar/0": "first", "a.tar/0#002": "second", "a.tar/1": "x", "a.tar/0#003": "third",
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("style", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
+def test_formats_and_long_and_odd_names(tmp_path, style):
+    names = ["é" * 60, "x" * 120] if style != tarfile.USTAR_FORMAT else ["é" * 40, "x" * 90]
+    names = [*names, "y" * 60 + "/" + "z" * 80]
+    members = [one for i, name in enumerate(names) for one in (member(f"{name}.png", png(i)), member(f"{name}.txt", b"c"))]
+    if style != tarfile.PAX_FORMAT:
+        members += [member("b\udcff.png", png(9)), member("b\udcff.txt", b"c")]
+    folder = write(tmp_path, "a.tar", members, format=style)
+    wanted = [f"a.tar/{name}" for name in names] + (["a.tar/b?"] if style != tarfile.PAX_FORMAT else [])
+    assert list(good(read(folder, "webdataset"))) == wanted
+
+
+def test_one_tar_by_its_name_and_folders_that_cannot_be_used(tmp_path):
+    write(tmp_path, "a.tar", [member("0.jpg", png(0)), member("0.txt", b"first")])
+    write(tmp_path, "b.tar", [member("0.jpg", png(1)), member("0.txt", b"second")])
+    assert list(read(tmp_path / "a.tar", "webdataset")) == ["a.tar/0"]
+    assert len(read(tmp_path, "webdataset")) == 2
+    assert [unit.rows for unit in open_source(data_config(tmp_path, "webdataset")).units(1)] == [None, None]
+    with pytest.raises(ConfigError, match=r"gone does not exist"):
+        read(tmp_path / "gone", "webdataset")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ConfigError, match=r"holds no \*.tar file"):
+        read(tmp_path / "empty", "webdataset")
