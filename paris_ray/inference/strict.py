@@ -22,14 +22,6 @@ ROUTER_FILE = "pytorch_model.safetensors"
 PICKLED = (".pt", ".pth", ".bin", ".ckpt", ".pkl")
 FLOATS = {"F64", "F32", "F16", "BF16"}
 
-# What a config may say, beside shapes, and the only value that this code computes; None: any, it does not touch the maths of sampling.
-_EXPERT_FIXED: dict[str, Any] = {
-    "model_type": "dit_expert", "architecture": "dit", "use_text_conditioning": True, "use_class_conditioning": False, "use_dit_time_embed": True,
-    "use_adaln_single": True, "expert_id": None, "num_classes": None, "cfg_dropout_prob": None, "objective": None, "noise_schedule": None,
-}  # fmt: skip
-_ROUTER_FIXED: dict[str, Any] = {"model_type": "router", "architecture": "dit", "use_dit_time_embed": True}
-_SHAPE = {"image_size", "patch_size", "in_channels", "hidden_size", "num_layers", "num_heads", "mlp_ratio", "text_embed_dim", "norm_eps"}
-
 
 def load_expert(folder: Folder, latent_size: int, ignore: Collection[str] = (), device: str = "cpu") -> tuple[DiT, Objective]:
     """An expert from its folder in the released layout (``export/`` of a run, ``expert_k/`` of a model).
@@ -48,15 +40,13 @@ def load_expert(folder: Folder, latent_size: int, ignore: Collection[str] = (), 
         ValueError: a setting or a tensor does not fit; the message says which, in which file, and what to do.
     """
     config = read_config(folder)
-    where = f"{folder.uri}/config.json"
-    arguments = _arguments(config, where, _EXPERT_FIXED, _SHAPE | {"out_channels"}, latent_size)
     kind, schedule = config.get("objective") or "flow", config.get("noise_schedule") or "cosine"
     try:
         meaning = objective(kind, schedule)
         with torch.device("meta"), _Uninitialised():
-            module = DiT(**arguments)
+            module = DiT.from_config({"image_size": latent_size, **config})
     except (TypeError, ValueError) as error:
-        raise ValueError(f"{where}: {error}") from error
+        raise ValueError(f"{folder.uri}/config.json: {error}") from error
     load_tensors(module, folder, EXPERT_FILE, ignore, device)
     return module, meaning
 
@@ -64,13 +54,11 @@ def load_expert(folder: Folder, latent_size: int, ignore: Collection[str] = (), 
 def load_router(folder: Folder, latent_size: int, ignore: Collection[str] = (), device: str = "cpu") -> Router:
     """A router from its folder in the released layout; see :func:`load_expert`."""
     config = read_config(folder)
-    where = f"{folder.uri}/config.json"
-    arguments = _arguments(config, where, _ROUTER_FIXED, _SHAPE | {"num_clusters"}, latent_size)
     try:
         with torch.device("meta"), _Uninitialised():
-            module = Router(**arguments)
+            module = Router.from_config({"image_size": latent_size, **config})
     except (TypeError, ValueError) as error:
-        raise ValueError(f"{where}: {error}") from error
+        raise ValueError(f"{folder.uri}/config.json: {error}") from error
     load_tensors(module, folder, ROUTER_FILE, ignore, device)
     return module
 
@@ -90,20 +78,6 @@ def read_config(folder: Folder) -> dict[str, Any]:
     if not isinstance(config, dict):
         raise ValueError(f"{folder.uri}/config.json must hold keys and values, not {type(config).__name__}")
     return config
-
-
-def _arguments(config: dict[str, Any], where: str, fixed: dict[str, Any], shape: Collection[str], latent_size: int) -> dict[str, Any]:
-    """The constructor's keywords from a config."""
-    for key, value in config.items():
-        if key in shape or key.startswith("_"):
-            continue
-        if key not in fixed:
-            if value is None or value is False:
-                continue  # a feature that is off
-            raise ValueError(f"{where}: unknown setting {key} = {value!r}, which may change what the network computes; remove it only if it does not")
-        if fixed[key] is not None and value != fixed[key]:
-            raise ValueError(f"{where}: {key} = {value!r} is not supported; this code computes only {fixed[key]!r}")
-    return {"image_size": latent_size, **{key: config[key] for key in shape if key in config}}
 
 
 def load_tensors(module: nn.Module, folder: Folder, name: str, ignore: Collection[str] = (), device: str = "cpu") -> None:
@@ -137,6 +111,7 @@ def load_tensors(module: nn.Module, folder: Folder, name: str, ignore: Collectio
     except SafetensorError as error:
         raise ValueError(f"{where} is not a whole safetensors file ({error}); copy it again") from error
     module.load_state_dict(tensors, assign=True)
+    module.to(device)  # what no file holds: constants
     module.eval().requires_grad_(False)
 
 
@@ -153,5 +128,5 @@ def refuse_pickles(folder: Folder, name: str, among: Iterable[str] | None = None
         if found.endswith(PICKLED):
             raise ValueError(
                 f"{folder.uri}/{found} is refused: pickled weights can run code when they are read. "
-                f"Convert them to {name} where you trust them (safetensors.torch.save_file)."
+                f"Where you trust them, convert them: python -m jobs.convert {folder.uri}/{found} {folder.uri}/{name}"
             )
