@@ -20,7 +20,7 @@ WITHOUT_RAY = [
     "paris_ray.data.schema", "paris_ray.data.sources", "paris_ray.data.images", "paris_ray.data.text", "paris_ray.data.codec",
     "paris_ray.data.embedding", "paris_ray.data.encoders", "paris_ray.data.openmoji", "paris_ray.data.kmeans", "paris_ray.data.balance",
     "paris_ray.training.loop", "paris_ray.training.ema", "paris_ray.training.checkpoint", "paris_ray.training.shard", "paris_ray.training.draws",
-    "paris_ray.evaluation.metrics",
+    "paris_ray.evaluation.metrics", "paris_ray.hub", "paris_ray.models.network", "paris_ray.models.fold", "paris_ray.models.init_from",
 ]  # fmt: skip
 """Modules that a machine without Ray can use; all of paris_ray/inference as well."""
 
@@ -150,6 +150,7 @@ LEVELS = [
         "paris_ray.config",
         "paris_ray.storage",
         "paris_ray.manifest",
+        "paris_ray.hub",
         "paris_ray.stages",
         "paris_ray.rng",
         "paris_ray.progress",

@@ -14,7 +14,7 @@ from paris_ray.config import ClipText, SamplingConfig, VaeCodec
 from paris_ray.data.codec import build_vae, load_codec
 from paris_ray.data.text import build_text_encoder, load_text_encoder
 from paris_ray.diffusion.path import Objective
-from paris_ray.inference.hub import open_model
+from paris_ray.hub import open_model
 from paris_ray.inference.precision import check_precision, set_precision
 from paris_ray.inference.strict import EXPERT_FILE, PICKLED, load_expert, load_router, read_config, refuse_pickles
 from paris_ray.models import DiT, Router
@@ -148,7 +148,7 @@ def load_model(path: str | os.PathLike[str], device: str = "cpu", precision: str
     router. Experts without files are allowed and reported in ``present``.
 
     Args:
-        path: folder or URI, or a repository of the hub (:func:`paris_ray.inference.hub.open_model`); from elsewhere, files are copied to a local
+        path: folder or URI, or a repository of the hub (:func:`paris_ray.hub.open_model`); from elsewhere, files are copied to a local
             cache first.
         device: torch device of sampling.
         precision: of the experts, ``fp32``, ``bf16`` or ``int8``.
