@@ -17,7 +17,10 @@ SHORT = {"expert__train__images": 80, "expert__train__checkpoint_images": 40}
 
 def train(rank: int, path: str) -> None:
     torch.distributed.init_process_group("gloo", init_method=f"file://{path}/rendezvous", rank=rank, world_size=2)
-    worker.run(fake.make_config(f"{path}/two", **SHORT), "expert-0", Place(torch.device("cpu"), rank, 2))
+    # One of them in micro-batches: memory is each machine's own.
+    worker.run(
+        fake.make_config(f"{path}/two", **SHORT, expert__train__micro_batch=(2, "null")[rank]), "expert-0", Place(torch.device("cpu"), rank, 2)
+    )
     torch.distributed.destroy_process_group()
 
 
