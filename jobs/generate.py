@@ -39,7 +39,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--threads", type=int, default=1, help="CPU threads of a process (1); part of what the same bytes means")
     args = parser.parse_args(argv)
 
-    from paris_ray.inference import batch, hub, prompt_file
+    from paris_ray import hub
+    from paris_ray.inference import batch, prompt_file
     from paris_ray.inference.request import ImageRequest
     from paris_ray.inference.weights import read_facts
 

@@ -295,12 +295,31 @@ class TrainConfig(Strict):
     # Location of the normal whose sigmoid is a logit-normal time; above 0 leans towards noise, where a picture's layout is decided.
     timestep_mean: float = 0.0
     precision: Literal["fp32", "bf16"] = "fp32"
+    # Compile the network's blocks: a minute or two at the start, faster steps from then on.
+    compile: bool = False
+    # Compute the blocks' activations again for the backward pass instead of keeping them: a third more work, far less memory.
+    gradient_checkpointing: bool = False
+    # Rows in one forward and backward pass of one worker, whose gradients add up to the batch's; null: its whole share of batch_size.
+    micro_batch: Annotated[int, Field(ge=1)] | None = None
     # null: one checkpoint at the end only.
     checkpoint_images: Annotated[int, Field(ge=1)] | None = None
     keep_checkpoints: Annotated[int, Field(ge=1)] = 2
     log_images: Annotated[int, Field(ge=1)] = 10_000
     # Held-out loss and sample grids; null: at the end only.
     sample_images: Annotated[int, Field(ge=1)] | None = None
+
+    def check_slices(self, num_workers: int) -> None:
+        """Raise ConfigError unless the workers' shares of a batch, and the micro-batches of a share, are equal."""
+        if self.batch_size % num_workers:
+            raise ConfigError(
+                f"train.batch_size {self.batch_size} must be a multiple of resources.num_workers {num_workers}: each worker takes an equal share"
+            )
+        share = self.batch_size // num_workers
+        if self.micro_batch is not None and share % self.micro_batch:
+            raise ConfigError(
+                f"train.micro_batch {self.micro_batch} must divide the {share} rows of a worker's share (train.batch_size {self.batch_size} over "
+                f"resources.num_workers {num_workers}); set it to a divisor, or null for the whole share"
+            )
 
 
 class Resources(Strict):
@@ -328,11 +347,7 @@ class TrainedConfig(Strict):
 
     @model_validator(mode="after")
     def _slices(self) -> TrainedConfig:
-        if self.train.batch_size % self.resources.num_workers:
-            raise ValueError(
-                f"train.batch_size {self.train.batch_size} must be a multiple of resources.num_workers {self.resources.num_workers}: "
-                "each worker takes an equal slice"
-            )
+        self.train.check_slices(self.resources.num_workers)
         return self
 
 

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
+from paris_ray import hub
 from paris_ray.config import RunConfig
 from paris_ray.manifest import Stage, Status, fingerprint, published, recorded, require
-from paris_ray.storage import Folder, safetensors_at
+from paris_ray.storage import Folder
 
 CONTROL_ROUTER = "control_router"
 
@@ -58,8 +59,11 @@ def _without(tree: dict[str, Any], *keys: str) -> dict[str, Any]:
 
 
 def _weights_part(spec: dict[str, Any]) -> dict[str, Any]:
-    """What of a training spec decides the weights: neither the machine (but for its threads) nor how often the run is looked at and saved."""
-    train = _without(spec["train"], "log_images", "checkpoint_images", "keep_checkpoints", "sample_images")
+    """What of a training spec decides the weights: neither the machine (but for its threads) nor how often the run is looked at and saved.
+
+    Compiled code and micro-batches add in another order, so they count. Gradient checkpointing does the same sums twice, to the same bits.
+    """
+    train = _without(spec["train"], "log_images", "checkpoint_images", "keep_checkpoints", "sample_images", "gradient_checkpointing")
     return {**_without(spec, "resources"), "train": train, "threads": spec["resources"]["threads"]}
 
 
@@ -96,12 +100,14 @@ def config_part(config: RunConfig, name: str) -> dict[str, Any]:
 
 def _source_print(source: str, made: Folder) -> str:
     """Fingerprint of the weights that an expert starts from. An expert that has started has them in its checkpoints: then they may be gone."""
-    found, names = safetensors_at(source)
-    if names:
-        return fingerprint({name: found.sketch(name) for name in names})
-    if (then := recorded(made)) is not None and "init_from" in then["parents"]:
-        return str(then["parents"]["init_from"])
-    raise FileNotFoundError(f"init_from: {source} holds no safetensors file; give a file, or a folder with one")
+    found, names = hub.weights_here(source)
+    if not names:
+        if (then := recorded(made)) is not None and "init_from" in then["parents"]:
+            return str(then["parents"]["init_from"])
+        found, names = hub.weights_there(source)
+    if not names:
+        raise FileNotFoundError(f"init_from: {source} holds no safetensors file; give a file, a folder with one, or a repository of the hub")
+    return fingerprint({name: found.sketch(name) for name in names})
 
 
 def stage(config: RunConfig, name: str) -> Stage:

@@ -14,7 +14,7 @@ from ray import serve
 from ray.serve import Application
 from ray.serve.config import BackpressureConfig
 
-from paris_ray.inference.hub import address, open_model
+from paris_ray.hub import address, open_model
 from paris_ray.storage import Folder
 from serve_app.deployments import Api, ExpertGroup, Sampler
 from serve_app.protocol import Limits, key_digests

@@ -99,6 +99,8 @@ def fails(*sets: str, source: str = "demo") -> str:
             ["data.filter.max_caption_chars is 5000, above serve.max_prompt_chars 4000", "raise serve.max_prompt_chars"],
         ),
         ("expert.resources.num_workers=3", ["expert: train.batch_size 16 must be a multiple of resources.num_workers 3"]),
+        ("expert.train.micro_batch=3", ["expert: train.micro_batch 3 must divide the 16 rows of a worker's share", "set it to a divisor, or null"]),
+        ("experts.2.train.micro_batch=0", ["experts.2.train.micro_batch: ", "greater than or equal to 1"]),
         ("partition.max_share=1.0", ["partition.max_share: ", "greater than 1"]),
         ("seed", ["--set 'seed' has no '='"]),
         ("seed=[", ["--set 'seed=['", "not valid YAML"]),
@@ -151,3 +153,15 @@ def test_the_dump_is_plain_yaml_of_the_whole_schema() -> None:
     assert tree.keys() == RunConfig.model_fields.keys()
     assert tree["expert"]["train"]["batch_size"] == 8
     assert tree["experts"] == [{}, {"objective": "ddpm"}, {"model": {"hidden_size": 48, "num_layers": 1, "num_heads": 4}}]
+
+
+@pytest.mark.parametrize("preset", ["paris_b2", "paris_xl2"])
+def test_the_papers_sizes_are_compiled_and_fit_a_gpu_of_80_gb(preset: str) -> None:
+    """Weights, gradients, two moments and averages in float32, and activations in GB an image, counted in eager bfloat16 (docs/notebook.md)."""
+    size = {"XL/2": (0.606, 0.462), "B/2": (0.129, 0.134)}
+    one = config.load(preset)
+    for part in (*one.experts, one.router):
+        assert part.train.compile
+        assert not part.train.gradient_checkpointing
+        parameters, activations = size[str(part.model.size)]
+        assert 20 * parameters + (part.train.micro_batch or part.train.batch_size) * activations < 60

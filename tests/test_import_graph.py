@@ -25,6 +25,7 @@ WITHOUT_RAY = [
     "paris_ray.data.kmeans", "paris_ray.data.nearest", "paris_ray.data.balance",
     "paris_ray.training.loop", "paris_ray.training.ema", "paris_ray.training.checkpoint", "paris_ray.training.shard", "paris_ray.training.draws",
     "paris_ray.training.budget", "paris_ray.pages.blocks", "paris_ray.pages.charts", "paris_ray.evaluation.metrics",
+    "paris_ray.hub", "paris_ray.models.network", "paris_ray.models.fold", "paris_ray.models.init_from",
 ]  # fmt: skip
 """Modules that a machine without Ray can use; all of paris_ray/inference as well."""
 
@@ -154,6 +155,7 @@ LEVELS = [
         "paris_ray.config",
         "paris_ray.storage",
         "paris_ray.manifest",
+        "paris_ray.hub",
         "paris_ray.stages",
         "paris_ray.rng",
         "paris_ray.progress",

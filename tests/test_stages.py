@@ -59,9 +59,13 @@ EXPERTS = {"expert-0", "expert-1", "expert-2"}
         ("expert.train.log_images=9", set()),
         ("expert.train.checkpoint_images=9", set()),
         ("router.train.sample_images=9", set()),
+        # … nor whether activations are kept or computed again …
+        ("expert.train.gradient_checkpointing=true", set()),
         ("partition.contact_sheet=9", {"partition"}),
-        # … but the number of threads of a matrix product does.
+        # … but the number of threads of a matrix product does, and generated code and micro-batches, which add in another order.
         ("experts.0.resources.threads=2", {"expert-0"}),
+        ("router.train.compile=true", {"router", "control_router"}),
+        ("experts.1.train.micro_batch=4", {"expert-1"}),
     ],
 )
 def test_a_setting_makes_exactly_its_stages_stale(tmp_path: Path, setting: str, expected: set[str]) -> None:

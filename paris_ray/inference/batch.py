@@ -13,9 +13,9 @@ from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+from paris_ray.hub import Snapshot
 from paris_ray.inference.engine import Engine
 from paris_ray.inference.experts import LocalExperts
-from paris_ray.inference.hub import Snapshot
 from paris_ray.inference.prompt_file import Order
 from paris_ray.inference.request import ImageRequest, ImageResult
 from paris_ray.inference.weights import ModelFacts, ParisModel, load_model

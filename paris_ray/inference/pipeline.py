@@ -17,9 +17,9 @@ from diffusers.utils import BaseOutput
 from torch import Tensor
 
 from paris_ray.diffusion.sampler import WHOLE_RANGE, evaluations, time_grid
+from paris_ray.hub import open_model
 from paris_ray.inference.engine import ANY_NUMBER, Engine, ImageRequest, ImageResult
 from paris_ray.inference.experts import LocalExperts
-from paris_ray.inference.hub import open_model
 from paris_ray.inference.save import save_model
 from paris_ray.inference.weights import ParisModel, load_model
 
@@ -106,7 +106,7 @@ class ParisPipeline(DiffusionPipeline):
             threads: CPU threads of this process; ``None`` leaves them as they are.
             max_rows: pictures stepped at once.
             ignore_tensors, ignore_settings, norm_eps: as of :func:`paris_ray.inference.weights.load_model`.
-            revision: of a repository of the hub; see :func:`paris_ray.inference.hub.open_model`, also for the other three.
+            revision: of a repository of the hub; see :func:`paris_ray.hub.open_model`, also for the other three.
             token: for the hub.
             cache_dir: where what the hub sends is kept.
             local_files_only: ask no network.

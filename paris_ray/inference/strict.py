@@ -20,15 +20,6 @@ from paris_ray.storage import Folder
 
 PICKLED = (".pt", ".pth", ".bin", ".ckpt", ".pkl")
 
-# What a config may say, beside shapes, and the only value that this code computes; None: any, it does not touch the maths of sampling.
-_EXPERT_FIXED: dict[str, Any] = {
-    "model_type": "dit_expert", "architecture": "dit", "use_text_conditioning": True, "use_class_conditioning": False, "use_dit_time_embed": True,
-    "use_adaln_single": True, "expert_id": None, "num_classes": None, "cfg_dropout_prob": None, "objective": None, "noise_schedule": None,
-}  # fmt: skip
-_ROUTER_FIXED: dict[str, Any] = {"model_type": "router", "architecture": "dit", "use_dit_time_embed": True}
-_SHAPE = {"image_size", "patch_size", "in_channels", "hidden_size", "num_layers", "num_heads", "mlp_ratio", "text_embed_dim", "norm_eps"}
-_EXPERT_SHAPE, _ROUTER_SHAPE = _SHAPE | {"out_channels"}, _SHAPE | {"num_clusters"}
-
 
 def load_expert(
     folder: Folder,
@@ -56,14 +47,12 @@ def load_expert(
         ValueError: a setting or a tensor does not fit; the message says which, in which file, and what to do.
     """
     config = expert_config(folder, ignore_settings, norm_eps)
-    where = f"{folder.uri}/config.json"
-    arguments = _arguments(config, where, _EXPERT_FIXED, _EXPERT_SHAPE, latent_size)
     try:
         meaning = objective(*stated_objective(config))
         with torch.device("meta"), _Uninitialised():
-            module = DiT(**arguments)
+            module = DiT.from_config({"image_size": latent_size, **config})
     except (TypeError, ValueError) as error:
-        raise ValueError(f"{where}: {error}") from error
+        raise ValueError(f"{folder.uri}/config.json: {error}") from error
     load_tensors(module, folder, EXPERT_FILE, ignore, device)
     return module, meaning
 
@@ -77,14 +66,12 @@ def load_router(
     norm_eps: float | None = None,
 ) -> Router:
     """A router from its folder in the released layout; see :func:`load_expert`."""
-    config = _read(folder, _ROUTER_FIXED.keys() | _ROUTER_SHAPE, ignore_settings, norm_eps)
-    where = f"{folder.uri}/config.json"
-    arguments = _arguments(config, where, _ROUTER_FIXED, _ROUTER_SHAPE, latent_size)
+    config = _read(folder, Router, ignore_settings, norm_eps)
     try:
         with torch.device("meta"), _Uninitialised():
-            module = Router(**arguments)
+            module = Router.from_config({"image_size": latent_size, **config})
     except (TypeError, ValueError) as error:
-        raise ValueError(f"{where}: {error}") from error
+        raise ValueError(f"{folder.uri}/config.json: {error}") from error
     load_tensors(module, folder, ROUTER_FILE, ignore, device)
     return module
 
@@ -108,7 +95,7 @@ def read_config(folder: Folder) -> dict[str, Any]:
 
 def expert_config(folder: Folder, ignore_settings: Collection[str] = (), norm_eps: float | None = None) -> dict[str, Any]:
     """``config.json`` of an expert as :func:`load_expert` takes it: without the settings that are ignored, and with the epsilon that is given."""
-    return _read(folder, _EXPERT_FIXED.keys() | _EXPERT_SHAPE, ignore_settings, norm_eps)
+    return _read(folder, DiT, ignore_settings, norm_eps)
 
 
 def stated_objective(config: dict[str, Any]) -> tuple[str, str]:
@@ -116,30 +103,13 @@ def stated_objective(config: dict[str, Any]) -> tuple[str, str]:
     return config.get("objective") or "flow", config.get("noise_schedule") or "cosine"
 
 
-def _read(folder: Folder, known: Collection[str], ignore_settings: Collection[str], norm_eps: float | None) -> dict[str, Any]:
-    config = {key: value for key, value in read_config(folder).items() if key in known or key not in ignore_settings}
+def _read(folder: Folder, kind: type[DiT] | type[Router], ignore_settings: Collection[str], norm_eps: float | None) -> dict[str, Any]:
+    config = {key: value for key, value in read_config(folder).items() if key in kind.known_settings() or key not in ignore_settings}
     if norm_eps is None:
         return config
     if not 0 < norm_eps < 1:
         raise ValueError(f"norm_eps: {norm_eps} must be between 0 and 1; 1e-6 and 1e-5 are usual")
     return {**config, "norm_eps": norm_eps}
-
-
-def _arguments(config: dict[str, Any], where: str, fixed: dict[str, Any], shape: Collection[str], latent_size: int) -> dict[str, Any]:
-    """The constructor's keywords from a config."""
-    for key, value in config.items():
-        if key in shape or key.startswith("_"):
-            continue
-        if key not in fixed:
-            if value is None or value is False:
-                continue  # a feature that is off
-            raise ValueError(
-                f"{where}: unknown setting {key} = {value!r}, which may change what the network computes; "
-                f"if it does not, allow it by name (ignore_settings=({key!r},))"
-            )
-        if fixed[key] is not None and value != fixed[key]:
-            raise ValueError(f"{where}: {key} = {value!r} is not supported; this code computes only {fixed[key]!r}")
-    return {"image_size": latent_size, **{key: config[key] for key in shape if key in config}}
 
 
 def load_tensors(module: nn.Module, folder: Folder, name: str, ignore: Collection[str] = (), device: str = "cpu") -> None:
@@ -160,6 +130,7 @@ def load_tensors(module: nn.Module, folder: Folder, name: str, ignore: Collectio
     with safe_open(path, framework="pt", device=device) as file:
         tensors = {key: file.get_tensor(key) for key in wanted}
     module.load_state_dict(tensors, assign=True)
+    module.to(device)  # what no file holds: constants
     module.eval().requires_grad_(False)
 
 
@@ -170,5 +141,5 @@ def refuse_pickles(folder: Folder, name: str, among: Iterable[str] | None = None
         if found.endswith(PICKLED):
             raise ValueError(
                 f"{folder.uri}/{found} is refused: pickled weights can run code when they are read. "
-                f"Convert them to {name} where you trust them (safetensors.torch.save_file)."
+                f"Where you trust them, convert them: python -m jobs.convert {folder.uri}/{found} {folder.uri}/{name}"
             )

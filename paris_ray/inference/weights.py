@@ -15,7 +15,7 @@ from paris_ray.data.codec import load_codec
 from paris_ray.data.encoders import NULL_TEXT
 from paris_ray.data.text import load_text_encoder
 from paris_ray.diffusion.path import Objective
-from paris_ray.inference.hub import Snapshot, open_model
+from paris_ray.hub import Snapshot, open_model
 from paris_ray.inference.precision import check_precision, set_precision, set_router_precision
 from paris_ray.inference.strict import PICKLED, load_expert, load_router, read_config, refuse_pickles, stated_objective
 from paris_ray.layout import EXPERT_FILE, INFO, UPLOAD
@@ -199,7 +199,7 @@ def load_model(
     matching where their own configs say nothing else. Experts without files are allowed and reported in ``present``.
 
     Args:
-        path: folder or URI, or a repository of the hub (:func:`paris_ray.inference.hub.open_model`, whose answer is taken as well); from elsewhere,
+        path: folder or URI, or a repository of the hub (:func:`paris_ray.hub.open_model`, whose answer is taken as well); from elsewhere,
             files are copied to a local cache first.
         device: torch device of sampling.
         precision: of the experts, ``fp32``, ``bf16`` or ``int8``.

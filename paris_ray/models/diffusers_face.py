@@ -16,21 +16,24 @@ from __future__ import annotations
 import os
 import tempfile
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from diffusers import ConfigMixin, ModelMixin
 from diffusers.configuration_utils import register_to_config
 from diffusers.utils import SAFETENSORS_WEIGHTS_NAME
 
 from paris_ray.models.dit import DiT
+from paris_ray.models.network import Network
 from paris_ray.models.router import Router
 
 ROUTER_WEIGHTS_NAME = "pytorch_model.safetensors"
 """The released router's file, where diffusers expects ``diffusion_pytorch_model.safetensors``."""
 
 
-class _Strict(ModelMixin, ConfigMixin):
-    """Loads all tensors or none, and ignores no setting."""
+class _Strict:
+    """Loads all tensors or none, and ignores no setting; goes before the network, whose ``from_config`` would not tell diffusers what it read."""
+
+    _supports_gradient_checkpointing = True
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike[str], **kwargs: Any) -> Any:
@@ -41,34 +44,38 @@ class _Strict(ModelMixin, ConfigMixin):
             OSError: there are no safetensors.
         """
         with_info = kwargs.pop("output_loading_info", False)
-        model, info = super().from_pretrained(pretrained_model_name_or_path, **{**kwargs, "use_safetensors": True, "output_loading_info": True})
-        if problems := [
-            f"{kind.replace('_', ' ')}: {info[kind]}" for kind in ("missing_keys", "unexpected_keys", "mismatched_keys") if info.get(kind)
-        ]:
-            raise ValueError(f"{pretrained_model_name_or_path} does not fit its config.json; {'; '.join(problems)}")
+        # We report misshapen tensors; loading by way of accelerate, the default where that is installed, would raise before we can.
+        ours = {"use_safetensors": True, "output_loading_info": True, "ignore_mismatched_sizes": True}
+        kwargs = {"low_cpu_mem_usage": "device_map" in kwargs, **kwargs, **ours}
+        model, info = super().from_pretrained(pretrained_model_name_or_path, **kwargs)  # type: ignore[misc]
+        problems = [f"tensor {name} is missing from the file" for name in info["missing_keys"]]
+        problems += [f"tensor {name} is in the file but not in the network" for name in info["unexpected_keys"]]
+        for name, there, here in info["mismatched_keys"]:
+            problems.append(f"tensor {name} has shape {tuple(there)} in the file, {tuple(here)} in the network")
+        if problems:
+            raise ValueError(f"{pretrained_model_name_or_path} does not fit its config.json: {'; '.join(problems)}")
         return (model, info) if with_info else model
+
+    @classmethod
+    def from_config(cls, config: Any = None, return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
+        """As diffusers', with the strict rule of :meth:`paris_ray.models.network.Network.keywords`."""
+        return super(Network, cls).from_config(config, return_unused_kwargs, **kwargs)  # type: ignore[misc]
 
     @classmethod
     def extract_init_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
         """As diffusers', which would only warn of a setting it does not know."""
-        known = cls._get_init_keys(cls)
-        for key, value in config_dict.items():
-            # As elsewhere: private keys are diffusers' own, and a feature that is off changes nothing.
-            if key not in known and not key.startswith("_") and value not in (None, False):
-                raise ValueError(f"config.json: unknown setting {key} = {value!r}, which may change what {cls.__name__} computes")
-        return super().extract_init_dict(config_dict, **kwargs)
+        try:
+            cls.keywords(config_dict)  # type: ignore[attr-defined]
+        except ValueError as error:
+            raise ValueError(f"config.json: {error}") from None
+        return super().extract_init_dict(config_dict, **kwargs)  # type: ignore[misc]
 
 
-def _only(**settings: tuple[Any, Any]) -> None:
-    for key, (value, supported) in settings.items():
-        if value != supported:
-            raise ValueError(f"{key} = {value!r} is not supported; this code computes only {supported!r}")
-
-
-class ParisDiTModel(DiT, _Strict):
+class ParisDiTModel(_Strict, DiT, ModelMixin, ConfigMixin):
     """An expert; the keywords are the keys of its released ``config.json``, and what ours add to them (see :class:`DiT`)."""
 
-    _supports_gradient_checkpointing = True
+    _repeated_blocks: ClassVar[list[str]] = ["DiTBlock"]
+    _no_split_modules: ClassVar[list[str]] = ["DiTBlock"]
 
     @register_to_config
     def __init__(
@@ -95,18 +102,14 @@ class ParisDiTModel(DiT, _Strict):
         objective: str = "flow",
         noise_schedule: str = "cosine",
     ):
-        _only(
-            model_type=(model_type, "dit_expert"), architecture=(architecture, "dit"), use_text_conditioning=(use_text_conditioning, True),
-            use_class_conditioning=(use_class_conditioning, False), use_dit_time_embed=(use_dit_time_embed, True),
-            use_adaln_single=(use_adaln_single, True),
-        )  # fmt: skip
-        super().__init__(
-            image_size, patch_size, in_channels, out_channels, hidden_size, num_layers, num_heads, mlp_ratio, text_embed_dim, norm_eps=norm_eps
-        )
+        super().__init__(**self.keywords(self.config))
 
 
-class ParisRouterModel(Router, _Strict):
+class ParisRouterModel(_Strict, Router, ModelMixin, ConfigMixin):
     """The router; the keywords are the keys of its released ``config.json``, and what ours add to them (see :class:`Router`)."""
+
+    _repeated_blocks: ClassVar[list[str]] = ["RouterBlock"]
+    _no_split_modules: ClassVar[list[str]] = ["RouterBlock"]
 
     @register_to_config
     def __init__(
@@ -125,8 +128,7 @@ class ParisRouterModel(Router, _Strict):
         text_embed_dim: int | None = None,
         norm_eps: float = 1e-6,
     ):
-        _only(model_type=(model_type, "router"), architecture=(architecture, "dit"), use_dit_time_embed=(use_dit_time_embed, True))
-        super().__init__(num_clusters, image_size, patch_size, in_channels, hidden_size, num_layers, num_heads, mlp_ratio, text_embed_dim, norm_eps)
+        super().__init__(**self.keywords(self.config))
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike[str], **kwargs: Any) -> Any:

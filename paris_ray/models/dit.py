@@ -5,13 +5,11 @@ Tensor names and shapes are those of the released Paris checkpoint. DiT-XL/2 has
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
-from paris_ray.config import SIZES
 from paris_ray.models.layers import (
     Attention,
     Linear,
@@ -24,6 +22,7 @@ from paris_ray.models.layers import (
     modulate,
     sincos_positions,
 )
+from paris_ray.models.network import Network
 
 KeysValues = list[tuple[Tensor, Tensor]]
 """Keys and values of the text, per layer: two of (N, H, S, D/H)."""
@@ -69,7 +68,7 @@ class FinalLayer(nn.Module):
         return self.linear(modulate(self.norm_final(x), shift, scale))  # (N, T, p²·C)
 
 
-class DiT(nn.Module):
+class DiT(Network):
     """One expert: predicts velocity (flow matching) or noise (DDPM) of a latent.
 
     Args:
@@ -84,7 +83,15 @@ class DiT(nn.Module):
         text_embed_dim: width of the text states.
         norm_eps: epsilon of the norms (1e-6 in DiT and PixArt-α).
         gradient_checkpointing: recompute the blocks in the backward pass, to save memory.
+
+    Raises:
+        ValueError: patches do not cover the latent, or heads do not share the width evenly.
     """
+
+    SETTINGS: ClassVar[dict[str, Any]] = {
+        "model_type": "dit_expert", "architecture": "dit", "use_text_conditioning": True, "use_class_conditioning": False, "use_dit_time_embed": True,
+        "use_adaln_single": True, "expert_id": None, "num_classes": None, "cfg_dropout_prob": None, "objective": None, "noise_schedule": None,
+    }  # fmt: skip
 
     def __init__(
         self,
@@ -100,18 +107,12 @@ class DiT(nn.Module):
         norm_eps: float = 1e-6,
         gradient_checkpointing: bool = False,
     ):
-        super().__init__()
-        if image_size % patch_size:
-            raise ValueError(f"image_size {image_size} must be a multiple of patch_size {patch_size}")
-        self.image_size, self.patch_size = image_size, patch_size
-        self.in_channels, self.out_channels = in_channels, out_channels
-        self.text_embed_dim = text_embed_dim
-        self.gradient_checkpointing = gradient_checkpointing
-        grid = image_size // patch_size
+        super().__init__(image_size, patch_size, in_channels, hidden_size, num_heads, gradient_checkpointing)
+        self.out_channels, self.text_embed_dim = out_channels, text_embed_dim
 
         self.patch_embed = PatchEmbed(in_channels, hidden_size, kernel_size=patch_size, stride=patch_size)
         # Fixed, as in DiT; a parameter because the released files hold it.
-        self.pos_embed = nn.Parameter(sincos_positions(hidden_size, grid), requires_grad=False)
+        self.pos_embed = nn.Parameter(sincos_positions(hidden_size, image_size // patch_size), requires_grad=False)
         self.time_embed = TimeEmbedding(hidden_size)
         self.text_proj = Linear(text_embed_dim, hidden_size)
         self.t_block = nn.Sequential(nn.SiLU(), PreciseLinear(hidden_size, 6 * hidden_size))
@@ -119,13 +120,6 @@ class DiT(nn.Module):
         self.final_layer = FinalLayer(hidden_size, patch_size, out_channels, norm_eps)
         if not self.patch_embed.weight.is_meta:  # there, weights come from a file, and drawing would make torch import its compiler: seconds
             self.initialize_weights()
-
-    @classmethod
-    def named(cls, size: str, **overrides: Any) -> DiT:
-        """A DiT of a named size: ``DiT.named("XL/2")``; keywords override the constructor's."""
-        if size not in SIZES:
-            raise ValueError(f"size: {size!r} is not one of {', '.join(SIZES)}")
-        return cls(**{**SIZES[size], **overrides})
 
     def initialize_weights(self) -> None:
         """All initial values: DiT's, with PixArt-α's for what DiT lacks."""
@@ -141,15 +135,6 @@ class DiT(nn.Module):
         # The output starts at zero (DiT).
         nn.init.zeros_(self.final_layer.linear.weight)
         nn.init.zeros_(self.final_layer.linear.bias)
-
-    def compile_blocks(self, **options: Any) -> None:
-        """Compile the blocks in place, as whole graphs; names of tensors stay. One compilation serves all layers, which are alike.
-
-        Args:
-            options: of ``torch.compile``, such as ``mode`` or ``backend``.
-        """
-        for layer in self.layers:
-            layer.compile(fullgraph=True, **options)
 
     def text_keys_values(self, text: Tensor) -> KeysValues:
         """Keys and values of text states for every layer, reusable over all steps: (N, S, text_embed_dim) → per layer two of (N, H, S, D/H)."""
@@ -173,7 +158,11 @@ class DiT(nn.Module):
 
         Returns:
             velocity or noise, (N, C, H, W), in float32 or better.
+
+        Raises:
+            ValueError: latents of another size, or neither text nor keys and values.
         """
+        self._check_latents(x)
         if keys_values is None:
             if text is None:
                 raise ValueError("DiT.forward needs text or keys_values")
@@ -183,8 +172,5 @@ class DiT(nn.Module):
         time = self.time_embed(t)  # (N, D)
         modulation = self.t_block(time).view(x.shape[0], 6, -1)  # (N, 6, D)
         for layer, layer_kv in zip(self.layers, keys_values, strict=True):
-            if self.gradient_checkpointing and self.training:
-                x = checkpoint(layer, x, modulation, layer_kv, use_reentrant=False)  # (N, T, D)
-            else:
-                x = layer(x, modulation, layer_kv)  # (N, T, D)
+            x = self._block(layer, x, modulation, layer_kv)  # (N, T, D)
         return self.unpatchify(self.final_layer(x, time))  # (N, C, H, W)

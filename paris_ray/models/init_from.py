@@ -17,13 +17,11 @@ layout              kept                                                 new
 ``PixArtTransformer2DModel``, ``paris`` ours and the released one. Patches, positions, text projection and last linear layer are new as well where
 their shapes differ (another latent, another text encoder); a trunk of another width or depth is refused.
 
-**The fold.** A DiT's block i computes its modulation m_i(t) = W_i f(t) + b_i with f(t) = SiLU(time(t) + class); ours is W f(t) + b + table_i. Over
-a grid of times, Σ_i Σ_t ‖m_i(t) − W f(t) − b − table_i‖² is least for W = mean_i W_i and b + table_i = mean_t(m_i(t) − W f(t)): given W, the
-constants are the means, and what is left, Σ_i ‖(W_i − W) F‖² with F the centred features, has its gradient Σ_i (W_i − W) F Fᵀ vanish at the mean. We
-set b = mean_i b_i. The class is DiT's "no class" (the last row of its table), added to the time MLP's last bias, which is exact. So the network
-starts as the class-free DiT but for the parts of the modulations that vary with time in ways of their own; the report says how much that is.
+:mod:`paris_ray.models.fold` says how adaLN is folded, and what that loses. An expert that starts from a DiT has the trunk of the class-free DiT, but
+for what the fold loses, and puts out zero, because its final layer is new, as in arXiv 2603.06741. PixArt-α's final layer predicts noise and is kept
+for an expert that learns velocity, noise less data, too: it starts without the data's part, where a new layer would start without both.
 
-diffusers' DiT holds the time MLP once per block: the first is kept, the others count in the m_i. Its code takes the sinusoids at frequencies
+diffusers' DiT holds the time MLP once per block: the first is kept, the others count in what is folded. Its code takes the sinusoids at frequencies
 10000^(−k/127) where DiT and we have 10000^(−k/128); weights converted from DiT were trained with the latter.
 """
 
@@ -36,30 +34,12 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
+from paris_ray import hub
 from paris_ray.models.dit import DiT
-from paris_ray.models.layers import timestep_embedding
-from paris_ray.storage import safetensors_at
-
-FOLD_TIMES = 200
-"""Times on DiT's 0…1000 scale, evenly spaced, over which adaLN is folded."""
-
-Sources = tuple[str, ...]
-
-
-@dataclass(frozen=True)
-class Folded:
-    """A tensor computed from several.
-
-    Attributes:
-        sources: their names in the file.
-        residual: root mean square of what the fold loses over that of the modulation it stands for; 0 is exact.
-    """
-
-    sources: Sources
-    residual: float
+from paris_ray.models.fold import Adaln, Folded, Sources, fold
+from paris_ray.models.layers import sincos_positions
 
 
 @dataclass(frozen=True)
@@ -70,8 +50,9 @@ class InitReport:
         layout: ``dit``, ``dit_diffusers``, ``pixart`` or ``paris``.
         kept: ours ← the file's, unchanged but for stacking.
         folded: ours ← computed from the file's.
-        new: ours, left as the constructor made them, and why.
+        new: ours, not from the file and as the constructor made them unless it says otherwise, and why.
         dropped: the file's, wholly or in part, and why.
+        notes: what else there is to know of the start.
     """
 
     layout: str
@@ -79,6 +60,7 @@ class InitReport:
     folded: dict[str, Folded]
     new: dict[str, str]
     dropped: dict[str, str]
+    notes: tuple[str, ...]
 
     @property
     def residual(self) -> float:
@@ -91,7 +73,7 @@ class InitReport:
 
     def __str__(self) -> str:
         counts = f"{len(self.kept)} tensors kept, {len(self.folded)} folded, {len(self.new)} new, {len(self.dropped)} of the file's dropped"
-        return f"initialised from layout {self.layout}: {counts}; largest residual of a fold {self.residual:.3g}"
+        return "; ".join([f"initialised from layout {self.layout}: {counts}; largest residual of a fold {self.residual:.3g}", *self.notes])
 
 
 def init_from(model: DiT, source: str | os.PathLike[str]) -> InitReport:
@@ -99,11 +81,12 @@ def init_from(model: DiT, source: str | os.PathLike[str]) -> InitReport:
 
     Args:
         model: as its constructor made it; changed in place.
-        source: path or URI of a safetensors file, or of a folder with one (or with the shards of one) and perhaps its ``config.json``.
+        source: path or URI of a safetensors file, or of a folder with one (or with the shards of one) and perhaps its ``config.json``; or
+            ``owner/name``, ``owner/name/folder`` of the hub, with ``@revision`` if not its main one.
 
     Raises:
         FileNotFoundError: no safetensors there.
-        ValueError: pickled weights, an unknown layout, or a trunk that is not the network's; the message names the tensors.
+        ValueError: pickled weights, an unknown layout, or a trunk that is not the network's; the message names the tensors or the setting.
     """
     tensors, config, where = read_weights(source)
     return init_from_tensors(model, tensors, config, where)
@@ -118,12 +101,12 @@ def read_weights(source: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dic
     if re.search(r"\.(pt|pth|bin|ckpt|pkl|npz)$", path):
         raise ValueError(
             f"init_from: {path} is refused: pickled weights can run code when they are read. "
-            "Convert them to safetensors where you trust them (safetensors.torch.save_file)."
+            f"Where you trust them, convert them: python -m jobs.convert {path} {os.path.splitext(path)[0]}.safetensors"
         )
-    folder, names = safetensors_at(path)
+    folder, names = hub.weights_fetched(path)
     if not names:
-        found = ", ".join(entry.name for entry in folder.files())
-        why = f"holds no safetensors file, only {found}; convert what is there first" if found else "does not exist"
+        found = [] if path.endswith(".safetensors") else [entry.name for entry in folder.files()]
+        why = f"holds no safetensors file, only {', '.join(found)}; convert that first: python -m jobs.convert" if found else "does not exist"
         raise FileNotFoundError(f"init_from: {path} {why}")
     tensors: dict[str, Tensor] = {}
     for name in names:
@@ -144,16 +127,14 @@ def init_from_tensors(model: DiT, tensors: Mapping[str, Tensor], config: Mapping
     Args:
         model: as its constructor made it; changed in place.
         tensors: by name, in one of the layouts.
-        config: of the network they are from; only its number of heads is read, which tensors do not show.
+        config: of the network they are from, for what tensors do not show: heads, epsilon of norms, activation, places of positions, objective.
         where: what to call them in messages.
     """
     layout = next((name for name, mark in _MARKS.items() if mark in tensors), None)
     if layout is None:
         marks = ", ".join(_MARKS.values())
         raise ValueError(f"init_from: {where} is in no known layout: it has none of {marks}, but {_some(sorted(tensors))}")
-    heads, theirs = model.layers[0].attn.num_heads, config.get("num_attention_heads", config.get("num_heads"))  # type: ignore[union-attr]
-    if theirs not in (None, heads):
-        raise ValueError(f"init_from: {where} has {theirs} attention heads, this network {heads}: they cannot share weights; set num_heads")
+    _check_config(model, config, where)
     depth = 1 + max(int(m[1]) for name in tensors if (m := re.match(r"(?:blocks|transformer_blocks|layers)\.(\d+)\.", name)))
     if depth != len(model.layers):
         raise ValueError(f"init_from: {where} has {depth} layers, this network {len(model.layers)}; set num_layers to the same")
@@ -169,6 +150,9 @@ def init_from_tensors(model: DiT, tensors: Mapping[str, Tensor], config: Mapping
         raise ValueError(f"init_from: {where} ({layout}) has tensors of unequal width: {_some(torn)}")
 
     values = {ours: torch.cat([tensors[name] for name in sources]) for ours, sources in copies.items()}
+    patch = values["patch_embed.weight"].shape[-1]
+    if config.get("patch_size", patch) != patch:
+        raise ValueError(f"init_from: {where} has patches of {patch}, its config.json patch_size {config['patch_size']}; take both from one network")
     if layout == "pixart":
         dropped |= _without_variance(values, copies, state)
     new: dict[str, str] = {}
@@ -187,13 +171,56 @@ def init_from_tensors(model: DiT, tensors: Mapping[str, Tensor], config: Mapping
 
     folded: dict[str, Folded] = {}
     if folds:
-        added, folded = _fold(tensors, folds)
+        added, folded = fold(tensors, folds)
         values |= added
     new |= {ours: _why_new(ours) for ours in state if ours not in values and ours not in new}
+    if "pos_embed" in new and (step := _step_of_positions(layout, config, model.image_size // model.patch_size, patch)) != 1:
+        values["pos_embed"] = sincos_positions(state["pos_embed"].shape[-1], model.image_size // model.patch_size, step)
+        new["pos_embed"] = f"their fixed sine-cosine table for this grid, with places {step:g} apart: {_positions_said(config)}"
     with torch.no_grad():
         for ours, value in values.items():
             state[ours].copy_(value)
-    return InitReport(layout, copies, folded, new, dropped)
+    return InitReport(layout, copies, folded, new, dropped, _notes(layout, copies, model, config))
+
+
+# -- what tensors do not show -------------------------------------------------------------------------------------------
+
+
+def _check_config(model: DiT, config: Mapping[str, Any], where: str) -> None:
+    heads, theirs = model.layers[0].attn.num_heads, config.get("num_attention_heads", config.get("num_heads"))  # type: ignore[union-attr]
+    if theirs not in (None, heads):
+        raise ValueError(f"init_from: {where} has {theirs} attention heads, this network {heads}: they cannot share weights; set num_heads")
+    if (activation := config.get("activation_fn", "gelu-approximate")) != "gelu-approximate":
+        raise ValueError(f"init_from: {where} has activation_fn {activation!r}; this network computes only 'gelu-approximate'")
+
+
+def _step_of_positions(layout: str, config: Mapping[str, Any], grid: int, patch: int) -> float:
+    """How far apart places are in the table that diffusers' model would make for a grid of ours: its own grid spans the same picture."""
+    size = config.get("sample_size")
+    if layout not in ("dit_diffusers", "pixart") or not isinstance(size, int):
+        return 1.0
+    scale = config.get("interpolation_scale") or (max(size // 64, 1) if layout == "pixart" else 1)
+    return float(size // patch / grid / scale)
+
+
+def _positions_said(config: Mapping[str, Any]) -> str:
+    return ", ".join(f"{key} {config[key]}" for key in ("sample_size", "interpolation_scale") if config.get(key) is not None)
+
+
+def _notes(layout: str, kept: Mapping[str, Sources], model: DiT, config: Mapping[str, Any]) -> tuple[str, ...]:
+    notes, objective = [], config.get("objective")
+    if layout in ("dit", "dit_diffusers"):
+        notes.append("the trunk is the class-free DiT's but for the residual; the output starts at zero, from a new final layer (arXiv 2603.06741)")
+    elif "final_layer.linear.weight" not in kept:
+        notes.append("the output starts at zero, from a new final layer")
+    elif layout == "pixart":
+        notes.append("the final layer is kept: it predicts noise, which a ddpm expert learns; a flow expert learns velocity, noise less data")
+    elif objective is not None:
+        notes.append(f"the final layer is kept: it predicts {'noise' if objective == 'ddpm' else 'velocity'} (objective {objective} there)")
+    eps, theirs = model.layers[0].norm1.eps, config.get("norm_eps")  # type: ignore[union-attr]
+    if theirs not in (None, eps):
+        notes.append(f"norm_eps is {theirs:g} there, {eps:g} here")
+    return tuple(notes)
 
 
 # -- layouts ------------------------------------------------------------------------------------------------------------
@@ -208,19 +235,6 @@ _MARKS = {
 
 _ENDS = ("patch_embed.", "pos_embed", "text_proj.", "final_layer.linear.")
 """What depends on the latent and the text encoder: new, together, where a shape differs."""
-
-
-@dataclass(frozen=True)
-class _Adaln:
-    """Names of what makes one block's modulation in a DiT: the linear layer, the two of the time MLP, the table of classes."""
-
-    modulation: str
-    time: tuple[str, str]
-    classes: str
-
-    def sources(self) -> list[Sources]:
-        """Names of the linear layers' tensors, and of the table."""
-        return [(f"{layer}.weight", f"{layer}.bias") for layer in (self.modulation, *self.time)] + [(self.classes,)]
 
 
 def _linear(ours: str, theirs: str) -> dict[str, Sources]:
@@ -239,16 +253,16 @@ def _diffusers_block(ours: str, theirs: str) -> dict[str, Sources]:
 
 def _plan(
     layout: str, tensors: Mapping[str, Tensor], depth: int, state: Mapping[str, Tensor]
-) -> tuple[dict[str, Sources], list[_Adaln], dict[str, str]]:
+) -> tuple[dict[str, Sources], list[Adaln], dict[str, str]]:
     """What is copied (ours ← theirs, stacked), which adaLN is folded, and what of the file is dropped, and why."""
     copies: dict[str, Sources] = {}
-    folds: list[_Adaln] = []
+    folds: list[Adaln] = []
     drop: dict[str, str] = {}  # prefix of a name → why
     if layout == "paris":
         copies = {ours: (ours,) for ours in state}
     elif layout == "dit":
         copies = _linear("patch_embed", "x_embedder.proj") | {"pos_embed": ("pos_embed",)}
-        folds = [_Adaln(f"blocks.{i}.adaLN_modulation.1", ("t_embedder.mlp.0", "t_embedder.mlp.2"), _CLASSES) for i in range(depth)]
+        folds = [Adaln(f"blocks.{i}.adaLN_modulation.1", ("t_embedder.mlp.0", "t_embedder.mlp.2"), _CLASSES) for i in range(depth)]
         for i in range(depth):
             ours, theirs = f"layers.{i}", f"blocks.{i}"
             copies |= _attention(f"{ours}.attn", (f"{theirs}.attn.qkv",), f"{theirs}.attn.proj")
@@ -264,7 +278,7 @@ def _plan(
         for i in range(depth):
             here = f"transformer_blocks.{i}.norm1"
             time = (f"{here}.emb.timestep_embedder.linear_1", f"{here}.emb.timestep_embedder.linear_2")
-            folds.append(_Adaln(f"{here}.linear", time, f"{here}.emb.class_embedder.embedding_table.weight"))
+            folds.append(Adaln(f"{here}.linear", time, f"{here}.emb.class_embedder.embedding_table.weight"))
             drop[folds[i].classes] = "classes; the last row, no class, is kept in the time bias"
         drop |= {"proj_out_1.": "the final layer learns another target", "proj_out_2.": "the final layer learns another target"}
     if layout == "pixart":
@@ -302,7 +316,7 @@ def _without_variance(values: dict[str, Tensor], copies: Mapping[str, Sources], 
 
 def _why_new(ours: str) -> str:
     if ours == "pos_embed":
-        return "the fixed sine-cosine table, which is theirs too at interpolation scale 1"
+        return "the fixed sine-cosine table, which is theirs too"
     if ".cross_attn." in ours:
         return "no cross-attention there; this one adds nothing at first, its output projection being zero"
     return "another text encoder" if ours.startswith("text_proj.") else "the final layer learns another target"
@@ -314,52 +328,3 @@ def _shape(tensor: Tensor) -> str:
 
 def _some(items: list[str]) -> str:
     return "; ".join(items[:8]) + (f"; … and {len(items) - 8} more" if len(items) > 8 else "")
-
-
-# -- adaLN into adaLN-single --------------------------------------------------------------------------------------------
-
-
-def _features(tensors: Mapping[str, Tensor], block: _Adaln) -> Tensor:
-    """What a block's modulation is linear in, SiLU(time MLP + no class), over the grid of times: (FOLD_TIMES, D) float64."""
-    first, second = block.time
-    h: Tensor = timestep_embedding(torch.arange(FOLD_TIMES) * (1000.0 / FOLD_TIMES), tensors[f"{first}.weight"].shape[1]).double()  # (T, 256)
-    h = F.silu(F.linear(h, tensors[f"{first}.weight"].double(), tensors[f"{first}.bias"].double()))
-    h = F.linear(h, tensors[f"{second}.weight"].double(), tensors[f"{second}.bias"].double())  # (T, D)
-    return F.silu(h + tensors[block.classes][-1].double())
-
-
-def _fold(tensors: Mapping[str, Tensor], blocks: list[_Adaln]) -> tuple[dict[str, Tensor], dict[str, Folded]]:
-    """The module's rule: values of ``t_block.1``, all tables and the last time bias, and the report on them."""
-    weights, biases = [f"{block.modulation}.weight" for block in blocks], [f"{block.modulation}.bias" for block in blocks]
-    weight, bias = _mean(tensors, weights), _mean(tensors, biases)  # (6D, D), (6D,)
-    features = _features(tensors, blocks[0])  # (T, D): ours
-    shared = F.linear(features, weight, bias)  # (T, 6D)
-    own_bias = f"{blocks[0].time[1]}.bias"
-    no_class = tensors[own_bias].double() + tensors[blocks[0].classes][-1].double()
-    values = {"t_block.1.weight": weight, "t_block.1.bias": bias, "time_embed.mlp.2.bias": no_class}
-    folded = {"time_embed.mlp.2.bias": Folded((own_bias, blocks[0].classes), 0.0)}
-    lost = total = 0.0
-    for i, block in enumerate(blocks):
-        one_time = block.time == blocks[0].time
-        theirs = F.linear(features if one_time else _features(tensors, block), tensors[weights[i]].double(), tensors[biases[i]].double())  # (T, 6D)
-        table = (theirs - shared).mean(0)  # (6D,)
-        error, size = (theirs - shared - table).square().sum().item(), theirs.square().sum().item()
-        lost, total = lost + error, total + size
-        # What a block has of its own beside its linear layer: in diffusers' layout all but the first block's time MLP and classes.
-        others = () if one_time else tuple(name for names in block.sources()[1:] for name in names)
-        values[f"layers.{i}.scale_shift_table"] = table.view(6, -1)
-        folded[f"layers.{i}.scale_shift_table"] = Folded((weights[i], biases[i], *others), _ratio(error, size))
-    folded["t_block.1.weight"], folded["t_block.1.bias"] = Folded(tuple(weights), _ratio(lost, total)), Folded(tuple(biases), 0.0)
-    return values, folded
-
-
-def _mean(tensors: Mapping[str, Tensor], names: list[str]) -> Tensor:
-    """In float64, one after the other: all of a DiT-XL's at once would be 2 GB."""
-    total = torch.zeros_like(tensors[names[0]], dtype=torch.float64)
-    for name in names:
-        total += tensors[name]
-    return total / len(names)
-
-
-def _ratio(error: float, size: float) -> float:
-    return (error / size) ** 0.5 if size > 0 else 0.0

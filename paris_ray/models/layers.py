@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from contextlib import nullcontext
 
 import torch
@@ -54,32 +55,47 @@ class PatchEmbed(nn.Conv2d):
 
 
 class PreciseLinear(nn.Linear):
-    """A linear layer computed in float32 or better, also where its weights are bfloat16 or autocast is on.
+    """A linear layer computed in float32 or better, also where the network is set to bfloat16 or autocast is on.
 
     For what is small but reaches every token: the time embedding, the modulation, the last layer. One row a sample, or 16 outputs, cost nothing.
+    Its weights stay in float32 when the network is set to less, so that no forward pass has to cast them.
     """
 
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PreciseLinear:
+        def precisely(tensor: Tensor) -> Tensor:
+            changed = fn(tensor)
+            dtype = torch.promote_types(changed.dtype, torch.float32)
+            return changed if changed.dtype == dtype else tensor.to(changed.device, dtype)  # not by way of fewer bits
+
+        return super()._apply(precisely, recurse)
+
     def forward(self, x: Tensor) -> Tensor:
-        weight = at_least_float32(self.weight)
+        weight = at_least_float32(self.weight)  # of a bfloat16 file that has not been moved or set to anything yet
         with nullcontext() if x.is_meta else torch.autocast(x.device.type, enabled=False):
             return linear(x.to(weight.dtype), weight, at_least_float32(self.bias))
 
 
-def timestep_embedding(t: Tensor, width: int = 256, max_period: float = 10_000.0) -> Tensor:
-    """Sinusoids of a time on the 0…1000 scale, ``cat[cos, sin]``, in float32: (N,) → (N, width)."""
+def time_frequencies(width: int = 256, max_period: float = 10_000.0) -> Tensor:
+    """Angular frequencies of a time on the 0…1000 scale: (width/2,) float32, on the CPU."""
     half = width // 2
-    frequencies = torch.exp(-math.log(max_period) * torch.arange(half, dtype=torch.float32, device=t.device) / half)
+    # On the CPU also under torch.device("meta"), where this arithmetic would make torch import its compiler, seconds in every process.
+    with torch.device("cpu"):
+        return torch.exp(-math.log(max_period) * torch.arange(half, dtype=torch.float32) / half)
+
+
+def timestep_embedding(t: Tensor, frequencies: Tensor) -> Tensor:
+    """Sinusoids of a time on the 0…1000 scale, ``cat[cos, sin]``, in float32: (N,), (W/2,) → (N, W)."""
     angles = t.float()[:, None] * frequencies[None]
     return torch.cat([angles.cos(), angles.sin()], dim=-1)
 
 
-def sincos_positions(width: int, side: int) -> Tensor:
-    """DiT's fixed two-dimensional sine-cosine table for a square grid: (1, side², width), row-major."""
-    # On the CPU also under torch.device("meta"), where this arithmetic would make torch import its compiler, seconds in every process.
-    with torch.device("cpu"):
+def sincos_positions(width: int, side: int, step: float = 1.0) -> Tensor:
+    """DiT's fixed two-dimensional sine-cosine table for a square grid of places ``step`` apart: (1, side², width), row-major."""
+    with torch.device("cpu"):  # as above
         # DiT gives the first half of the channels to the horizontal coordinate, each half as [sin, cos].
         frequencies = 1.0 / 10_000.0 ** (torch.arange(width // 4, dtype=torch.float64) / (width / 4))
-        rows, columns = torch.meshgrid(torch.arange(side, dtype=torch.float64), torch.arange(side, dtype=torch.float64), indexing="ij")
+        places = torch.arange(side, dtype=torch.float64) * step
+        rows, columns = torch.meshgrid(places, places, indexing="ij")
         halves = []
         for coordinate in (columns, rows):
             angles = coordinate.reshape(-1, 1) * frequencies
@@ -91,16 +107,25 @@ def sincos_positions(width: int, side: int) -> Tensor:
 class TimeEmbedding(nn.Module):
     """Time in [0, 1] → vector: sinusoids of 1000·t, then a two-layer MLP."""
 
+    frequencies: Tensor
+
     def __init__(self, hidden_size: int, frequency_width: int = 256):
         super().__init__()
         self.frequency_width = frequency_width
+        self.register_buffer("frequencies", time_frequencies(frequency_width), persistent=False)
         self.mlp = nn.Sequential(PreciseLinear(frequency_width, hidden_size), nn.SiLU(), PreciseLinear(hidden_size, hidden_size))
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> TimeEmbedding:
+        super()._apply(fn, recurse)
+        # Constants: in float32 whatever the network is set to, and there also where it is given memory without values (to_empty).
+        self.frequencies = time_frequencies(self.frequency_width).to(self.frequencies.device)
+        return self
 
     def forward(self, t: Tensor) -> Tensor:
         """(N,) → (N, D), in float32 or better."""
         if t.dtype in (torch.bfloat16, torch.float16):
             raise ValueError(f"t: times are {t.dtype}, whose steps near 1 are too coarse; give them in float32")
-        return self.mlp(timestep_embedding(1000.0 * t.float(), self.frequency_width))  # (N, 256) → (N, D)
+        return self.mlp(timestep_embedding(1000.0 * t.float(), self.frequencies))  # (N, 256) → (N, D)
 
 
 class Attention(nn.Module):

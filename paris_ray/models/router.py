@@ -5,12 +5,11 @@ Without text, tensor names and shapes are those of the released Paris checkpoint
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from paris_ray.config import SIZES
 from paris_ray.models.layers import (
     Attention,
     Linear,
@@ -23,6 +22,7 @@ from paris_ray.models.layers import (
     modulate,
     sincos_positions,
 )
+from paris_ray.models.network import Network
 
 
 class RouterBlock(nn.Module):
@@ -44,7 +44,7 @@ class RouterBlock(nn.Module):
         return x + gate_mlp.unsqueeze(1) * self.mlp(modulate(self.norm2(x), shift_mlp, scale_mlp).to(dtype))  # (N, T, D)
 
 
-class Router(nn.Module):
+class Router(Network):
     """Classifies a noisy latent by the cluster it came from.
 
     Args:
@@ -58,7 +58,13 @@ class Router(nn.Module):
         mlp_ratio: inner width of the MLP over D.
         text_embed_dim: width of the pooled text that is read beside the time; ``None`` is the paper's text-blind router.
         norm_eps: epsilon of the norms.
+        gradient_checkpointing: recompute the blocks in the backward pass, to save memory.
+
+    Raises:
+        ValueError: patches do not cover the latent, or heads do not share the width evenly.
     """
+
+    SETTINGS: ClassVar[dict[str, Any]] = {"model_type": "router", "architecture": "dit", "use_dit_time_embed": True}
 
     def __init__(
         self,
@@ -72,8 +78,9 @@ class Router(nn.Module):
         mlp_ratio: float = 4.0,
         text_embed_dim: int | None = None,
         norm_eps: float = 1e-6,
+        gradient_checkpointing: bool = False,
     ):
-        super().__init__()
+        super().__init__(image_size, patch_size, in_channels, hidden_size, num_heads, gradient_checkpointing)
         self.num_clusters, self.text_embed_dim = num_clusters, text_embed_dim
         self.patch_embed = PatchEmbed(in_channels, hidden_size, kernel_size=patch_size, stride=patch_size)
         self.pos_embed = nn.Parameter(sincos_positions(hidden_size, image_size // patch_size), requires_grad=False)
@@ -91,13 +98,6 @@ class Router(nn.Module):
         )
         if not self.patch_embed.weight.is_meta:  # there, weights come from a file, and drawing would make torch import its compiler: seconds
             self.initialize_weights()
-
-    @classmethod
-    def named(cls, size: str, **overrides: Any) -> Router:
-        """A router of a named size: ``Router.named("B/2")``; keywords override the constructor's."""
-        if size not in SIZES:
-            raise ValueError(f"size: {size!r} is not one of {', '.join(SIZES)}")
-        return cls(**{**SIZES[size], **overrides})
 
     def initialize_weights(self) -> None:
         """All initial values: DiT's; class token as in ViT."""
@@ -117,7 +117,11 @@ class Router(nn.Module):
 
         Returns:
             logits (N, K).
+
+        Raises:
+            ValueError: latents of another size, or pooled text where it is not read, or none where it is.
         """
+        self._check_latents(x)
         if (pooled is None) != (self.text_embed_dim is None):
             raise ValueError("pooled text must be given to a router that reads text, and only to one")
         c = self.time_embed(t)  # (N, D)
@@ -127,5 +131,5 @@ class Router(nn.Module):
         x = at_least_float32(tokens) + at_least_float32(self.pos_embed)  # (N, T, D)
         x = torch.cat([self.cls_token.expand(x.shape[0], -1, -1), x], dim=1)  # (N, 1+T, D): the class token has no position
         for layer in self.layers:
-            x = layer(x, c)  # (N, 1+T, D)
+            x = self._block(layer, x, c)  # (N, 1+T, D)
         return self.head(x[:, 0].to(self.head[0].bias.dtype))  # (N, K)

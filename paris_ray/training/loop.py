@@ -12,14 +12,16 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
 import torch.distributed
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
-from paris_ray.config import ConfigError, TrainConfig
+from paris_ray.config import TrainConfig
 from paris_ray.storage import Folder
 from paris_ray.training import checkpoint
 from paris_ray.training.budget import total_images
@@ -125,8 +127,7 @@ class Loop:
     ):
         self.task, self.config, self.folder = task, config, folder
         self.place = place or Place(torch.device("cpu"))
-        if config.batch_size % self.place.world:
-            raise ConfigError(f"train.batch_size {config.batch_size} must be a multiple of resources.num_workers {self.place.world}")
+        config.check_slices(self.place.world)
         self.on_step, self.on_checkpoint = on_step, on_checkpoint
         device = self.place.device
         self.check_each_step = device.type == "cpu" if check_each_step is None else check_each_step
@@ -225,13 +226,10 @@ class Loop:
     def _step(self, batch: Batch) -> None:
         device, size = self.place.device, self.config.batch_size
         batch = {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}
-        with self._precision():
-            losses, times = self.task.losses(self.model, batch)  # (n,), (n,)
-        loss = losses.mean()
-        loss.backward()
+        losses, times = self._gradients(batch)  # (n,), (n,)
         gradients = [p.grad for p in self.trained if p.grad is not None]
         norm = torch.nn.utils.get_total_norm(gradients)
-        self._check(loss.detach(), norm)
+        self._check(losses.mean(), norm)
         if self.config.clip_norm is not None:
             torch.nn.utils.clip_grads_with_norm_(self.trained, self.config.clip_norm, norm)
         rate = learning_rate(self.config, self.images + size, self.total)
@@ -240,10 +238,26 @@ class Loop:
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.ema.update(self.images + size, size)
-        bins = (times.detach() * TIME_BINS).long().clamp_(0, TIME_BINS - 1)
-        self._sums[:TIME_BINS].index_add_(0, bins, losses.detach())
+        bins = (times * TIME_BINS).long().clamp_(0, TIME_BINS - 1)
+        self._sums[:TIME_BINS].index_add_(0, bins, losses)
         self._sums[TIME_BINS : 2 * TIME_BINS].index_add_(0, bins, torch.ones_like(losses))
         self._sums[2 * TIME_BINS] += norm
+
+    def _gradients(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Gradients of the mean loss of this worker's slice, summed over equal micro-batches; returns losses (n,) and times (n,)."""
+        share = self.config.batch_size // self.place.world
+        rows = self.config.micro_batch or share
+        found = []
+        for start in range(0, share, rows):
+            # Several workers average their gradients once, after the last micro-batch.
+            waiting = start + rows < share and isinstance(self.model, DistributedDataParallel)
+            with self.model.no_sync() if waiting else nullcontext():
+                with self._precision():
+                    losses, times = self.task.losses(self.model, {name: tensor[start : start + rows] for name, tensor in batch.items()})
+                (losses.sum() / share).backward()
+            found.append((losses.detach(), times))
+        losses, times = (torch.cat(parts) for parts in zip(*found, strict=True))
+        return losses, times
 
     # -- measuring ----------------------------------------------------------------------------------------------
 

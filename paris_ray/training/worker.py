@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from paris_ray import config as configs
-from paris_ray.config import ConfigError, Resources, RunConfig
+from paris_ray.config import ConfigError, Resources, RunConfig, TrainConfig
 from paris_ray.progress import Progress
 from paris_ray.stages import CONTROL_ROUTER
 from paris_ray.storage import Folder
@@ -84,6 +84,7 @@ def run(config: RunConfig, stage: str, place: Place, report: Callable[[dict[str,
 
     _prepare_process(resources(config, stage).threads, place)
     task = _task(config, stage, place.device, place.rank)
+    _prepare_network(task.model, task.spec.train)
     attempts = _count_attempt(task.folder) if place.rank == 0 else 1
     loop = Loop(task, task.spec.train, config.seed, task.folder, place, _wrap(task.model, place), on_checkpoint=report)
     if place.rank == 0:
@@ -131,13 +132,22 @@ def _task(config: RunConfig, stage: str, device: torch.device, rank: int = 0) ->
     return RouterTask(config, device, control=stage == CONTROL_ROUTER)
 
 
+def _prepare_network(model: nn.Module, train: TrainConfig) -> None:
+    """Switch on what costs or saves time and memory in its blocks."""
+    model.gradient_checkpointing = train.gradient_checkpointing  # type: ignore[assignment]
+    if train.compile:
+        model.compile_blocks()  # type: ignore[operator]
+
+
 def _wrap(model: nn.Module, place: Place) -> nn.Module:
     """The model as the forward pass calls it: several workers of one stage average their gradients."""
     if place.world == 1:
         return model
     from torch.nn.parallel import DistributedDataParallel
 
-    return DistributedDataParallel(model, device_ids=[place.device] if place.device.type == "cuda" else None)
+    # The networks' buffers are constants.
+    devices = [place.device] if place.device.type == "cuda" else None
+    return DistributedDataParallel(model, device_ids=devices, broadcast_buffers=False)
 
 
 def _count_attempt(folder: Folder) -> int:

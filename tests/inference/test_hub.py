@@ -19,7 +19,7 @@ from typing import ClassVar
 import pytest
 import tiny_model
 
-from paris_ray.inference.hub import Snapshot, address, open_model
+from paris_ray.hub import Snapshot, address, open_model
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 FILES = {
@@ -100,7 +100,7 @@ def hub(tmp_path: Path) -> Iterator[dict[str, str]]:
     server.shutdown()
 
 
-def answered(expression: str, env: dict[str, str], cwd: Path, module: str = "paris_ray.inference.hub") -> str:
+def answered(expression: str, env: dict[str, str], cwd: Path, module: str = "paris_ray.hub") -> str:
     """In a process of its own: the hub's address is read when its library is imported."""
     code = f"""
 from {module} import *

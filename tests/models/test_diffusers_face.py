@@ -74,6 +74,9 @@ def test_a_missing_or_unknown_tensor_or_setting_is_refused_by_name(tmp_path: Pat
     save_file(tensors | {"surplus": torch.zeros(1)}, tmp_path / "m" / name)
     with pytest.raises(ValueError, match=r"surplus"):
         face.from_pretrained(tmp_path / "m")
+    save_file(tensors | {"layers.0.attn.in_proj_bias": torch.zeros(95)}, tmp_path / "m" / name)
+    with pytest.raises(ValueError, match=r"tensor layers\.0\.attn\.in_proj_bias has shape \(95,\) in the file, \(96,\) in the network$"):
+        face.from_pretrained(tmp_path / "m")
     save_file(tensors, tmp_path / "m" / name)
     (tmp_path / "m/config.json").write_text(json.dumps(config | {"qk_norm": True}))
     with pytest.raises(ValueError, match="unknown setting qk_norm = True"):
@@ -98,12 +101,43 @@ def test_what_diffusers_saves_is_read_by_the_strict_loader(tmp_path: Path) -> No
         assert all(torch.equal(value, theirs.state_dict()[key]) for key, value in mine.state_dict().items())
 
 
-def test_gradient_checkpointing_is_switched_by_diffusers_method() -> None:
-    torch.manual_seed(0)
-    model = ParisDiTModel(**{**EXPERT, "image_size": 8})
+@pytest.mark.parametrize(("face", "kind", "config", "name", "more"), CASES)
+def test_gradient_checkpointing_is_switched_by_diffusers_method(face, kind, config, name, more) -> None:
+    model = face(**{**config, "image_size": 8})
     assert not model.gradient_checkpointing
     model.enable_gradient_checkpointing()
     assert model.gradient_checkpointing
+
+
+@pytest.mark.parametrize(("face", "kind", "config", "name", "more"), CASES)
+def test_repeated_blocks_are_compiled_by_diffusers_method(face, kind, config, name, more) -> None:
+    """All of them and nothing else, as one graph."""
+    torch.manual_seed(0)
+    model = face(**{**config, "image_size": 8}).eval()
+    for parameter in model.parameters():
+        nn.init.normal_(parameter, std=0.2)
+    x, t = torch.randn(2, 4, 8, 8), torch.tensor([0.2, 1.0])
+    graphs: list[torch.fx.GraphModule] = []
+
+    def keep(graph: torch.fx.GraphModule, _: object) -> torch.fx.GraphModule:
+        graphs.append(graph)
+        return graph
+
+    torch._dynamo.reset()
+    with torch.no_grad():
+        expected = model(x, t, *more)
+        model.compile_repeated_blocks(fullgraph=True, backend=keep)
+        torch.testing.assert_close(model(x, t, *more), expected, rtol=1e-5, atol=1e-5)
+    assert len(graphs) == 1
+    assert [module for module in model.modules() if module._compiled_call_impl is not None] == list(model.layers)
+    assert {type(layer).__name__ for layer in model.layers} == set(face._no_split_modules)
+
+
+def test_direct_construction_is_as_strict() -> None:
+    with pytest.raises(ValueError, match="use_adaln_single = False is not supported"):
+        ParisDiTModel(**{**EXPERT, "image_size": 8, "use_adaln_single": False})
+    with pytest.raises(ValueError, match="hidden_size 32 must be a multiple of num_heads 5"):
+        ParisRouterModel(**{**ROUTER, "num_heads": 5})
 
 
 def test_importing_the_models_does_not_import_diffusers() -> None:

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import math
+import re
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
 
-from paris_ray.models.dit import DiT
-from paris_ray.models.layers import sincos_positions, timestep_embedding
+from paris_ray.models import DiT, Router
+from paris_ray.models.layers import sincos_positions, time_frequencies, timestep_embedding
 
 
 def count(model: nn.Module) -> int:
@@ -154,8 +158,7 @@ def test_gradient_checkpointing_changes_no_gradient() -> None:
         x, text = torch.randn(2, 3, 8, 8, generator=g, dtype=torch.float64), torch.randn(2, 4, 12, generator=g, dtype=torch.float64)
         model(x, torch.tensor([0.1, 0.8], dtype=torch.float64), text).square().mean().backward()
         grads.append([p.grad for p in model.parameters() if p.requires_grad])
-    for a, b in zip(*grads, strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
+    assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True))
 
 
 def test_the_sinusoid_is_cosine_then_sine_of_a_thousand_t() -> None:
@@ -163,7 +166,7 @@ def test_the_sinusoid_is_cosine_then_sine_of_a_thousand_t() -> None:
     k = np.arange(128)
     angles = 1000 * t[:, None] * 10000.0 ** (-k / 128)
     expected = np.concatenate([np.cos(angles), np.sin(angles)], axis=1)
-    found = timestep_embedding(torch.tensor(1000 * t))
+    found = timestep_embedding(torch.tensor(1000 * t), time_frequencies())
     np.testing.assert_allclose(found.numpy(), expected, atol=2e-4)  # float32 at angles up to 1000
     assert found.dtype == torch.float32
     model = random_model()
@@ -208,8 +211,95 @@ def test_a_new_expert_predicts_zero_and_ignores_text() -> None:
     assert not model.pos_embed.requires_grad
 
 
-def test_impossible_shapes_are_refused() -> None:
+@pytest.mark.parametrize("kind", [DiT, Router])
+def test_impossible_shapes_are_refused(kind: type[DiT] | type[Router]) -> None:
     with pytest.raises(ValueError, match="image_size 9 must be a multiple of patch_size 2"):
-        DiT(image_size=9, patch_size=2, hidden_size=8, num_layers=1, num_heads=1)
+        kind(image_size=9, patch_size=2, hidden_size=8, num_layers=1, num_heads=1)
+    with pytest.raises(ValueError, match="hidden_size 30 must be a multiple of num_heads 4"):
+        kind(image_size=8, hidden_size=30, num_layers=1, num_heads=4)
     with pytest.raises(ValueError, match="'XS' is not one of XL/2"):
         DiT.named("XS")
+
+
+@pytest.mark.parametrize("shape", [(2, 3, 8, 6), (2, 3, 10, 10), (2, 4, 8, 8), (3, 8, 8)])
+def test_latents_of_another_size_are_refused(shape: tuple[int, ...]) -> None:
+    small = {"image_size": 8, "in_channels": 3, "hidden_size": 16, "num_layers": 1, "num_heads": 2}
+    expert, router = DiT(**small, text_embed_dim=4), Router(**small)  # type: ignore[arg-type]
+    x, t = torch.zeros(shape), torch.zeros(2)
+    for call in (lambda: expert(x, t, torch.zeros(2, 1, 4)), lambda: router(x, t)):
+        with pytest.raises(ValueError, match=rf"x: latents are of shape {re.escape(str(shape))}; this network takes \(N, 3, 8, 8\), no other size"):
+            call()
+
+
+# -- released configs ---------------------------------------------------------------------------------------------------
+
+EXPERT = {
+    "model_type": "dit_expert", "expert_id": 1, "architecture": "dit", "hidden_size": 1152, "num_layers": 28, "num_heads": 16, "patch_size": 2,
+    "in_channels": 4, "out_channels": 4, "mlp_ratio": 4.0, "use_text_conditioning": True, "use_class_conditioning": False, "num_classes": 1000,
+    "text_embed_dim": 768, "use_dit_time_embed": True, "use_adaln_single": True, "cfg_dropout_prob": 0.1,
+}  # fmt: skip
+ROUTER = {
+    "model_type": "router", "architecture": "dit", "num_clusters": 8, "hidden_size": 768, "num_layers": 12, "num_heads": 12, "patch_size": 2,
+    "in_channels": 4, "use_dit_time_embed": True,
+}  # fmt: skip
+"""As published with the released checkpoint."""
+
+
+def test_the_released_configs_are_the_networks_of_the_published_size() -> None:
+    with torch.device("meta"):
+        assert count(DiT.from_config(EXPERT)) == 605_970_448
+        assert count(Router.from_config(ROUTER)) == 129_136_904
+        assert DiT.from_config({**EXPERT, "image_size": 64, "norm_eps": 1e-5, "_diffusers_version": "0.35"}).image_size == 64
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"qk_norm": True}, "unknown setting qk_norm = True, which may change what the network computes"),
+        ({"architecture": "unet"}, "architecture = 'unet' is not supported; this code computes only 'dit'"),
+        ({"use_dit_time_embed": False}, "use_dit_time_embed = False is not supported; this code computes only True"),
+        ({"gradient_checkpointing": True}, "unknown setting gradient_checkpointing"),  # of a run, not of a network
+    ],
+)
+def test_settings_that_would_compute_something_else_are_refused(change: dict[str, object], message: str) -> None:
+    for kind, config in ((DiT, EXPERT), (Router, ROUTER)):
+        with pytest.raises(ValueError, match=message):
+            kind.from_config({**config, **change})
+        assert "qk_norm" not in kind.keywords({**config, "qk_norm": None})  # off
+    with pytest.raises(ValueError, match="use_adaln_single = False is not supported"):
+        DiT.from_config({**EXPERT, "use_adaln_single": False})
+
+
+# -- time ---------------------------------------------------------------------------------------------------------------
+
+
+def test_the_frequencies_are_a_constant_that_no_file_holds_and_no_precision_changes() -> None:
+    expected = torch.tensor([10000.0 ** (-k / 128) for k in range(128)])
+    model = random_model()
+    for changed in (model.double(), model.float(), model.bfloat16()):
+        assert changed.time_embed.frequencies.dtype == torch.float32
+        torch.testing.assert_close(changed.time_embed.frequencies, expected, rtol=1e-6, atol=0)
+    assert not any("frequencies" in name for name in model.state_dict())
+    # Also where a network is made without memory, and is given some that nobody has written to.
+    with torch.device("meta"):
+        empty = DiT(image_size=8, hidden_size=16, num_layers=1, num_heads=2)
+    torch.testing.assert_close(empty.to_empty(device="cpu").time_embed.frequencies, expected, rtol=1e-6, atol=0)
+
+
+def test_a_forward_pass_makes_no_frequencies(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, made = random_model().float(), []
+    monkeypatch.setattr(torch, "exp", made.append)
+    model(torch.zeros(1, 3, 8, 8), torch.zeros(1), torch.zeros(1, 1, 12))
+    assert not made
+
+
+def test_networks_on_the_meta_device_do_not_import_torchs_compiler() -> None:
+    code = """
+import sys, torch
+from paris_ray.models import DiT, Router
+with torch.device("meta"):
+    DiT.named("B/2"), Router.named("B/2")
+print(sorted({"sympy", "torch._dynamo"} & set(sys.modules)))
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[2], capture_output=True, text=True, timeout=120, check=True)
+    assert done.stdout.strip() == "[]"

@@ -6,6 +6,7 @@ import json
 import math
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from diffusers import DiTTransformer2DModel, PixArtTransformer2DModel
@@ -13,7 +14,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from paris_ray.models import DiT
-from paris_ray.models.init_from import FOLD_TIMES, InitReport, init_from
+from paris_ray.models.fold import FOLD_TIMES
+from paris_ray.models.init_from import InitReport, init_from
 
 D, DEPTH, HEADS, SIDE, CLASSES = 32, 3, 4, 8, 10
 
@@ -176,6 +178,12 @@ def test_what_is_kept_new_and_dropped_of_a_dit(tmp_path: Path) -> None:
     untouched = ours().state_dict()
     assert all(torch.equal(model.state_dict()[name], untouched[name]) for name in report.new)
     assert f"{len(report.kept)} tensors kept" in str(report)
+    # What the start is, in words: the class-free DiT up to the final layer, which is new and puts out zero.
+    (note,) = report.notes
+    assert note.startswith("the trunk is the class-free DiT's")
+    assert "output starts at zero, from a new final layer" in note
+    assert note in str(report)
+    assert report.as_json()["notes"] == (note,)
 
 
 def test_another_latent_and_grid_are_new(tmp_path: Path) -> None:
@@ -228,6 +236,32 @@ def test_diffusers_dit(tmp_path: Path, alike: bool) -> None:
     else:
         assert 0.01 < report.residual < 1
         assert 1e-4 < error < report.residual
+
+
+def test_the_fold_of_unlike_time_mlps_is_the_least_squares_one_too(tmp_path: Path) -> None:
+    """Against NumPy's solver: each block's modulation from its own features, ours from the first block's; the mean of the weights is far from it."""
+    theirs = diffusers_dit(alike=False)
+    theirs.save_pretrained(tmp_path)
+    report = init_from(ours(), tmp_path)
+    times = torch.arange(FOLD_TIMES) * 1000 / FOLD_TIMES
+    none = torch.full((FOLD_TIMES,), CLASSES)
+    targets, features = [], []
+    with torch.no_grad():
+        for block in theirs.double().transformer_blocks:
+            features.append(nn.functional.silu(block.norm1.emb(times, none, hidden_dtype=torch.float64)).numpy())  # (T, D)
+            linear = block.norm1.linear
+            targets.append(features[-1] @ linear.weight.numpy().T + linear.bias.numpy())
+        mean = sum(block.norm1.linear.weight.numpy() for block in theirs.transformer_blocks) / DEPTH
+
+    def residual(errors: np.ndarray) -> float:
+        return float(np.linalg.norm(errors) / np.linalg.norm(np.concatenate(targets)))
+
+    target = np.concatenate(targets)
+    design = np.concatenate([np.tile(features[0], (DEPTH, 1)), np.kron(np.eye(DEPTH), np.ones((FOLD_TIMES, 1)))], 1)  # (L·T, D + L)
+    best = residual(target - design @ np.linalg.lstsq(design, target, rcond=None)[0])
+    of_mean = np.concatenate([(error := one - features[0] @ mean.T) - error.mean(0) for one in targets])
+    assert residual(of_mean) > 1.1 * best
+    assert best * (1 - 1e-4) < report.folded["t_block.1.weight"].residual < 1.01 * best
 
 
 def test_both_layouts_of_one_dit_give_the_same_expert(tmp_path: Path) -> None:
@@ -301,6 +335,36 @@ def test_pixart_is_kept_exactly_from_its_projected_text_to_its_prediction(tmp_pa
     assert not torch.allclose(found, expected[:, 4:], atol=0.1)
 
 
+def test_pixarts_final_layer_is_kept_and_said_to_predict_noise(tmp_path: Path) -> None:
+    pixart().save_pretrained(tmp_path)
+    report = init_from(ours(), tmp_path)
+    assert {"final_layer.linear.weight", "final_layer.linear.bias", "final_layer.scale_shift_table"} <= report.kept.keys()
+    assert report.notes == ("the final layer is kept: it predicts noise, which a ddpm expert learns; a flow expert learns velocity, noise less data",)
+    model = ours(in_channels=12, out_channels=12)
+    assert init_from(model, tmp_path).notes == ("the output starts at zero, from a new final layer",)
+    x, n, text = (value.float() for value in inputs())
+    assert model(x.repeat(1, 3, 1, 1), n / 1000, text).abs().max() == 0
+
+
+@pytest.mark.parametrize(("size", "scale"), [(16, None), (SIDE, 2), (128, None), (128, 1)])
+def test_pixarts_positions_at_another_size_are_its_own_for_our_grid(tmp_path: Path, size: int, scale: int | None) -> None:
+    """Its files hold no positions; its model makes them anew for the grid it is given, from what its config says."""
+    theirs = pixart(sample_size=size, interpolation_scale=scale, use_additional_conditions=False)
+    theirs.save_pretrained(tmp_path)
+    model = ours()
+    report = init_from(model, tmp_path)
+    accounted(report, model, load_file(tmp_path / "diffusion_pytorch_model.safetensors"))
+    seen: list[Tensor] = []
+    theirs.pos_embed.register_forward_hook(lambda module, args, out: seen.append(out - module.proj(args[0]).flatten(2).transpose(1, 2)))
+    x, n, text = (value.float() for value in inputs())
+    with torch.no_grad():
+        theirs(x, encoder_hidden_states=text, timestep=n)
+    torch.testing.assert_close(model.pos_embed.expand_as(seen[0]), seen[0], rtol=1e-4, atol=1e-5)
+    assert not torch.allclose(model.pos_embed, ours().pos_embed, atol=0.1)
+    assert f"sample_size {size}" in report.new["pos_embed"]
+    assert (f"interpolation_scale {scale}" in report.new["pos_embed"]) == (scale is not None)
+
+
 def test_pixart_with_size_conditions_says_that_they_are_lost(tmp_path: Path) -> None:
     theirs = pixart(use_additional_conditions=True, num_attention_heads=2, attention_head_dim=48, cross_attention_dim=96)
     theirs.save_pretrained(tmp_path)
@@ -326,10 +390,11 @@ def test_an_expert_of_our_own_is_kept_whole(tmp_path: Path) -> None:
     for parameter in source.parameters():
         nn.init.normal_(parameter)
     save_file(source.state_dict(), tmp_path / "diffusion_pytorch_model.safetensors")
-    (tmp_path / "config.json").write_text(json.dumps({"num_heads": HEADS}))
+    (tmp_path / "config.json").write_text(json.dumps({"num_heads": HEADS, "patch_size": 2, "norm_eps": 1e-5, "objective": "ddpm"}))
     model = ours()
     report = init_from(model, tmp_path)
     accounted(report, model, source.state_dict())
+    assert report.notes == ("the final layer is kept: it predicts noise (objective ddpm there)", "norm_eps is 1e-05 there, 1e-06 here")
     assert len(report.kept) == len(model.state_dict())
     assert all(torch.equal(value, source.state_dict()[name]) for name, value in model.state_dict().items())
     other = ours(text_embed_dim=20)
@@ -346,7 +411,9 @@ def test_pickles_are_refused(tmp_path: Path, name: str) -> None:
     torch.save({"a": torch.zeros(1)}, tmp_path / name)
     with pytest.raises(ValueError, match="pickled weights can run code"):
         init_from(ours(), tmp_path / name)
-    with pytest.raises(FileNotFoundError, match=f"no safetensors file, only {name}"):
+    with pytest.raises(ValueError, match=rf"python -m jobs\.convert {tmp_path / name} {tmp_path / name.rsplit('.', 1)[0]}\.safetensors$"):
+        init_from(ours(), tmp_path / name)
+    with pytest.raises(FileNotFoundError, match=rf"no safetensors file, only {name}; convert .* python -m jobs\.convert$"):
         init_from(ours(), tmp_path)
     with pytest.raises(FileNotFoundError, match="does not exist"):
         init_from(ours(), tmp_path / "absent.safetensors")
@@ -372,6 +439,8 @@ def test_what_does_not_fit_is_refused_by_name_and_nothing_is_changed(tmp_path: P
     wide = whole | {"blocks.2.adaLN_modulation.1.weight": torch.zeros(9 * D, D)}
     refused(tmp_path, wide, ours(), r"blocks\.2\.adaLN_modulation\.1\.weight is \(288, 32\) there, \(192, 32\) here")
     refused(tmp_path, whole, ours(), "has 8 attention heads, this network 4", {"num_attention_heads": 8})
+    refused(tmp_path, whole, ours(), r"has patches of 2, its config\.json patch_size 4", {"patch_size": 4})
+    refused(tmp_path, whole, ours(), "has activation_fn 'gelu'; this network computes only 'gelu-approximate'", {"activation_fn": "gelu"})
 
 
 def test_a_torn_file_and_a_tensor_in_two_files_are_refused(tmp_path: Path) -> None:

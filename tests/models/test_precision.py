@@ -110,3 +110,30 @@ def test_the_router_in_bf16_keeps_its_probabilities(how: str) -> None:
     assert exact.max(1).values.min() > 0.3  # it has opinions
     found = in_bf16(router, how, x, t, text[:, 0]).float().softmax(-1)
     assert (found - exact).abs().max() < 0.02
+
+
+def precise(model: nn.Module) -> set[str]:
+    return {name for name, parameter in model.named_parameters() if parameter.dtype == torch.float32}
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_what_is_computed_in_fp32_is_kept_in_it(dtype: torch.dtype) -> None:
+    """To the bit: not rounded on the way, and not cast at every forward pass."""
+    model = fp32_model(layers=1)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    model.to(dtype)
+    layers = ("time_embed.mlp.0", "time_embed.mlp.2", "t_block.1", "final_layer.linear")
+    assert precise(model) == {f"{layer}.{kind}" for layer in layers for kind in ("weight", "bias")}
+    assert all(torch.equal(value, before[name].to(value.dtype)) for name, value in model.state_dict().items())
+    router = Router(3, image_size=16, hidden_size=96, num_layers=1, num_heads=4, text_embed_dim=32).to(dtype)
+    layers = ("time_embed.mlp.0", "time_embed.mlp.2", "text_proj", "layers.0.adaLN_modulation.1")
+    assert precise(router) == {f"{layer}.{kind}" for layer in layers for kind in ("weight", "bias")}
+
+
+def test_weights_of_a_bfloat16_file_are_raised_once() -> None:
+    """Such a file holds them in bfloat16, assigned as they are; setting the network to any precision makes them float32."""
+    model = fp32_model(layers=1)
+    model.load_state_dict({name: value.bfloat16() for name, value in model.state_dict().items()}, assign=True)
+    assert not precise(model)
+    assert "t_block.1.weight" in precise(model.to(torch.bfloat16))
+    assert model.double().t_block[1].weight.dtype == torch.float64

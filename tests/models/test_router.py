@@ -94,3 +94,21 @@ def test_new_blocks_are_the_identity() -> None:
     h, c = torch.randn(2, 10, 32), torch.randn(2, 32)
     for layer in model.layers:
         assert torch.equal(layer(h, c), h)
+
+
+def test_gradient_checkpointing_changes_no_gradient() -> None:
+    """To the bit, and the blocks are really run twice."""
+    runs: list[int] = []
+    gradients = []
+    for checkpointing in (False, True):
+        torch.manual_seed(0)
+        model = Router(4, image_size=6, in_channels=3, hidden_size=32, num_layers=2, num_heads=4, gradient_checkpointing=checkpointing)
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                nn.init.normal_(parameter, std=0.3)
+        model.layers[0].register_forward_pre_hook(lambda *_: runs.append(1))
+        g = torch.Generator().manual_seed(1)
+        model(torch.randn(2, 3, 6, 6, generator=g), torch.tensor([0.3, 0.9])).square().sum().backward()
+        gradients.append([parameter.grad for parameter in model.parameters() if parameter.requires_grad])
+        assert len(runs) == (3 if checkpointing else 1)
+    assert all(torch.equal(one, other) for one, other in zip(*gradients, strict=True))

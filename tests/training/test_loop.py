@@ -306,3 +306,84 @@ def test_bf16_keeps_weights_and_losses_in_float32(tmp_path):
     assert a != b
     assert a == pytest.approx(b, rel=0.05)
     assert all(p.dtype == torch.float32 for p in task.model.parameters())
+
+
+# -- micro-batches ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("micro_batch", [1, 2, 4])
+def test_micro_batches_see_the_same_samples_and_add_up_to_the_gradient_of_the_whole(tmp_path, micro_batch):
+    def gradients(name, **changes):
+        task = GaussianTask()
+        loop = Loop(task, config(**changes), 1, Folder(tmp_path / name))
+        losses, times = loop._gradients(loop._prepare(40))
+        return losses, times, {name: p.grad for name, p in task.model.named_parameters()}, task.seen
+
+    losses, times, whole, (all_at_once,) = gradients("whole")
+    parts_losses, parts_times, parts, seen = gradients("parts", micro_batch=micro_batch)
+    assert [len(batch["rows"]) for batch in seen] == [micro_batch] * (8 // micro_batch)
+    for name, value in all_at_once.items():
+        assert torch.equal(torch.cat([batch[name] for batch in seen]), value)
+    assert torch.equal(parts_times, times)
+    torch.testing.assert_close(parts_losses, losses, rtol=1e-6, atol=0)
+    # By torch's own gradient of the mean over the batch.
+    task = GaussianTask()
+    task.losses(task.model, all_at_once)[0].mean().backward()
+    for name, p in task.model.named_parameters():
+        for found in (whole[name], parts[name]):
+            assert (found - p.grad).norm() < 1e-6 * p.grad.norm()
+
+
+def test_training_in_micro_batches_is_training(tmp_path):
+    """One update, one metrics count and one average a batch, whatever it is made of; a micro-batch of the whole share changes no bit."""
+    whole, parts, same_size = (Loop(GaussianTask(), config(micro_batch=m), 1, Folder(tmp_path / str(m))) for m in (None, 2, 8))
+    for loop in (whole, parts, same_size):
+        loop.run()
+    assert same(weights(whole), weights(same_size))
+    torch.testing.assert_close(weights(parts), weights(whole), rtol=1e-3, atol=1e-5)
+    for one, other in zip(checkpoint.read_metrics(Folder(tmp_path / "2")), checkpoint.read_metrics(Folder(tmp_path / "None")), strict=True):
+        assert one["images"] == other["images"]
+        assert (one["loss"], one["grad_norm"]) == pytest.approx((other["loss"], other["grad_norm"]), rel=1e-4)
+
+
+@pytest.mark.parametrize("check_each_step", [True, False])
+def test_a_non_finite_micro_batch_spoils_its_step_and_no_weight(tmp_path, check_each_step):
+    task = GaussianTask()
+    task.poison_at = 4 * 6 + 2  # the second of four micro-batches of the seventh step
+    loop = Loop(task, config(micro_batch=2), 1, Folder(tmp_path), check_each_step=check_each_step)
+    before = {}
+    loop.on_step = lambda images, line: before.update({images: {k: v.clone() for k, v in task.model.state_dict().items()}})
+    with pytest.raises(NonFiniteError, match="at image 56 "):
+        loop.run()
+    assert same(dict(task.model.state_dict()), before[48])
+
+
+def test_workers_average_their_gradients_once_a_step(tmp_path):
+    """DistributedDataParallel in a group of one, counting what it sends; DDP's gradients with micro-batches are the loop's without it."""
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/rendezvous", rank=0, world_size=1)
+    try:
+        task, sent = GaussianTask(), []
+        wrapped = nn.parallel.DistributedDataParallel(task.model)
+
+        def count(_, bucket):
+            sent.append(bucket.index())
+            future = torch.futures.Future()
+            future.set_result(bucket.buffer())
+            return future
+
+        wrapped.register_comm_hook(None, count)
+        loop = Loop(task, config(micro_batch=2), 1, Folder(tmp_path / "ddp"), wrapped=wrapped)
+        loop.run()
+    finally:
+        torch.distributed.destroy_process_group()
+    assert sent == [0] * 20  # 160 images in batches of 8
+    plain = Loop(GaussianTask(), config(micro_batch=2), 1, Folder(tmp_path / "plain"))
+    plain.run()
+    torch.testing.assert_close(weights(loop), weights(plain), rtol=1e-5, atol=1e-6)
+
+
+def test_a_micro_batch_must_divide_a_workers_share(tmp_path):
+    with pytest.raises(ConfigError, match=r"train.micro_batch 3 must divide the 8 rows of a worker's share .*set it to a divisor, or null"):
+        Loop(GaussianTask(), config(micro_batch=3), 1, Folder(tmp_path))
+    with pytest.raises(ConfigError, match=r"train.micro_batch 8 must divide the 4 rows"):
+        Loop(GaussianTask(), config(micro_batch=8), 1, Folder(tmp_path), Place(CPU, 0, 2))
