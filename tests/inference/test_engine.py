@@ -16,7 +16,7 @@ import torch
 from paris_ray.diffusion.sampler import initial_noise
 from paris_ray.inference.engine import Engine, EngineFull, EngineStopped, ImageRequest, generate
 from paris_ray.inference.experts import ExpertError, LocalExperts
-from paris_ray.models import DiT
+from paris_ray.models import DiT, Router
 
 torch.set_num_threads(1)
 
@@ -242,6 +242,70 @@ def test_every_batch_size_gives_the_same_bytes(model):
         futures = [engine.submit(request) for request in requests[-n:]]
         engine.run_until_idle()
         assert [f.result().latent.tobytes() for f in futures] == alone[-n:], n
+
+
+def test_a_picture_runs_no_more_rows_than_it_has(model, monkeypatch):
+    """Guided, two through an expert and one through the router; without guidance one and one."""
+    rows = {DiT: [], Router: []}
+    for network in (DiT, Router):
+
+        def counting(self, x, *arguments, network=network, forward=network.forward, **keywords):
+            rows[network].append(len(x))
+            return forward(self, x, *arguments, **keywords)
+
+        monkeypatch.setattr(network, "forward", counting)
+    generate(model, [ask(routing="top-1", steps=3)])
+    assert rows == {DiT: [2] * 3, Router: [1] * 3}
+    generate(model, [ask(routing="top-2", steps=2, guidance_scale=1.0)])
+    assert rows == {DiT: [2] * 3 + [1] * 4, Router: [1] * 5}
+
+
+def test_threads_stay_as_they_are_unless_told(model):
+    try:
+        torch.set_num_threads(2)
+        generate(model, [ask(steps=1)])
+        Engine(model, LocalExperts(model, indices=[0]))
+        assert torch.get_num_threads() == 2
+        LocalExperts(model, indices=[0], threads=1)
+        assert torch.get_num_threads() == 1
+    finally:
+        torch.set_num_threads(1)
+
+
+# -- routing once a step ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("solver", "evaluations"), [("euler", 5), ("dpmpp_2m", 5), ("heun", 9), ("midpoint", 10)])
+def test_the_router_is_asked_once_a_step(model, monkeypatch, solver, evaluations):
+    asked, forward = [], Router.forward
+
+    def counting(self, x, t, *arguments):
+        asked.append(t.tolist())
+        return forward(self, x, t, *arguments)
+
+    monkeypatch.setattr(Router, "forward", counting)
+    (result,) = generate(model, [ask(solver=solver, steps=5, routing="full")])
+    steps = np.append(np.linspace(1, 0.001, 5), 0)[:-1]
+    np.testing.assert_allclose(asked, steps[:, None], rtol=1e-6)
+    weights = [entry["weights"] for entry in result.routing]
+    assert len(weights) == evaluations
+    if evaluations > 5:  # held for the second half of each step, and chosen anew for the next
+        assert all(weights[i] == weights[i + 1] for i in range(0, evaluations - 1, 2))
+        assert all(weights[i] != weights[i + 2] for i in range(0, evaluations - 2, 2))
+
+
+def test_a_step_whose_expert_goes_in_the_middle_is_routed_anew(model):
+    experts = LocalExperts(model)
+    engine = Engine(model, experts)
+    futures = [engine.submit(ask(solver="heun", steps=3, routing="full")), engine.submit(ask(solver="heun", steps=3, routing="expert-0"))]
+    engine.tick()
+    experts.unload(1)
+    engine.run_until_idle()
+    lost = [entry["weights"][1] for entry in futures[0].result().routing]
+    assert lost[0] > 0
+    assert lost[1:] == [0.0] * 4
+    assert futures[0].result().degraded == [1]
+    assert futures[1].result().degraded == []
 
 
 class Recorder:

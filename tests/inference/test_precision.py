@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import gc
 import weakref
@@ -11,14 +12,16 @@ import pytest
 import tiny_model
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from paris_ray.diffusion.path import Ddpm, Flow
 from paris_ray.inference.engine import Engine, ImageRequest, generate
 from paris_ray.inference.experts import ExpertError, LocalExperts
-from paris_ray.inference.precision import quantize, set_precision
+from paris_ray.inference.precision import quantize, set_precision, set_router_precision
 from paris_ray.inference.residency import Residents, free_memory, size
 from paris_ray.inference.weights import load_model
-from paris_ray.models import DiT
+from paris_ray.models import DiT, Router
+from paris_ray.models.layers import PreciseLinear
 
 torch.set_num_threads(1)
 
@@ -48,15 +51,98 @@ def inputs():
     return torch.randn(5, 4, 16, 16, generator=g), torch.tensor([0.0, 0.02, 0.35, 0.98, 1.0]), torch.randn(5, 9, 32, generator=g)
 
 
+@pytest.mark.parametrize("layers", [8, 28])
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
 @pytest.mark.parametrize(("precision", "limit"), [("int8", 0.05), ("bf16", 0.02)])
-def test_velocities_are_near_those_of_fp32(precision, limit):
+def test_velocities_are_near_those_of_fp32(precision, limit, device, layers):
+    """At XL/2's depth too; and with what a GPU would be given, which computes int8 in bfloat16, here on a CPU."""
     x, t, text = inputs()
-    exact = expert()(x, t, text)
-    module = set_precision(expert(), Flow(), precision)
+    exact = expert(layers)(x, t, text)
+    module = set_precision(expert(layers), Flow(), precision, torch.device(device))
     dtype = module.patch_embed.weight.dtype
+    assert dtype == (torch.float32 if (precision, device) == ("int8", "cpu") else torch.bfloat16)
     found = module(x.to(dtype), t, text.to(dtype)).float()
     error = (found - exact).flatten(1).norm(dim=1) / exact.flatten(1).norm(dim=1)
     assert 1e-3 < error.max() < limit, error  # the lower bound: it was not float32 after all
+
+
+@pytest.mark.parametrize("precision", ["bf16", "int8"])
+def test_what_is_computed_in_fp32_is_kept_in_it(precision):
+    """Time, modulation and the last layer: no pass casts them, and nothing of them was rounded."""
+    exact, module = expert(layers=2), set_precision(expert(layers=2), Flow(), precision, torch.device("cuda"))
+    precise = [name for name, part in module.named_modules() if isinstance(part, PreciseLinear)]
+    assert precise == ["time_embed.mlp.0", "time_embed.mlp.2", "t_block.1", "final_layer.linear"]
+    for name, parameter in module.named_parameters():
+        if name.rpartition(".")[0] in precise:
+            assert torch.equal(parameter, exact.get_parameter(name)), name
+        else:
+            assert parameter.dtype == torch.bfloat16, name
+
+
+class Made(TorchDispatchMode):
+    """Shapes and types of what operations make of integers."""
+
+    def __init__(self):
+        super().__init__()
+        self.found = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        if (
+            isinstance(out, torch.Tensor)
+            and out.dtype != torch.int8
+            and any(isinstance(one, torch.Tensor) and one.dtype == torch.int8 for one in args)
+        ):
+            self.found.append((tuple(out.shape), out.dtype))
+        return out
+
+
+def test_only_the_rows_that_a_product_needs_are_multiplied_out():
+    """In the type of the product at once: width 96, of which cross-attention's queries are a third and its keys and values two."""
+    module = set_precision(expert(layers=1), Flow(), "int8", torch.device("cuda"))
+    attention, x = module.layers[0].cross_attn, torch.randn(1, 8, 96).bfloat16()
+    pair, half = attention.keys_values(x), torch.bfloat16
+    steps = {
+        "queries": (lambda: attention.cross(x, pair), [((96, 96), half), ((96, 96), half)]),  # and out_proj
+        "text": (lambda: attention.keys_values(x), [((192, 96), half)]),
+        "self": (lambda: attention(x), [((288, 96), half), ((96, 96), half)]),
+        "mlp": (lambda: module.layers[0].mlp(x), [((384, 96), half), ((96, 384), half)]),
+    }
+    for name, (step, expected) in steps.items():
+        with Made() as made:
+            step()
+        assert made.found == expected, name
+
+
+def opinionated():
+    torch.manual_seed(0)
+    router = Router(8, image_size=16, hidden_size=96, num_layers=6, num_heads=4, text_embed_dim=32).eval().requires_grad_(False)
+    for name, parameter in router.named_parameters():
+        if name not in ("head.2.weight", "pos_embed"):
+            nn.init.normal_(parameter, std=0.5 if name == "head.4.weight" else 0.1)
+    return router
+
+
+def test_the_router_goes_with_its_experts_on_a_gpu():
+    x, t, text = inputs()
+    exact = opinionated()(x, t, text[:, 0])
+    assert exact.softmax(-1).max(1).values.min() > 0.3  # it has opinions
+    for precision in ("bf16", "int8"):
+        router = set_router_precision(opinionated(), precision, torch.device("cuda"))
+        assert (router.patch_embed.weight.dtype, router.layers[0].adaLN_modulation[1].weight.dtype) == (torch.bfloat16, torch.float32)
+        found = router(x.bfloat16(), t, text[:, 0]).float().softmax(-1)
+        assert 0 < (found - exact.softmax(-1)).abs().max() < 0.02
+    for precision, device in (("fp32", "cuda"), ("bf16", "cpu"), ("int8", "cpu")):
+        assert torch.equal(set_router_precision(opinionated(), precision, torch.device(device))(x, t, text[:, 0]), exact)
+
+
+def test_the_engine_asks_a_router_in_bf16(model):
+    requests = [ImageRequest("red fox", seed=i, routing="full", steps=1) for i in range(3)]
+    exact = [result.routing[0]["weights"] for result in generate(model, requests)]
+    half = dataclasses.replace(model, router=set_router_precision(copy.deepcopy(model.router), "bf16", torch.device("cuda")))
+    found = [result.routing[0]["weights"] for result in generate(half, requests)]
+    assert found != exact
+    np.testing.assert_allclose(found, exact, atol=0.02)
 
 
 def test_int8_is_the_network_whose_matrices_were_rounded():
