@@ -191,7 +191,7 @@ class _Evaluation:
             from paris_ray.evaluation import in_process
             from paris_ray.inference.experts import LocalExperts
 
-            experts = LocalExperts(self.model)
+            experts = LocalExperts(self.model, threads=1)
             questions = [one for _, one in wanted]
             if row.key == "blind":
                 results = in_process.draw(in_process.with_router(self.model, self._control_router()), experts, questions, row.routing(questions[0]))

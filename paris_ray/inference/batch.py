@@ -41,12 +41,18 @@ class Artist:
         device: torch device.
         precision: of the experts.
         max_resident: experts in memory at once; ``None`` is as many as fit.
-        threads: of matrix products on a CPU.
+        threads: of this process's matrix products on a CPU; ``None`` leaves them as they are.
         max_rows: pictures stepped at once.
     """
 
     def __init__(
-        self, model: str, device: str = "cpu", precision: str = "fp32", max_resident: int | None = None, threads: int = 1, max_rows: int = 64
+        self,
+        model: str,
+        device: str = "cpu",
+        precision: str = "fp32",
+        max_resident: int | None = None,
+        threads: int | None = None,
+        max_rows: int = 64,
     ):
         self.model = load_model(model, device, precision)
         self.engine = Engine(self.model, LocalExperts(self.model, threads=threads, lazy=True, max_resident=max_resident), max_rows, 2 * max_rows)

@@ -25,6 +25,7 @@ from paris_ray.diffusion.routing import Routing
 from paris_ray.diffusion.sampler import SOLVERS, initial_noise, time_grid
 from paris_ray.inference.delivery import Look, finish, show
 from paris_ray.inference.experts import ExpertError, LocalExperts, pad_rows, padded
+from paris_ray.inference.precision import working_router
 from paris_ray.inference.prompts import Prompts
 from paris_ray.inference.request import EngineFull, EngineStopped, ImageRequest, ImageResult, Preview, validate
 from paris_ray.inference.rows import Row, Ticket, conditioning, pick
@@ -58,6 +59,7 @@ class Engine:
         self._waiting: OrderedDict[str, deque[Ticket]] = OrderedDict()  # by client, next client first
         self._active: list[Row] = []
         self._prompts = Prompts(model)
+        self._router = working_router(model.router, model.precision, model.device)
         self._driving = threading.RLock()
         self._changed = threading.Condition()
         self._thread: threading.Thread | None = None
@@ -292,7 +294,7 @@ class Engine:
     def _weights(self, rows: list[Row], x: Tensor, t: Tensor, available: Tensor) -> Tensor:
         """Weights of the experts, (N, K) on the CPU: one router pass over the rows that are to be routed; the others keep theirs."""
         undecided = [n for n, row in enumerate(rows) if row.undecided(available)]
-        logits = self._router(pick(x, undecided), pick(t, undecided), [rows[n].text.pooled for n in undecided]).split(1) if undecided else ()
+        logits = self._logits(pick(x, undecided), pick(t, undecided), [rows[n].text.pooled for n in undecided]).split(1) if undecided else ()
         for n, logit in zip(undecided, logits, strict=True):
             rows[n].masked.update((~available).nonzero().flatten().tolist())
             rows[n].weights = self._route(rows[n].ticket, logit, available)
@@ -307,9 +309,9 @@ class Engine:
             drawn = draw_experts(p, [rng.key(ticket.request.seed, ticket.request.index)])
         return routing_weights(logit, ticket.routing, available, drawn)[0]
 
-    def _router(self, x: Tensor, t: Tensor, pooled: Sequence[Tensor]) -> Tensor:
-        """Logits (N, K), on the CPU."""
-        router, count = self.model.router, padded(len(x), x.device)
+    def _logits(self, x: Tensor, t: Tensor, pooled: Sequence[Tensor]) -> Tensor:
+        """The router's, (N, K) on the CPU."""
+        router, count = self._router, padded(len(x), x.device)
         text = pad_rows(torch.stack(list(pooled)), count) if self.model.router_reads_text else None
         logits: Tensor = router(pad_rows(x, count).to(router.patch_embed.weight.dtype), pad_rows(t, count), text)
         return logits[: len(x)].float().cpu()

@@ -71,8 +71,7 @@ class ParisPipeline(DiffusionPipeline):
     def engine(self) -> Engine:
         """What draws; after a move, one whose experts are yet to be loaded."""
         if self._engine is None:
-            threads = torch.get_num_threads() if self.threads is None else self.threads
-            experts = LocalExperts(self.model, threads=threads, lazy=True, max_resident=self.max_resident)
+            experts = LocalExperts(self.model, threads=self.threads, lazy=True, max_resident=self.max_resident)
             self._engine = Engine(self.model, experts, self.max_rows, ANY_NUMBER)
         return self._engine
 

@@ -5,6 +5,8 @@ DDPM experts stay in float32 whatever is asked: x̂_0 = (x − σ·ε̂)/α divi
 
 from __future__ import annotations
 
+import copy
+
 import torch
 from torch import Tensor, nn
 
@@ -45,16 +47,19 @@ def set_precision(module: DiT, objective: Objective, precision: str, device: tor
     return module
 
 
-def set_router_precision(router: Router, precision: str, device: torch.device) -> Router:
-    """A router in the precision that goes with its experts'; may change the one given.
+def working_router(router: Router, precision: str, device: torch.device) -> Router:
+    """The router that sampling asks: on a GPU beside experts that are not in float32 a copy in bfloat16, otherwise the one given.
 
     Args:
-        router: the router, as its file has it.
-        precision: of the experts. Beside fp32 ones, on a CPU, and where products of float32 are fast, it is in float32; beside others in bfloat16.
-        device: where it will run.
+        router: the router, in float32.
+        precision: of the experts.
+        device: where they run.
     """
     check_precision(precision)
-    _set_dtype(router, torch.float32 if precision == "fp32" or device.type == "cpu" else torch.bfloat16)
+    if precision == "fp32" or device.type == "cpu":
+        return router
+    router = copy.deepcopy(router)
+    _set_dtype(router, torch.bfloat16)
     return router
 
 

@@ -16,7 +16,7 @@ from paris_ray.data.encoders import NULL_TEXT
 from paris_ray.data.text import load_text_encoder
 from paris_ray.diffusion.path import Objective
 from paris_ray.hub import Snapshot, open_model
-from paris_ray.inference.precision import check_precision, set_precision, set_router_precision
+from paris_ray.inference.precision import check_precision, set_precision
 from paris_ray.inference.strict import PICKLED, load_expert, load_router, read_config, refuse_pickles, stated_objective
 from paris_ray.layout import EXPERT_FILE, INFO, UPLOAD
 from paris_ray.models import DiT, Router
@@ -137,7 +137,7 @@ class ParisModel(Described):
     Attributes:
         folder: where its files are.
         info: ``paris.json``; for a released model without one, the same facts from its configs.
-        router: p(cluster | x_t, t[, caption]), float32, or bfloat16 beside such experts on a GPU.
+        router: p(cluster | x_t, t[, caption]), float32.
         codec: latents ↔ pictures.
         text_encoder: captions → states.
         null_text: states of the empty caption, (S, D) float32.
@@ -224,8 +224,7 @@ def load_model(
         codec, text_encoder = _released_encoders(folder, device)
         info |= {"codec": codec.meta(), "text": text_encoder.meta()}
     null_text, null_length = _null_text(folder) if NULL_TEXT in names else _encode_nothing(text_encoder)
-    router = load_router(folder / "router", info["latent"]["size"], ignore_tensors, ignore_settings=ignore_settings, norm_eps=norm_eps)
-    router = set_router_precision(router, precision, torch.device(device)).to(device)
+    router = load_router(folder / "router", info["latent"]["size"], ignore_tensors, device, ignore_settings, norm_eps).float()
 
     where = f"{folder.uri}/router/config.json"
     _same(where, num_clusters=(router.num_clusters, info["num_experts"]))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import gc
 import weakref
@@ -15,9 +14,10 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from paris_ray.diffusion.path import Ddpm, Flow
+from paris_ray.inference import engine
 from paris_ray.inference.engine import Engine, ImageRequest, generate
 from paris_ray.inference.experts import ExpertError, LocalExperts
-from paris_ray.inference.precision import quantize, set_precision, set_router_precision
+from paris_ray.inference.precision import quantize, set_precision, working_router
 from paris_ray.inference.residency import Residents, free_memory, size
 from paris_ray.inference.weights import load_model
 from paris_ray.models import DiT, Router
@@ -128,19 +128,22 @@ def test_the_router_goes_with_its_experts_on_a_gpu():
     exact = opinionated()(x, t, text[:, 0])
     assert exact.softmax(-1).max(1).values.min() > 0.3  # it has opinions
     for precision in ("bf16", "int8"):
-        router = set_router_precision(opinionated(), precision, torch.device("cuda"))
+        given = opinionated()
+        router = working_router(given, precision, torch.device("cuda"))
         assert (router.patch_embed.weight.dtype, router.layers[0].adaLN_modulation[1].weight.dtype) == (torch.bfloat16, torch.float32)
         found = router(x.bfloat16(), t, text[:, 0]).float().softmax(-1)
         assert 0 < (found - exact.softmax(-1)).abs().max() < 0.02
+        assert torch.equal(given(x, t, text[:, 0]), exact)  # the model's own, which is also what is saved
     for precision, device in (("fp32", "cuda"), ("bf16", "cpu"), ("int8", "cpu")):
-        assert torch.equal(set_router_precision(opinionated(), precision, torch.device(device))(x, t, text[:, 0]), exact)
+        assert working_router(given, precision, torch.device(device)) is given
 
 
-def test_the_engine_asks_a_router_in_bf16(model):
+def test_the_engine_asks_a_router_in_bf16(model, monkeypatch):
     requests = [ImageRequest("red fox", seed=i, routing="full", steps=1) for i in range(3)]
     exact = [result.routing[0]["weights"] for result in generate(model, requests)]
-    half = dataclasses.replace(model, router=set_router_precision(copy.deepcopy(model.router), "bf16", torch.device("cuda")))
-    found = [result.routing[0]["weights"] for result in generate(half, requests)]
+    half = working_router(model.router, "bf16", torch.device("cuda"))
+    monkeypatch.setattr(engine, "working_router", lambda router, precision, device: half)
+    found = [result.routing[0]["weights"] for result in generate(dataclasses.replace(model), requests)]
     assert found != exact
     np.testing.assert_allclose(found, exact, atol=0.02)
 
