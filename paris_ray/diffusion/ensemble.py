@@ -57,8 +57,10 @@ def take(things: Rows, rows: Sequence[int], index: Tensor) -> Rows:
 
 
 def upload(numbers: Tensor, device: torch.device) -> Tensor:
-    """A small CPU tensor on the device, without waiting for the device: from pinned memory, in the order of its work."""
-    return numbers.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else numbers.to(device)
+    """A small tensor on the device; from the CPU without waiting for the device: from pinned memory, in the order of its work."""
+    if device.type == "cuda" and numbers.device.type == "cpu":
+        return numbers.pin_memory().to(device, non_blocking=True)
+    return numbers.to(device)
 
 
 @dataclass(frozen=True)

@@ -131,8 +131,8 @@ def moved(module: DiT, move: Callable[[Tensor], Tensor]) -> DiT:
 
 
 def pinned(tensor: Tensor) -> Tensor:
-    """A tensor in host memory that a GPU reads without a detour."""
-    return torch.empty_like(tensor, device="cpu", pin_memory=True).copy_(tensor)
+    """A tensor in host memory, where a GPU reads it without a detour."""
+    return torch.empty_like(tensor, device="cpu", pin_memory=tensor.is_cuda).copy_(tensor)
 
 
 def size(module: nn.Module) -> int:
