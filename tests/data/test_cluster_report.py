@@ -108,7 +108,7 @@ def made_up(**changes: Any) -> tuple[dict[str, Any], page.Map]:
     encoders = {"codec": {"channels": 4, "latent_size": 8}, "text": {"max_length": 16, "width": 384}}
     report: dict[str, Any] = {
         "name": "my <run>", "sizes": sizes, "sizes_all": [50, 110, 70], "fine_sizes": [90, *[10] * 11], "inertia": [[9.0, 5.0, 4.5], [3.0, 2.0, 2.5]],
-        "converged": True, "metric": "cosine", "imbalance": 1.5, "largest_fine_share": 1.35, "cap": 90.0, "over_cap": [1],
+        "converged": True, "method": "kmeans", "metric": "cosine", "imbalance": 1.5, "largest_fine_share": 1.35, "cap": 90.0, "over_cap": [1],
         "splits": {"train": 200, "validation": 20, "held_out": 10}, "cost": estimate(configs.load("tiny"), sizes, encoders),
         "map": {"rows": [2, 2, 1], "at_least": 100, "variance": [0.25, 0.125]},
         "silhouette": {"rows": 190, "sampled": [40, 90, 60], "overall": 0.0321, "experts": [0.05, None, -0.0177]},
@@ -149,6 +149,10 @@ def test_the_page_is_self_contained_and_says_what_matters() -> None:
     assert 'class="warn"' not in html
     assert "the cap of" not in html
     assert "Needs rows of two experts" in html
+    assert "12 fine clusters, cosine k-means" in html
+    control = page.render(*made_up(method="random"), [png] * 3)
+    assert "3 experts at random, as a control" in control
+    assert "k-means" not in control
 
 
 def test_captions_are_text_and_of_bounded_length() -> None:

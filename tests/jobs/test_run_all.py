@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -92,6 +93,10 @@ def test_killed_twice_it_ends_with_the_same_bits(tmp_path):
             assert [one for one in jobs if one.endswith(f"-{name}-a1")], f"{name} was not a job of its own"
             assert (run / "events" / "logs" / f"{name}-a1.log").exists()
         assert len([one for one in jobs if "-expert-0-" in one]) == 1
+        # A worker's lines reach the log once.
+        said = [line for line in (run / "events/logs/expert-1-a1.log").read_text().splitlines() if re.search(r"expert-1: \d+ / \d+ images", line)]
+        assert said
+        assert len(said) == len(set(said))
         restarts = json.loads((run / "experts/0/_manifest.json").read_text())["counts"]["restarts"]
         assert restarts >= 1
 

@@ -23,8 +23,8 @@ UNEQUAL = 2.0
 def estimate(config: RunConfig, sizes: Sequence[int], encoders: dict[str, Any]) -> dict[str, Any]:
     """Images, arithmetic and hours of each training stage, as the config stands.
 
-    Arithmetic is three forward passes an image (one for the loss, two for the gradients). Frozen encoders, which run only where token ids are stored,
-    validation and samples are not in it.
+    Arithmetic is three forward passes an image (one for the loss, two for the gradients), and a fourth with ``gradient_checkpointing``. Frozen
+    encoders, which run only where token ids are stored, validation and samples are not in it.
 
     Args:
         config: the run's.
@@ -46,14 +46,14 @@ def estimate(config: RunConfig, sizes: Sequence[int], encoders: dict[str, Any]) 
 
 
 def _stage(name: str, spec: Any, rows: int, forward: int) -> dict[str, Any]:
-    images = total_images(spec.train, rows)
-    flops = 3 * forward * images
+    images, each = total_images(spec.train, rows), (4 if spec.train.gradient_checkpointing else 3) * forward
+    flops = each * images
     return {
         "stage": name,
         "rows": rows,
         "images": images,
         "passes": images / rows,
-        "flops_per_image": 3 * forward,
+        "flops_per_image": each,
         "flops": flops,
         "workers": spec.resources.num_workers,
         "gpus": spec.resources.gpus,

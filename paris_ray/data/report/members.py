@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from paris_ray.data import schema
@@ -166,10 +167,17 @@ Parts = Sequence[tuple[str, int]]
 
 
 def read_rows(corpus: Folder, parts: Parts, wanted: NDArray[np.int64], columns: Sequence[str]) -> Iterator[tuple[NDArray[np.int64], pa.Table]]:
-    """Some columns of the wanted rows (ascending, each once), one part file after the other; a file without any is not read."""
+    """Some columns of the wanted rows (ascending, each once), row group by row group; files and row groups without any are not read."""
     first = 0
     for name, count in parts:
         low, high = np.searchsorted(wanted, (first, first + count))
         if high > low:
-            yield wanted[low:high], schema.read_table(corpus, name, columns).take(pa.array(wanted[low:high] - first))
+            with corpus.open(name) as source, pq.ParquetFile(source) as content:
+                start = first
+                for group in range(content.num_row_groups):
+                    end = start + content.metadata.row_group(group).num_rows
+                    own = wanted[slice(*np.searchsorted(wanted, (start, end)))]
+                    if len(own):
+                        yield own, content.read_row_group(group, columns=list(columns)).take(pa.array(own - start))
+                    start = end
         first += count

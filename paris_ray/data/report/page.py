@@ -50,11 +50,14 @@ def render(report: dict[str, Any], where: Map, sheets: Sequence[bytes], attribut
         ("cost", "What training will cost", _cost(report)),
         ("map", "Map", _map(report, where)),
         ("apart", "How far apart they are", _silhouette(report)),
-        ("k-means", "How k-means went", _curves(report)),
+        *([("k-means", "How k-means went", _curves(report))] if report["method"] == "kmeans" else []),
         ("experts", "What each expert will see", _experts(report, sheets)),
     ]
     splits = ", ".join(f"{number(report['splits'][split])} {split.replace('_', '-')}" for split in schema.SPLITS)
-    lead = f"{experts} experts over {len(report['fine_sizes'])} fine clusters, {report['metric']} k-means. Rows: {splits}."
+    made = (
+        f"over {len(report['fine_sizes'])} fine clusters, {report['metric']} k-means" if report["method"] == "kmeans" else "at random, as a control"
+    )
+    lead = f"{experts} experts {made}. Rows: {splits}."
     warnings = "".join(blocks.paragraph(line, "warn") for line in report["warnings"])
     credit = f"<footer><p><small>{escape(attribution)}</small></p></footer>" if attribution else ""
     title = f"Clusters of {report['name']}"
@@ -119,9 +122,9 @@ def _cost(report: dict[str, Any]) -> str:
     peaks = ", ".join(f"{device} {peak:g}" for device, peak in found["peak_tflops"].items())
     how = (
         "An estimate, not a measurement. Images follow from the config as it stood when this page was written; run_all --dry-run counts them anew. "
-        "Arithmetic is counted from the networks' shapes: three forward passes an image, two operations for each multiply-add. Times assume one GPU "
-        f"at {found['mfu']:.0%} of its dense bfloat16 peak ({peaks} TFLOP/s): float32, a small model or a small batch reach far less. Not in it: "
-        "embedding, validation, and encoding captions anew where token ids are stored (about 1.5 % for DiT-XL/2)."
+        "Arithmetic is counted from the networks' shapes: three forward passes an image (four with gradient checkpointing), two operations for each "
+        f"multiply-add. Times assume one GPU at {found['mfu']:.0%} of its dense bfloat16 peak ({peaks} TFLOP/s): float32, a small model or a small "
+        "batch reach far less. Not in it: embedding, validation, and encoding captions anew where token ids are stored (about 1.5 % for DiT-XL/2)."
     )
     return blocks.paragraph(said) + blocks.table(header, rows, range(1, len(header)), [len(rows) - 1]) + f"<p><small>{escape(how)}</small></p>"
 

@@ -30,6 +30,8 @@ def test_the_papers_run() -> None:
     assert router["flops_per_image"] == 3 * router_flops(run.router.model, Inputs(4, 32, 77, 768), 8)
     blind = estimate(configs.load("paris_xl2", ["router.text=none"]), [1_375_000] * 8, ENCODERS)["stages"][-1]
     assert router["flops_per_image"] - blind["flops_per_image"] == 3 * 2 * 768 * 768
+    again = estimate(configs.load("paris_xl2", ["expert.train.gradient_checkpointing=true"]), [1_375_000] * 8, ENCODERS)["stages"][0]
+    assert again["flops_per_image"] * 3 == per_image * 4
 
 
 def test_the_longest_is_critical() -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from paris_ray.data import schema
@@ -129,21 +130,22 @@ def test_everything_fits_on_a_large_sheet_and_nothing_is_shown_twice(tmp_path: P
         assert sorted(rows["group"][found.near[k]]) == sorted(set(own))
 
 
-def test_only_the_files_that_hold_wanted_rows_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_only_what_holds_wanted_rows_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run, rows = corpus(tmp_path)
-    read: list[str] = []
-
-    def reading(folder: Folder, name: str, columns: list[str]) -> pa.Table:
-        read.append(name)
-        assert columns == ["id"]
-        return table(folder, name, columns)
-
-    table = schema.read_table
-    monkeypatch.setattr(members.schema, "read_table", reading)
     parts = [(schema.part_name(i), 50) for i in range(4)] + [(schema.part_name(4), 30)]
-    wanted = np.array([3, 49, 50, 229])
+    with (run / "corpus").writer(schema.part_name(1)) as sink:  # as a source of few large files writes it
+        pq.write_table(pa.table({name: list(rows[name][50:100]) for name in ("id", "caption")}), sink, row_group_size=20)
+    read: list[tuple[int, int, list[str]]] = []
+
+    def reading(content: pq.ParquetFile, group: int, columns: list[str]) -> pa.Table:
+        read.append((content.metadata.num_rows, group, columns))
+        return row_group(content, group, columns=columns)
+
+    row_group = pq.ParquetFile.read_row_group
+    monkeypatch.setattr(pq.ParquetFile, "read_row_group", reading)
+    wanted = np.array([3, 49, 50, 69, 91, 229])
     pieces = list(read_rows(run / "corpus", parts, wanted, ["id"]))
-    assert read == [schema.part_name(i) for i in (0, 1, 4)]
+    assert read == [(50, 0, ["id"]), (50, 0, ["id"]), (50, 2, ["id"]), (30, 0, ["id"])]
     assert np.concatenate([at for at, _ in pieces]).tolist() == wanted.tolist()
     assert [name for _, piece in pieces for name in piece["id"].to_pylist()] == rows["id"][wanted].tolist()
 
