@@ -364,6 +364,45 @@ def test_weights_count_rows_several_times() -> None:
     assert (a.counts == b.counts).all()
 
 
+def test_two_levels_are_as_good_as_scikit_learns() -> None:
+    """The same protocol, k-means and then k-means on its centroids, by inertia: of the fine level, the upper one alone, rows to coarse centroids."""
+    ratios = []
+    for seed in range(10):  # any one start may be better or worse by some per cent
+        x = mixture(60, 50, 16, 0.5, seed)[0]
+        wide, rows = real(x), rows_of(x)
+        fit = km.kmeans(rows, 40, seed)
+        coarse = coarse_clusters(fit.centroids, fit.counts, 6, seed, 100, None)
+        fine = KMeans(40, n_init=1, random_state=seed).fit(wide)
+        upper = KMeans(6, n_init=8, random_state=seed).fit(fine.cluster_centers_)
+        alone = KMeans(6, n_init=8, random_state=seed).fit(fit.centroids.astype(np.float64))
+        costs = [
+            ((wide - centroids[labels]) ** 2).sum()
+            for centroids, labels in (
+                (coarse.centroids, coarse.fine_to_coarse[rows.labels(fit.centroids)]),
+                (upper.cluster_centers_, upper.labels_[fine.labels_]),
+            )
+        ]
+        ratios.append([fit.inertia[-1] / fine.inertia_, coarse.inertia[-1] / alone.inertia_, costs[0] / costs[1]])
+    assert (np.mean(ratios, axis=0) < 1.01).all()
+
+
+def test_weighted_the_upper_level_is_scikit_learns_with_weights() -> None:
+    g = np.random.default_rng(2)
+    fine, sizes = g.standard_normal((40, 5)).astype(np.float32), g.integers(1, 200, 40)
+    coarse = coarse_clusters(fine, sizes, 4, 0, 100, None, weighted=True)
+    reference = KMeans(4, n_init=50, random_state=0).fit(fine, sample_weight=sizes)
+    assert coarse.inertia[-1] == pytest.approx(reference.inertia_, rel=0.01)
+    for k in range(4):
+        mine = coarse.fine_to_coarse == k
+        np.testing.assert_allclose(coarse.centroids[k], np.average(fine[mine], 0, sizes[mine]), atol=1e-5)
+    # A level of tiny differences around a far point is divided as well as the same around zero.
+    shifted = coarse_clusters((1000 + fine * 0.01).astype(np.float32), sizes, 4, 0, 100, None)
+    plain = KMeans(4, n_init=50, random_state=0).fit((1000 + fine * 0.01).astype(np.float32).astype(np.float64))
+    assert shifted.inertia[-1] == pytest.approx(plain.inertia_, rel=0.01)
+    capped = coarse_clusters(fine, sizes, 4, 0, 100, 1.05, weighted=True)
+    assert np.bincount(capped.fine_to_coarse, sizes).max() <= 1.05 * sizes.sum() / 4
+
+
 def test_bad_input_is_refused_with_a_remedy() -> None:
     with pytest.raises(ValueError, match="3 rows cannot make 4 clusters"):
         km.kmeans(rows_of(np.eye(3, dtype=np.float32)), 4, 0)
