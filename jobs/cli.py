@@ -156,6 +156,7 @@ def print_plan(config: RunConfig) -> None:
         print(f"{name:<16}{found.state:<10}{PLAN[found.state]}")
         if found.state in ("stale", "damaged"):
             print("".join(f"    {reason}\n" for reason in found.reasons), end="")
+        print("".join(f"    {note}\n" for note in found.notes), end="")
     print_cost(config)
 
 

@@ -216,7 +216,7 @@ class DataConfig(Strict):
 class PartitionConfig(Strict):
     """Two-level k-means over the semantic embeddings; the number of coarse clusters is the number of experts."""
 
-    # random: experts by hash of the near-duplicate group, the control that papers compare with; it uses none of the keys below.
+    # random: experts by hash of a row's group, the control that papers compare with; it uses none of the keys below.
     method: Literal["kmeans", "random"] = "kmeans"
     fine: Annotated[int, Field(ge=2)] = 1024
     metric: Literal["cosine", "euclidean"] = "cosine"

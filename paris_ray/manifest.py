@@ -14,6 +14,9 @@ status     found                                           done
 =========  ==============================================  =====================================
 
 Where only a part of the files is the result (``export/`` of an expert), the others, such as its checkpoints, may be deleted.
+
+Rows that are appended make a new version of a manifest, which names the fingerprints of the versions before it. What was finished from one of these
+is still valid, and its status says from which.
 """
 
 from __future__ import annotations
@@ -62,11 +65,12 @@ def fingerprint(value: Any) -> str:
 
 @dataclass(frozen=True)
 class Status:
-    """State of a stage's folder: ``absent``, ``partial``, ``valid``, ``stale`` or ``damaged``, and why."""
+    """State of a stage's folder: ``absent``, ``partial``, ``valid``, ``stale`` or ``damaged``, why, and what of a valid one is worth knowing."""
 
     state: str
     reasons: tuple[str, ...] = ()
     manifest: dict[str, Any] | None = field(default=None, repr=False)
+    notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -78,12 +82,14 @@ class Stage:
         folder: where its files go.
         config: the part of the config that decides the result, as JSON.
         parents: fingerprints of the manifests it reads from, by name.
+        earlier: fingerprints of the versions before them, oldest first, by name.
     """
 
     name: str
     folder: Folder
     config: dict[str, Any]
     parents: dict[str, str]
+    earlier: dict[str, list[str]] = field(default_factory=dict)
 
     @property
     def inputs(self) -> dict[str, Any]:
@@ -100,13 +106,17 @@ class Stage:
         found = manifest or started
         if found is None:
             return Status("absent")
-        changes = tuple(differences(found["inputs"], self.inputs))
+        # A result is of the version it was finished from; what is half done would mix two.
+        old = {} if manifest is None else {name: one for name, one in found["inputs"]["parents"].items() if one in self.earlier.get(name, ())}
+        changes = tuple(differences(found["inputs"], {**self.inputs, "parents": {**self.parents, **old}}))
         if changes:
             return Status("stale", changes, manifest)
         if manifest is None:
             return Status("partial")
-        broken = tuple(damage(self.folder, manifest, verify))
-        return Status("damaged", broken, manifest) if broken else Status("valid", (), manifest)
+        if broken := tuple(damage(self.folder, manifest, verify)):
+            return Status("damaged", broken, manifest)
+        versions = {name: (self.earlier[name].index(one) + 1, len(self.earlier[name]) + 1) for name, one in old.items()}
+        return Status("valid", (), manifest, tuple(f"made from version {one} of {of} of {name}" for name, (one, of) in versions.items()))
 
     def begin(self, rebuild: bool = False) -> Status:
         """Decide what to do and mark the stage as started.
@@ -134,7 +144,9 @@ class Stage:
             self.folder.write_json(STARTED, {"inputs": self.inputs})
         return status
 
-    def publish(self, counts: dict[str, Any] | None = None, seconds: float | None = None, result: str = "") -> dict[str, Any]:
+    def publish(
+        self, counts: dict[str, Any] | None = None, seconds: float | None = None, result: str = "", after: dict[str, Any] | None = None
+    ) -> dict[str, Any]:
         """Write the manifest over all files in the folder; the last act of a stage.
 
         Args:
@@ -142,6 +154,7 @@ class Stage:
             seconds: how long the stage took.
             result: prefix of the files that are the result (``export/``). The others are listed with their checksums too, but the fingerprint
                 leaves them out: metrics hold times and rates, which differ between runs that made the same weights.
+            after: the manifest that this one is a new version of.
         """
         files: list[dict[str, Any]] = [
             {"name": entry.name, "bytes": entry.size, "sha256": self.folder.sha256(entry.name)}
@@ -154,8 +167,8 @@ class Stage:
             "result": result,
             "counts": counts or {},
             "seconds": seconds,
-            "version": 1,
-            "previous": None,
+            "version": 1 if after is None else after["version"] + 1,
+            "previous": [] if after is None else [*previous(after), after["fingerprint"]],
             "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
             "software": software(),
         }
@@ -172,6 +185,11 @@ def require(folder: Folder, made_by: str) -> dict[str, Any]:
     if manifest is None:
         raise FileNotFoundError(f"{folder.uri} has no {MANIFEST}: run the stage {made_by!r} first (python -m jobs.{made_by} --config …)")
     return manifest
+
+
+def previous(manifest: dict[str, Any]) -> list[str]:
+    """Fingerprints of the versions before a manifest, oldest first."""
+    return list(manifest["previous"] or [])
 
 
 def published(folder: Folder) -> dict[str, Any] | None:

@@ -6,7 +6,7 @@ from typing import Any
 
 from paris_ray import hub
 from paris_ray.config import RunConfig
-from paris_ray.manifest import Stage, Status, fingerprint, published, recorded, require
+from paris_ray.manifest import Stage, Status, fingerprint, previous, published, recorded, require
 from paris_ray.storage import Folder
 
 CONTROL_ROUTER = "control_router"
@@ -118,9 +118,11 @@ def stage(config: RunConfig, name: str) -> Stage:
     """
     run = Folder(config.run_dir)
     prints: dict[str, str] = {}
+    earlier: dict[str, list[str]] = {}
 
     def parent(label: str, where: Folder, made_by: str) -> None:
-        prints[label] = require(where, made_by)["fingerprint"]
+        found = require(where, made_by)
+        prints[label], earlier[label] = found["fingerprint"], previous(found)
 
     if name == "embed":
         parent("encoders", run / "encoders", "embed")
@@ -146,7 +148,7 @@ def stage(config: RunConfig, name: str) -> Stage:
         parent("clusters", run / "clusters", "partition")
         if config.evaluation.control_router:
             parent(CONTROL_ROUTER, run / CONTROL_ROUTER, "train_router --control")
-    return Stage(name, folder(config, name), config_part(config, name), prints)
+    return Stage(name, folder(config, name), config_part(config, name), prints, earlier)
 
 
 def status(config: RunConfig, name: str) -> Status:

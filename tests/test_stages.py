@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from jobs import cli
 from paris_ray import config, stages
 from paris_ray.config import RunConfig
 from paris_ray.manifest import Stage
@@ -72,6 +73,51 @@ def test_a_setting_makes_exactly_its_stages_stale(tmp_path: Path, setting: str, 
     make_all(run(tmp_path))
     assert stale(run(tmp_path)) == set()
     assert stale(run(tmp_path, setting)) == expected
+
+
+def append(one: RunConfig, name: str) -> None:
+    """A new version of a stage: another file, and the manifest."""
+    made = stages.stage(one, name)
+    before = made.status().manifest
+    assert before is not None
+    made.folder.write_bytes(f"file-{before['version']}", b"more rows")
+    made.publish(after=before)
+
+
+def test_appended_rows_leave_what_was_made_before_valid(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    one = run(tmp_path)
+    make_all(one)
+    append(one, "shard-1")
+    assert stale(one) == set()
+    assert stages.status(one, "expert-1").notes == ("made from version 1 of 2 of shard",)
+    assert stages.status(one, "router").notes == ("made from version 1 of 2 of shard-1",)
+    assert stages.status(one, "expert-0").notes == stages.status(one, "shard-1").notes == ()
+    append(one, "shard-1")
+    append(one, "shard-0")
+    assert stages.status(one, "router").notes == ("made from version 1 of 2 of shard-0", "made from version 1 of 3 of shard-1")
+    assert all(stages.status(one, name).state == "valid" for name in order(one))
+    cli.print_plan(one)
+    assert "expert-1        valid     skip\n    made from version 1 of 3 of shard\n" in capsys.readouterr().out
+    # What is trained now is of the last version, and says nothing.
+    expert = stages.stage(one, "expert-1")
+    expert.begin(rebuild=True)
+    expert.publish()
+    assert stages.status(one, "expert-1").notes == ()
+    # Rows that were exchanged, not appended, are other rows.
+    shard = stages.stage(one, "shard-1")
+    shard.folder.write_bytes("file", b"other rows")
+    shard.publish()
+    assert "expert-1" in stale(one)
+
+
+def test_half_a_result_is_not_finished_from_another_version(tmp_path: Path) -> None:
+    one = run(tmp_path)
+    make_all(one)
+    expert = stages.stage(one, "expert-1")
+    expert.folder.delete("_manifest.json")
+    assert stages.status(one, "expert-1").state == "partial"
+    append(one, "shard-1")
+    assert stages.status(one, "expert-1").state == "stale"
 
 
 def test_a_new_parent_makes_its_children_stale(tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ from paris_ray.config import ConfigError
 from paris_ray.data.kmeans import Fit, Labels, Rows, State, lloyd, plus_plus
 from paris_ray.data.nearest import F32, scales
 
-RESTARTS = 8
+RESTARTS = 32
 """Starts of the coarse k-means, of which the lowest inertia is kept; it has few rows and costs nothing."""
 
 MAX_ROUNDS = 100

@@ -6,7 +6,7 @@ written again, files appear whole, and equal rows give equal bytes; so a run tha
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from typing import Any
 
 import numpy as np
@@ -22,10 +22,10 @@ GROUP_BYTES = 512 << 20
 """Corpus files that one task reads at once, in bytes on disk: bounds its memory, and makes few files per expert."""
 
 
-def groups(corpus: Folder) -> list[list[str]]:
-    """Consecutive part files of at most :data:`GROUP_BYTES` together, at least one."""
+def groups(corpus: Folder, parts: Collection[str]) -> list[list[str]]:
+    """Consecutive ones of these part files, of at most :data:`GROUP_BYTES` together, at least one."""
     grouped: list[list[str]] = []
-    room, parts = 0, set(schema.parts(corpus))
+    room = 0
     for entry in corpus.files():
         if entry.name not in parts:
             continue
@@ -80,17 +80,28 @@ def cut_batch(batch: dict[str, NDArray[Any]], corpus: str, shards: str) -> dict[
     return {"rows": np.array(done)}
 
 
-def cut_all(corpus: Folder, fine: NDArray[np.int32], expert: NDArray[np.int32], shards: Folder) -> Iterator[int]:
-    """Cut all groups; yields the rows of each as it is done. One group is cut here, several by Ray Data, as many at once as the cluster can."""
+def cut_all(
+    corpus: Folder, grouped: list[list[str]], fine: NDArray[np.int32], expert: NDArray[np.int32], shards: Folder, first: int
+) -> Iterator[int]:
+    """Cut groups; yields the rows of each as it is done. One group is cut here, several by Ray Data, as many at once as the cluster can.
+
+    Args:
+        corpus: ``RUN/corpus``.
+        grouped: the groups' files.
+        fine: fine cluster of each of their rows, in the files' order.
+        expert: expert of each.
+        shards: ``RUN/shards``.
+        first: number of the first group.
+    """
     jobs: list[dict[str, Any]] = []
-    first = 0
-    for index, parts in enumerate(groups(corpus)):
+    start = 0
+    for index, parts in enumerate(grouped, first):
         rows = sum(pq.read_metadata(corpus.open(name)).num_rows for name in parts)
-        here = slice(first, first + rows)
+        here = slice(start, start + rows)
         jobs.append({"parts": "\n".join(parts), "index": index, "fine": fine[here].tobytes(), "expert": expert[here].tobytes()})
-        first += rows
+        start += rows
     if len(jobs) == 1:
-        yield cut(corpus, groups(corpus)[0], 0, fine, expert, shards)
+        yield cut(corpus, grouped[0], first, fine, expert, shards)
         return
     import ray.data
 

@@ -108,11 +108,16 @@ def drop(run: Folder, name: str, kept: NDArray[np.bool_]) -> None:
                 start += len(table)
 
 
-def join_near_duplicates(corpus: Folder, rows: Rows) -> dict[str, int]:
+def join_near_duplicates(corpus: Folder, rows: Rows, settled: int = 0) -> dict[str, int]:
     """Find rows that look like rows of another group, give each such component one split, and write :data:`NEAR_DUPLICATES`.
 
     A component is in ``train`` if one of its rows is: the codec and the clusters are fitted to rows drawn as ``train``, and no row that looks like
     one of these may stand for unseen ones. Else it is in ``validation`` if one of its rows is.
+
+    Args:
+        corpus: ``RUN/corpus``.
+        rows: all of it.
+        settled: so many first rows, with the splits they have now, have been clustered and trained on: rows that came later follow them.
 
     Returns:
         counts: ``groups`` of the corpus, ``near_duplicates`` (rows listed), ``split_changed`` (of them), ``unchecked`` hashes.
@@ -129,9 +134,13 @@ def join_near_duplicates(corpus: Folder, rows: Rows) -> dict[str, int]:
     groups = len(np.unique(rows.groups))
     mine = component[node[at]]
     split, first = np.full(len(component), len(schema.SPLITS), np.int8), np.zeros(len(component), np.int64)
-    np.minimum.at(split, mine, rows.splits[at])
-    by_id = at[np.argsort(rows.ids[at], kind="stable")]
-    first[component[node[by_id[::-1]]]] = by_id[::-1]  # the last one written is the smallest id
+    old = at < settled
+    np.minimum.at(split, mine[old], rows.splits[at[old]])
+    led = split[mine] < len(schema.SPLITS)
+    np.minimum.at(split, mine[~led], rows.splits[at[~led]])
+    chosen = np.where(old, rows.splits[at], split[mine])
+    by_id = at[np.lexsort((rows.ids[at], ~old))]
+    first[component[node[by_id[::-1]]]] = by_id[::-1]  # the last one written is the smallest id, of settled rows if there are any
     starts = np.cumsum(rows.sizes) - rows.sizes
     with schema.PartWriter(corpus, NEAR_DUPLICATES, NEAR) as writer:
         for number, name in enumerate(rows.names):
@@ -143,7 +152,7 @@ def join_near_duplicates(corpus: Folder, rows: Rows) -> dict[str, int]:
                         {
                             "id": [name_of(row) for row in rows.ids[here]],
                             "group": schema.read_table(corpus, name, ["group"])["group"].take(pa.array(here - starts[number])),
-                            "split": [schema.SPLITS[code] for code in split[own]],
+                            "split": [schema.SPLITS[code] for code in chosen[np.searchsorted(at, here)]],
                             "of": [name_of(row) for row in rows.ids[first[own]]],
                             "part": np.full(len(here), _number(name), np.int32),
                             "row": (here - starts[number]).astype(np.int32),
@@ -151,8 +160,8 @@ def join_near_duplicates(corpus: Folder, rows: Rows) -> dict[str, int]:
                         NEAR,
                     )
                 )
-    changed = int((split[mine] != rows.splits[at]).sum())
-    rows.splits[at] = split[mine]
+    changed = int((chosen != rows.splits[at]).sum())
+    rows.splits[at] = chosen
     return {"groups": groups, "near_duplicates": len(at), "split_changed": changed, "unchecked": unchecked}
 
 

@@ -28,6 +28,7 @@ from paris_ray.data.openmoji import ATTRIBUTION
 from paris_ray.data.part import EncodePart, SumPart, unit_table
 from paris_ray.data.sources import open_source
 from paris_ray.data.sources.base import Unit, listing
+from paris_ray.data.splits import read_splits
 from paris_ray.manifest import StaleError
 from paris_ray.progress import Progress
 from paris_ray.storage import Folder
@@ -81,10 +82,10 @@ def _embed(config: RunConfig, progress: Progress) -> dict[str, Any]:
         return state.manifest
     if state.state == "absent":
         (run / "rejected").delete_all()
-    _encode(config, run, units, progress)
+    encode(config, run, units, progress)
     (run / "corpus").sweep()  # of workers that were killed
     progress.update(progress.done, message="looking for duplicates", force=True)
-    counts = _finish(run)
+    counts = finish(run)
     if not counts["splits"]["train"]:
         reasons = ", ".join(f"{kind} ({n})" for kind, n in counts["reasons"].items()) or "all are held out"
         raise ConfigError(
@@ -182,7 +183,7 @@ def _sum_patches(config: RunConfig, units: list[Unit], progress: Progress) -> Pa
 # -- corpus -------------------------------------------------------------------------------------------------------------
 
 
-def _encode(config: RunConfig, run: Folder, units: list[Unit], progress: Progress) -> None:
+def encode(config: RunConfig, run: Folder, units: list[Unit], progress: Progress) -> None:
     """Encode and write every part that is not there yet."""
     import ray.data
 
@@ -223,20 +224,26 @@ def read_listed(corpus: Folder, unit: Unit) -> int:
         return schema.notes(content)["listed"]
 
 
-def _finish(run: Folder) -> dict[str, Any]:
+def finish(run: Folder, settled: int = 0) -> dict[str, Any]:
     """Drop rows that are there twice, give near-duplicates one split, and count everything; done again it finds nothing more.
 
     What is counted is read back from the files, so that it is true after any number of resumptions.
+
+    Args:
+        run: the run directory.
+        settled: so many first rows stay as they are, in the splits they have.
 
     Raises:
         RuntimeError: rows were lost or doubled.
     """
     corpus, rejected = run / "corpus", run / "rejected"
     rows = duplicates.read_rows(corpus)
+    if settled:
+        rows.splits[:settled] = np.concatenate(list(read_splits(corpus).values()))[:settled]
     kept = duplicates.first_of_equals(rows.ids)
     _in_tasks(duplicates.drop, [(run, name, keep) for name, keep in rows.by_part(kept).items() if not keep.all()])
     rows = rows.keep(kept)
-    near = duplicates.join_near_duplicates(corpus, rows)
+    near = duplicates.join_near_duplicates(corpus, rows, settled)
     splits = np.bincount(rows.splits, minlength=len(schema.SPLITS))
     cut, listed = 0, 0
     for _, content, notes in schema.read_each(corpus, ["caption_cut"]):

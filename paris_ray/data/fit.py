@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib.util
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -37,6 +37,9 @@ DRIVER_BYTES = 1 << 30
 
 SAVE_SECONDS = 30.0
 """What a run that dies in k-means loses, at most, beside the iteration it is in."""
+
+PIECES_AT_ONCE = 64
+"""Part files whose validation and held-out rows one task labels."""
 
 LABELS, CENTROIDS, CLUSTERS = "labels.parquet", "centroids.safetensors", "clusters.json"
 
@@ -123,14 +126,15 @@ def fit_clusters(config: RunConfig, corpus: Folder, stage: Stage, progress: Prog
             model, summary = _two_levels(config, rows, stage, say)
             given = None
         else:
-            given = _random_experts(corpus, index, experts, config.seed)
+            given = random_experts(corpus, index, experts, config.seed)
             model, summary = _means_of(rows, given[train], experts)
         fine, distance = np.empty(len(train), np.int32), np.empty(len(train), np.float32)
         fine[train], distance[train] = label(rows, model, None if given is None else given[train])
     finally:
         if isinstance(rows, RemoteRows):
             rows.close()
-    _label_others(corpus, index, ~train, part, model, given, fine, distance)
+    for places, own_fine, own_distance in label_others(corpus, index, ~train, part, model, given):
+        fine[places], distance[places] = own_fine, own_distance
     expert = model.fine_to_coarse[fine].astype(np.int32)
     sizes = summary["sizes"]
     model.write(out)
@@ -232,7 +236,7 @@ def _saved(stage: Stage) -> str:
 # -- random -------------------------------------------------------------------------------------------------------------
 
 
-def _random_experts(corpus: Folder, index: Index, experts: int, seed: int) -> Labels:
+def random_experts(corpus: Folder, index: Index, experts: int, seed: int) -> Labels:
     """Expert of each row by hash of its near-duplicate group: equal shares are expected."""
     labels = np.empty(len(index.split), np.int32)
     for name, here in index.parts.items():
@@ -266,11 +270,29 @@ def label(rows: Rows | RemoteRows, model: Model, given: Labels | None = None) ->
     return fine, rows.distances(model.fine_to_coarse[fine].astype(np.int32), model.coarse)
 
 
-def _label_others(
-    corpus: Folder, index: Index, others: NDArray[np.bool_], part: PartitionConfig, model: Model, given: Labels | None, fine: Labels, distance: F32
-) -> None:
-    """Fill in the rows that the clusters were not fitted on."""
-    for name, at in index.pieces(others):
-        places = index.parts[name].start + at
-        rows = Rows(*load(corpus, [(name, at)], model.fine.shape[1], part.metric, len(fine)), backend=part.backend, threads=_threads())
-        fine[places], distance[places] = label(rows, model, None if given is None else given[places])
+def label_pieces(
+    corpus: Folder, pieces: list[Piece], model: Model, metric: str, backend: str, given: Labels | None = None, threads: int = 1
+) -> tuple[Labels, F32]:
+    """:func:`label` for rows that the clusters were not fitted on."""
+    stored, scale = load(corpus, pieces, model.fine.shape[1], metric, sum(len(rows) for _, rows in pieces))
+    return label(Rows(stored, scale, backend=backend, threads=threads), model, given)
+
+
+def label_others(
+    corpus: Folder, index: Index, others: NDArray[np.bool_], part: PartitionConfig, model: Model, given: Labels | None
+) -> Iterator[tuple[NDArray[np.int64], Labels, F32]]:
+    """:func:`label_pieces` for some rows: places, fine clusters, distances. Some part files are read here, more of them in Ray tasks."""
+    pieces = index.pieces(others)
+    batches = [pieces[low : low + PIECES_AT_ONCE] for low in range(0, len(pieces), PIECES_AT_ONCE)]
+    places = [np.concatenate([index.parts[name].start + at for name, at in batch]) for batch in batches]
+    fixed = [None if given is None else given[at] for at in places]
+    if len(batches) > 1:
+        import ray
+
+        task, shared = ray.remote(label_pieces).options(num_cpus=1), ray.put(model)
+        found = [task.remote(corpus, batch, shared, part.metric, part.backend, own) for batch, own in zip(batches, fixed, strict=True)]
+        results: Iterable[tuple[Labels, F32]] = map(ray.get, found)
+    else:
+        results = (label_pieces(corpus, batch, model, part.metric, part.backend, own, _threads()) for batch, own in zip(batches, fixed, strict=True))
+    for at, (fine, distance) in zip(places, results, strict=True):
+        yield at, fine, distance

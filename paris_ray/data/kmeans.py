@@ -1,9 +1,10 @@
-"""Exact k-means for rows in many places: Lloyd's algorithm with k-means++ (Lloyd 1982; Arthur & Vassilvitskii 2007). NumPy only.
+"""Exact k-means for rows in many places: Lloyd's algorithm with k-means++ (Lloyd 1982; Arthur & Vassilvitskii 2007). NumPy and SciPy.
 
 The result has the same bits however the rows are ordered, or cut into files, shards or actors (on one kind of machine, with one backend):
 
 - a row has a key, the rank of its id: rows are drawn, ordered and told apart in ties by it, never by where they are;
-- a row's label depends on the row and the centroids alone (:mod:`paris_ray.data.nearest`);
+- a row's label depends on the row and the centroids alone (:mod:`paris_ray.data.nearest`); where the triangle inequality shows that it is what it
+  was, it is not looked for again;
 - sums are exact, so they have no order, and may be updated by what came and what left;
 - what decides (stop, re-seeding) is made of integers and of comparisons, never of a sum of distances.
 
@@ -21,6 +22,7 @@ from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy import sparse
 
 from paris_ray import rng
 from paris_ray.data.nearest import BATCH, BLOCK, F32, GRID, Nearest, Stored, nearest_to, one_blas_thread, prepare
@@ -76,7 +78,7 @@ class RowSet(Protocol):
 
 
 class Rows:
-    """Rows in memory: all of the corpus, or a part of it. As stored, so that a row takes its float16 and 12 bytes.
+    """Rows in memory: all of the corpus, or a part of it. As stored, so that a row takes its float16 and 16 bytes.
 
     Args:
         stored: (n, D) float16 or float32.
@@ -103,7 +105,7 @@ class Rows:
         self._forget()
 
     def _forget(self) -> None:
-        self._labels = np.full(self.total, -1, np.int32)
+        self._labels, self._room = np.full(self.total, -1, np.int32), np.full(self.total, -np.inf, np.float32)
         self._found: F32 | None = None  # the centroids that the labels belong to
 
     def _each_block(self, function: Callable[[slice], Any]) -> list[Any]:
@@ -135,42 +137,50 @@ class Rows:
         if self._found is None or self._found.shape != centroids.shape:
             self._forget()
             self._sums, self._counts = np.zeros(centroids.shape), np.zeros(len(centroids), np.int64)
+        less = np.zeros(len(centroids), np.float32) if self._found is None else _less_room(self._found, centroids)
         with nearest_to(self.backend, centroids) as nearest:
-            moved = self._each_block(lambda block: self._find_block(block, nearest))
+            moved = self._each_block(lambda block: self._find_block(block, nearest, less))
         self._found = centroids
         return sum(moved)
 
-    def _find_block(self, block: slice, nearest: Nearest) -> int:
-        new, old = nearest(self.stored[block], self.scale[block]), self._labels[block]
+    def _find_block(self, block: slice, nearest: Nearest, less: F32) -> int:
+        old = self._labels[block]
+        room = np.nextafter(self._room[block] - less[old], np.float32(-np.inf))
+        open_ = np.flatnonzero(room <= 0)  # where another centroid may be nearer by now
+        new = old.copy()
+        if len(open_) == len(old):
+            new, room = nearest(self.stored[block], self.scale[block])
+        elif len(open_):
+            new[open_], room[open_] = nearest(self.stored[block][open_], self.scale[block][open_])
+        self._room[block] = room
         came = np.flatnonzero(new != old)
         left = came[old[came] >= 0]
-        rows, sign = np.concatenate([came, left]) + block.start, np.repeat(np.array([1, -1], np.float32), [len(came), len(left)])
+        rows, sign = np.concatenate([came, left]) + block.start, np.repeat([1, -1], [len(came), len(left)])
         self._add(rows, np.concatenate([new[came], old[left]]), sign, self._sums, self._counts)
         self._labels[block] = new
         return len(came)
 
-    def _add(self, rows: NDArray[np.int64], labels: Labels, sign: F32, sums: NDArray[np.float64], counts: NDArray[np.int64]) -> None:
+    def _add(self, rows: NDArray[np.int64], labels: Labels, sign: NDArray[np.int64], sums: NDArray[np.float64], counts: NDArray[np.int64]) -> None:
         """Add rows to the sums of clusters, or take them away."""
         order = np.argsort(labels, kind="stable")
         for low in range(0, len(order), BATCH):
             here = order[low : low + BATCH]
-            at, into = rows[here], labels[here]
-            first = np.flatnonzero(np.diff(into, prepend=-1))
-            content: NDArray[Any] = prepare(self.stored[at], self.scale[at] * sign[here])
-            times = sign[here].astype(np.int64)
+            at, into, times = rows[here], labels[here], sign[here]
             if self.weights is not None:
-                content, times = content * self.weights[at, None], times * self.weights[at]
-            summed, counted = np.add.reduceat(content, first, axis=0, dtype=np.float64), np.add.reduceat(times, first)
+                times = times * self.weights[at]
+            first = np.flatnonzero(np.diff(into, prepend=-1))
+            which = sparse.csr_array((times.astype(np.float64), np.arange(len(here)), np.append(first, len(here))), (len(first), len(here)))
+            summed = which @ prepare(self.stored[at], self.scale[at]).astype(np.float64)
             with self._lock:
                 sums[into[first]] += summed
-                counts[into[first]] += counted
+                counts[into[first]] += np.add.reduceat(times, first)
 
     # -- other questions ------------------------------------------------------------------------------------------------
 
     def sums_by(self, labels: Labels, k: int) -> Partial:
         """Sums and counts for labels (n,) from elsewhere."""
         sums, counts = np.zeros((k, self.stored.shape[1])), np.zeros(k, np.int64)
-        ones = np.ones(BLOCK, np.float32)
+        ones = np.ones(BLOCK, np.int64)
         self._each_block(lambda b: self._add(np.arange(b.start, b.stop), labels[b], ones[: b.stop - b.start], sums, counts))
         return Partial(sums * GRID, counts, self.total)
 
@@ -211,6 +221,15 @@ class Rows:
             return sum(int(value) * time for value, time in zip(values, times, strict=True))
 
         return sum(self._each_block(lambda block: sum(map(batch, _batches(block)))))
+
+
+def _less_room(old: F32, new: F32) -> F32:
+    """By how much a row's room may be less than it was, for each label: what its centroid and the fastest of the others have moved (Hamerly 2010)."""
+    moved = np.sqrt(((new.astype(np.float64) - old) ** 2).sum(1))
+    last = np.sort(moved)[-2:]
+    others = np.where(moved == last[-1], last[0], last[-1]) if len(moved) > 1 else 0.0
+    less: F32 = ((1 + 1e-5) * (moved + others)).astype(np.float32)  # above their rounding, and that of distances to longer centroids
+    return less
 
 
 def _batches(block: slice) -> list[slice]:

@@ -25,15 +25,16 @@ GRID = 2.0**-24
 BLOCK = 16_384
 """Rows that one thread takes at a time."""
 
-BATCH = 512
+BATCH = 1024
 """Rows that it works on at a time where it needs several copies of them, float64 or gathered: these stay in the cache."""
 
 F32 = NDArray[np.float32]
 Stored = NDArray[np.floating]
 """Rows as stored, (n, D) float16 or float32."""
 
-Nearest = Callable[[Stored, F32], NDArray[np.int32]]
-"""(rows as stored (n, D), their scale (n,)) → the nearest centroid of each, (n,); of equally near ones the first."""
+Nearest = Callable[[Stored, F32], tuple[NDArray[np.int32], F32]]
+"""(rows as stored (n, D), their scale (n,)) → the nearest centroid of each, of equally near ones the first; and by how much, at least, it is nearer
+than any other (the room); both (n,)."""
 
 
 def scales(stored: Stored, metric: str, total: int) -> F32:
@@ -68,7 +69,15 @@ def scales(stored: Stored, metric: str, total: int) -> F32:
 def prepare(stored: Stored, scale: F32, out: F32 | None = None) -> F32:
     """Rows as clustered: (n, D) whole numbers, in units of :data:`GRID`."""
     out = np.empty(stored.shape, np.float32) if out is None else out
-    np.copyto(out, stored)
+    if stored.dtype == np.float16:
+        # NumPy converts one number at a time. Here: sign, exponent and fraction to their places in a float32, then its other bias of the exponent.
+        bits = out.view(np.int32)
+        np.copyto(bits, stored.view(np.int16))
+        np.left_shift(bits, 13, out=bits)
+        np.bitwise_and(bits, np.int32(-0x70000001), out=bits)
+        np.multiply(out, np.float32(2.0**112), out=out)
+    else:
+        np.copyto(out, stored)
     np.multiply(out, scale[:, None], out=out)
     return np.rint(out, out=out)
 
@@ -89,14 +98,19 @@ class _Centroids:
         """(F, f) such that ``rows @ F + f`` are the scores of rows in units of the grid."""
         return np.ascontiguousarray((-2 * GRID * self.wide.T).astype(np.float32)), self.squares.astype(np.float32)
 
-    def slack(self, rows: Any) -> Any:
-        """By how much a float32 score may be above the least one and yet be less: twice the largest error; of array or tensor (n, D), (n,).
+    def error(self, x2: Any) -> Any:
+        """Largest error of a float32 score, for rows of squared lengths (n,), as an array or a tensor.
 
         A product of D terms errs by at most D·u·|x|·|c| in any order of its sum (Higham 2002, eq. 3.5), u = 2⁻²⁴; rounding 2x·c, |c|², |x|² (faiss
         adds it) and their sums errs by at most the other terms.
         """
-        length = (rows * rows).sum(1) ** 0.5 * GRID
-        return 2.1 * 2.0**-24 * ((2 * self.width + 4) * length * self.longest + 4 * (self.longest**2 + length**2))
+        return 1.05 * 2.0**-24 * ((2 * self.width + 4) * x2**0.5 * self.longest + 4 * (self.longest**2 + x2))
+
+    def room(self, x2: Any, least: Any, second: Any, error: Any) -> Any:
+        """By how much the nearest centroid is nearer than the second, at least, from float32 scores; below 0 where they leave it open."""
+        more = x2 * (1 + self.width * 2.0**-23)  # x2 is a float32 sum, too; more of it is less room
+        near, far = (more + least + error).clip(0) ** 0.5, (more + second - error).clip(0) ** 0.5
+        return far - near - 1e-5 * (x2**0.5 + self.longest)  # far above the rounding in here and in decide
 
     def decide(self, rows: F32, owner: NDArray[np.int64], candidate: NDArray[np.int64]) -> NDArray[np.int64]:
         """The nearest candidate of each row, of equally near ones the first.
@@ -136,9 +150,14 @@ def nearest_to(backend: str, centroids: F32) -> Iterator[Nearest]:
         yield nearest
 
 
+def _squares(rows: F32) -> F32:
+    squares: F32 = np.einsum("nd,nd->n", rows, rows) * np.float32(GRID**2)
+    return squares
+
+
 def _tile(k: int) -> int:
-    """Rows in one product: its result, about 1 MB, stays in the cache until it has been read."""
-    return 1 << max(8, min(12, 18 - (k - 1).bit_length()))
+    """Rows in one product: its result, about 4 MB, stays in the cache until it has been read."""
+    return 1 << max(8, min(12, 20 - (k - 1).bit_length()))
 
 
 def _numpy(centroids: _Centroids) -> Nearest:
@@ -149,24 +168,29 @@ def _numpy(centroids: _Centroids) -> Nearest:
 def _on_cpu(centroids: _Centroids, add: F32, product: Callable[[F32, F32], object]) -> Nearest:
     tile = _tile(centroids.k)
 
-    def nearest(stored: Stored, scale: F32) -> NDArray[np.int32]:
-        labels = np.empty(len(stored), np.int32)
-        rows, scores = np.zeros((tile, centroids.width), np.float32), np.empty((tile, centroids.k), np.float32)
+    def nearest(stored: Stored, scale: F32) -> tuple[NDArray[np.int32], F32]:
+        labels, room = np.empty(len(stored), np.int32), np.empty(len(stored), np.float32)
+        most = min(tile, len(stored))
+        all_rows, all_scores = np.empty((most, centroids.width), np.float32), np.empty((most, centroids.k), np.float32)
         for low in range(0, len(stored), tile):
-            n = min(tile, len(stored) - low)
-            x, score, every = prepare(stored[low : low + n], scale[low : low + n], rows[:n]), scores[:n], np.arange(n)
-            product(rows, scores)  # below the n are zeros, or rows of the tile before
-            score += add
-            found = score.argmin(1)
-            least = score[every, found]
-            most = least + centroids.slack(x)
-            score[every, found] = np.inf
-            near = np.flatnonzero(score.min(1) <= most)
-            if len(near):
-                score[near, found[near]] = least[near]
-                found[near] = centroids.decide(x[near], *np.nonzero(score[near] <= most[near, None]))
-            labels[low : low + n] = found
-        return labels
+            here = slice(low, min(low + tile, len(stored)))
+            n = here.stop - low
+            rows, scores, every = prepare(stored[here], scale[here], all_rows[:n]), all_scores[:n], np.arange(n)
+            product(rows, scores)
+            scores += add
+            found = scores.argmin(1)
+            least = scores[every, found]
+            scores[every, found] = np.inf
+            x2, second = _squares(rows), scores.min(1)
+            error = centroids.error(x2)
+            room[here] = centroids.room(x2, least, second, error)
+            limit = least + 2 * error
+            open_ = np.flatnonzero(second <= limit)
+            if len(open_):
+                scores[open_, found[open_]] = least[open_]
+                found[open_] = centroids.decide(rows[open_], *np.nonzero(scores[open_] <= limit[open_, None]))
+            labels[here] = found
+        return labels, room
 
     return nearest
 
@@ -181,18 +205,20 @@ def _torch(centroids: _Centroids) -> Nearest:
         return _on_cpu(centroids, add, lambda rows, out: torch.mm(torch.from_numpy(rows), there, out=torch.from_numpy(out)))
     factor_, add_ = (torch.from_numpy(array).cuda() for array in centroids.factor())
 
-    def nearest(stored: Stored, scale: F32) -> NDArray[np.int32]:
+    def nearest(stored: Stored, scale: F32) -> tuple[NDArray[np.int32], F32]:
         rows = torch.from_numpy(stored).cuda().float().mul_(torch.from_numpy(scale).cuda()[:, None]).round_()
         scores = torch.addmm(add_, rows, factor_)
         least, found = scores.min(1)
-        most = least + centroids.slack(rows)
-        others = scores.scatter(1, found[:, None], torch.inf).amin(1)
-        near = torch.nonzero(others <= most)[:, 0]
+        second = scores.scatter(1, found[:, None], torch.inf).amin(1)
+        x2 = (rows * rows).sum(1) * GRID**2
+        error = centroids.error(x2)
+        limit = least + 2 * error
+        open_ = torch.nonzero(second <= limit)[:, 0]
         labels = found.cpu().numpy()
-        if len(near):
-            owner, candidate = (index.cpu().numpy() for index in torch.nonzero(scores[near] <= most[near, None], as_tuple=True))
-            labels[near.cpu().numpy()] = centroids.decide(rows[near].cpu().numpy(), owner, candidate)
-        return labels.astype(np.int32)
+        if len(open_):
+            owner, candidate = (index.cpu().numpy() for index in torch.nonzero(scores[open_] <= limit[open_, None], as_tuple=True))
+            labels[open_.cpu().numpy()] = centroids.decide(rows[open_].cpu().numpy(), owner, candidate)
+        return labels.astype(np.int32), centroids.room(x2, least, second, error).cpu().numpy()
 
     return nearest
 
@@ -204,23 +230,27 @@ def _faiss(centroids: _Centroids) -> Nearest:
     index.add(np.ascontiguousarray(centroids.narrow))
     several = min(4, centroids.k)
 
-    def some(rows: F32) -> NDArray[np.int64]:
-        distances, found = index.search(rows * np.float32(GRID), several)
-        near = distances <= distances[:, :1] + centroids.slack(rows)[:, None]
-        labels, wide = found[:, 0], near[:, -1]  # where the last is near, one more may be
-        if len(few := np.flatnonzero(near[:, 1:].any(1) & ~wide)):
-            owner, place = np.nonzero(near[few])
-            candidate = found[few][owner, place]
-            order = np.lexsort((candidate, owner))
-            labels[few] = centroids.decide(rows[few], owner[order], candidate[order])
-        if len(many := np.flatnonzero(wide)):
-            labels[many] = centroids.decide(rows[many], *np.divmod(np.arange(len(many) * centroids.k), centroids.k))
-        return labels
-
-    def nearest(stored: Stored, scale: F32) -> NDArray[np.int32]:
+    def nearest(stored: Stored, scale: F32) -> tuple[NDArray[np.int32], F32]:
         faiss.omp_set_num_threads(1)  # of this thread
-        tiles = [slice(low, low + 4096) for low in range(0, len(stored), 4096)]
-        return np.concatenate([some(prepare(stored[tile], scale[tile])) for tile in tiles], dtype=np.int32, casting="same_kind")
+        labels, room = np.empty(len(stored), np.int32), np.empty(len(stored), np.float32)
+        for low in range(0, len(stored), 4096):
+            here = slice(low, min(low + 4096, len(stored)))
+            rows = prepare(stored[here], scale[here])
+            distances, found = index.search(rows * np.float32(GRID), several)
+            x2, label = _squares(rows), found[:, 0]
+            error = centroids.error(x2)
+            room[here] = centroids.room(x2, distances[:, 0] - x2, distances[:, 1] - x2, error)
+            near = distances <= distances[:, :1] + 2 * error[:, None]
+            wide = near[:, -1]  # one more may be
+            if len(few := np.flatnonzero(near[:, 1] & ~wide)):
+                owner, place = np.nonzero(near[few])
+                candidate = found[few][owner, place]
+                order = np.lexsort((candidate, owner))
+                label[few] = centroids.decide(rows[few], owner[order], candidate[order])
+            if len(many := np.flatnonzero(wide)):
+                label[many] = centroids.decide(rows[many], *np.divmod(np.arange(len(many) * centroids.k), centroids.k))
+            labels[here] = label
+        return labels, room
 
     return nearest
 

@@ -6,23 +6,24 @@ Labels are computed once, from the float16 embeddings as stored, and everything 
 from __future__ import annotations
 
 import hashlib
-import json
 import time
 from typing import Any
 
-import numpy as np
 import pyarrow as pa
-from numpy.typing import NDArray
+import pyarrow.compute as pc
 
 from paris_ray import stages
 from paris_ray.config import RunConfig
 from paris_ray.data import schema
 from paris_ray.data.cluster_report import draw_sheets, write_report
-from paris_ray.data.cut import cut_all
+from paris_ray.data.cut import cut_all, groups
 from paris_ray.data.fit import CLUSTERS, LABELS, fit_clusters
+from paris_ray.data.splits import split_codes
 from paris_ray.manifest import Stage, StaleError
 from paris_ray.progress import Progress
 from paris_ray.storage import Folder
+
+_DIGESTED = 1 << 16  # ids at a time
 
 
 def partition(config: RunConfig) -> None:
@@ -46,14 +47,16 @@ def partition(config: RunConfig) -> None:
     try:
         if not clusters.folder.exists(LABELS):  # the last file of the fit
             fit_clusters(config, run / "corpus", clusters, progress)
-        labels = schema.read_table(clusters.folder, LABELS)
+        labels = schema.read_table(clusters.folder, LABELS, ["id", "fine", "expert", "split"])
         progress.total = len(labels)
         sheets = draw_sheets(config) if found[0].state != "valid" else None
-        _cut(run, labels, shards, progress, begun)
+        grouped = groups(run / "corpus", schema.parts(run / "corpus"))
+        _cut(run, grouped, labels, shards, progress, begun)
         if found[0].state != "valid":
             write_report(config, sheets)
             summary = clusters.folder.read_json(CLUSTERS)
-            counts = {"rows": len(labels), "sizes": summary["sizes"], "imbalance": summary["imbalance"], "fine": len(summary["fine_sizes"])}
+            counts = {name: summary[name] for name in ("sizes", "imbalance")}
+            counts |= {"rows": len(labels), "fine": len(summary["fine_sizes"]), "groups": len(grouped)}
             clusters.publish(counts, time.monotonic() - begun)
     except BaseException as error:
         progress.fail(f"{type(error).__name__}: {error}".splitlines()[0])
@@ -61,31 +64,34 @@ def partition(config: RunConfig) -> None:
     progress.finish(f"{config.num_experts} shards, report at {clusters.folder.uri}/report.html")
 
 
-def _cut(run: Folder, labels: pa.Table, shards: list[Stage], progress: Progress, begun: float) -> None:
-    fine, expert, split = (labels[name].to_numpy() for name in ("fine", "expert", "split"))
-    ids, kept = labels["id"].to_numpy(), split != "held_out"
-    digests = [_digest(ids[kept & (expert == k)], fine[kept & (expert == k)]) for k in range(len(shards))]
+def _cut(run: Folder, grouped: list[list[str]], labels: pa.Table, shards: list[Stage], progress: Progress, begun: float) -> None:
+    found = [shard_counts(labels, k) for k in range(len(shards))]
     open_ = []
-    for stage, digest in zip(shards, digests, strict=True):
+    for stage, counts in zip(shards, found, strict=True):
         status = stage.status()
         if status.state != "valid":
             open_.append(stage)
-        elif status.manifest and status.manifest["counts"]["labels"] != digest:
+        elif status.manifest and status.manifest["counts"]["labels"] != counts["labels"]:
             raise StaleError(f"{stage.folder.uri} was cut with other labels than {run.uri}/clusters has; pass --rebuild partition to make both anew")
     if not open_:
         return
     done = 0
-    for rows in cut_all(run / "corpus", fine, expert, run / "shards"):
+    for rows in cut_all(run / "corpus", grouped, labels["fine"].to_numpy(), labels["expert"].to_numpy(), run / "shards", 0):
         done += rows
         progress.update(done, message="cutting shards")
-    for k, (stage, digest) in enumerate(zip(shards, digests, strict=True)):
+    for stage, counts in zip(shards, found, strict=True):
         if stage in open_:
-            counts = {name: int(((split == name) & (expert == k)).sum()) for name in ("train", "validation")}
-            stage.publish({"rows": sum(counts.values()), **counts, "labels": digest}, time.monotonic() - begun)
+            stage.publish(counts, time.monotonic() - begun)
 
 
-def _digest(ids: NDArray[Any], fine: NDArray[np.int32]) -> str:
-    """Which rows an expert has, as 32 hex digits."""
-    order = np.argsort(ids.astype(str), kind="stable")
-    text = json.dumps([ids[order].tolist(), fine[order].tolist()])
-    return hashlib.sha256(text.encode()).hexdigest()[:32]
+def shard_counts(labels: pa.Table, k: int) -> dict[str, Any]:
+    """What the manifest of a shard says of its rows: how many, and ``labels``, a fingerprint of their ids and fine clusters."""
+    fine, split, mine = labels["fine"].to_numpy(), split_codes(labels["split"]), labels["expert"].to_numpy() == k
+    counts = {name: int((mine & (split == schema.SPLITS.index(name))).sum()) for name in ("train", "validation")}
+    mine &= split != schema.SPLITS.index("held_out")
+    own = labels["id"].filter(pa.array(mine)).combine_chunks()
+    order = pc.sort_indices(own)
+    digest = hashlib.sha256(fine[mine][order.to_numpy()].tobytes())
+    for low in range(0, len(order), _DIGESTED):
+        digest.update("\n".join(own.take(order[low : low + _DIGESTED]).to_pylist()).encode())
+    return {"rows": sum(counts.values()), **counts, "labels": digest.hexdigest()[:32]}

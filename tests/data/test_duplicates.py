@@ -103,6 +103,30 @@ def test_no_component_is_divided_over_splits_and_train_wins(tmp_path):
     assert read_splits(run / "corpus")[schema.part_name(0)].tolist() == [0, 0, 0, 1, 1, 2]
 
 
+def test_rows_that_come_later_follow_those_that_are_settled(tmp_path):
+    base, run = 0x0F0F_1234_5678_9ABC, Folder(tmp_path)
+    far = ~base % 2**64 >> 1
+    looks = [base, base ^ 0b11, far, base ^ 0b1111, far ^ 1, 12345, 12345 ^ 3]
+    splits = ["held_out", "validation", "train", "train", "held_out", "held_out", "train"]
+    rows = [
+        {"id": name(90 - i), "phash": int(np.uint64(look).view(np.int64)), "group": str(i), "split": split, "source": str(i)}
+        for i, (look, split) in enumerate(zip(looks, splits, strict=True))
+    ]
+    write_corpus(run, rows[:3], [3])
+    duplicates.join_near_duplicates(run / "corpus", duplicates.read_rows(run / "corpus"))
+    write_corpus(run, rows, [3, 4])
+    held = duplicates.read_rows(run / "corpus")
+    held.splits[:3] = read_splits(run / "corpus")[schema.part_name(0)]
+    duplicates.join_near_duplicates(run / "corpus", held, settled=3)
+    # validation, as joined before; train; then one like the first two, one like the third, and two that are like each other only.
+    assert [schema.SPLITS[code] for codes in read_splits(run / "corpus").values() for code in codes] == [
+        "validation", "validation", "train", "validation", "train", "train", "train",
+    ]  # fmt: skip
+    # One that is settled stands for all, whatever the ids of the others; else the smallest id does.
+    assert name(87) < name(88) or name(86) < name(88)
+    assert read_copies(run / "corpus") == {max(name(90), name(89)), name(87), name(86), max(name(85), name(84))}
+
+
 def test_a_corpus_without_near_duplicates(tmp_path):
     rows, run = make_rows(9, 3, False)[:1], Folder(tmp_path)
     write_corpus(run, rows, [1])

@@ -12,7 +12,7 @@ import pytest
 
 from paris_ray import config as configs
 from paris_ray import stages
-from paris_ray.config import ConfigError, RunConfig
+from paris_ray.config import ConfigError
 from paris_ray.data import cut, fit, partition, schema
 from paris_ray.data.cut import cut_all
 from paris_ray.data.kmeans import Rows, kmeans
@@ -20,74 +20,12 @@ from paris_ray.data.remote_rows import RemoteRows, load, ranges
 from paris_ray.manifest import StaleError
 from paris_ray.storage import Folder
 
-WIDTH = 16
-ENCODERS: dict[str, Any] = {
-    "image_size": 16,
-    "text": {"kind": "minilm", "max_length": 4, "width": 6},
-    "codec": {"kind": "patch_pca", "channels": 3, "latent_size": 4, "downsampling": 4},
-    "embedding": {"kind": "efficientnet_lite0", "width": WIDTH},
-}
-WORDS = ["red fox", "green tree", "blue car"]
-
-
-def make_corpus(
-    path: Path, sets: tuple[str, ...] = (), store_text: str = "states", distinct: bool = True, per_part: int = 70, shuffled: bool = False
-) -> RunConfig:
-    """A corpus of three well-separated kinds, published as the stage before would."""
-    n = 240
-    g = np.random.default_rng(5)
-    kind = g.integers(0, 3, n)
-    centres = g.standard_normal((3, WIDTH))
-    embedding = (centres[kind] + 0.25 * g.standard_normal((n, WIDTH)) * distinct) * g.uniform(0.5, 2, (n, 1))
-    if not distinct:
-        embedding = centres[kind]
-    text = g.standard_normal((n, 4, 6)).astype(np.float16) if store_text == "states" else g.integers(0, 99, (n, 4)).astype(np.int32)
-    columns: dict[str, Any] = {
-        "id": np.array([f"img-{i:04d}" for i in g.permutation(n)], object),
-        "caption": np.array([f"{WORDS[k]} number {i}" for i, k in enumerate(kind)], object),
-        "text" if store_text == "states" else "token_ids": text,
-        "text_len": g.integers(1, 5, n),
-        "latent": g.standard_normal((n, 3, 4, 4)).astype(np.float16),
-        "embedding": embedding.astype(np.float16),
-        "split": g.choice(["train", "validation", "held_out"], n, p=[0.8, 0.1, 0.1]).astype(object),
-        "group": np.array([f"g{i // 2}" for i in range(n)], object),
-        "phash": np.arange(n),
-        "caption_cut": np.zeros(n, bool),
-        "source": np.array([f"s{i}" for i in range(n)], object),
-        "width": np.full(n, 16),
-        "height": np.full(n, 16),
-    }
-    if shuffled:
-        order = np.random.default_rng(6).permutation(n)
-        columns = {name: values[order] for name, values in columns.items()}
-    one = configs.load("tiny", [f"run_dir={path}", f"data.store_text={store_text}", *sets])
-    run = Folder(path)
-    encoders = stages.stage(one, "encoders")
-    encoders.begin()
-    run.write_json("encoders/encoders.json", ENCODERS)
-    encoders.publish()
-    embed = stages.stage(one, "embed")
-    embed.begin()
-    for i, low in enumerate(range(0, n, per_part)):
-        rows = {name: list(v[low : low + per_part]) if v.dtype == object else v[low : low + per_part] for name, v in columns.items()}
-        schema.write_table(run / "corpus", schema.part_name(i), schema.table(schema.corpus_schema(ENCODERS, store_text), rows))
-    embed.publish()
-    return one
+from .fabricated_corpus import ENCODERS, WIDTH, make_corpus, shard_bytes, without_pictures
 
 
 @pytest.fixture(autouse=True)
-def _no_pictures(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> None:
-    """Drawing needs Ray and a codec: its own tests are in test_cluster_report.py."""
-
-    def write(config: RunConfig, sheets: object) -> None:
-        (Folder(config.run_dir) / "clusters").write_bytes("report.html", b"")
-
-    monkeypatch.setattr(partition, "draw_sheets", lambda config: None)
-    monkeypatch.setattr(partition, "write_report", write)
-
-
-def shard_bytes(path: Path) -> dict[str, bytes]:
-    return {str(p.relative_to(path)): p.read_bytes() for p in sorted((path / "shards").rglob("*.parquet"))}
+def _no_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
+    without_pictures(monkeypatch)
 
 
 @pytest.mark.parametrize("store_text", ["states", "token_ids"])
@@ -298,9 +236,10 @@ def test_several_groups_go_through_ray_data(tmp_path: Path, ray_local: None, mon
     labels = schema.read_table(run / "clusters", "labels.parquet")
     fine, expert = labels["fine"].to_numpy(), labels["expert"].to_numpy()
     monkeypatch.setattr(cut, "GROUP_BYTES", 2 * max(entry.size for entry in (run / "corpus").files() if entry.name.startswith("part-")))
-    assert [len(group) for group in cut.groups(run / "corpus")] == [2, 2]
+    grouped = cut.groups(run / "corpus", schema.parts(run / "corpus"))
+    assert [len(group) for group in grouped] == [2, 2]
     again = run / "again"
-    assert sorted(cut_all(run / "corpus", fine, expert, again)) == [100, 140]
+    assert sorted(cut_all(run / "corpus", grouped, fine, expert, again, 0)) == [100, 140]
     for k in range(3):
         a = schema.read_columns(run / "shards" / f"expert={k}", ["id", "latent", "fine"])
         b = schema.read_columns(again / f"expert={k}", ["id", "latent", "fine"])

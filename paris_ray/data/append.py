@@ -1,0 +1,144 @@
+"""More rows for a run that has its clusters: labelled with the centroids there are, added to the shards, nothing fitted anew and no file changed.
+
+Each folder that gets more becomes a new version of itself (:mod:`paris_ray.manifest`). What was made from an earlier one, such as an expert, stays
+valid.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+
+from paris_ray import stages
+from paris_ray.config import RunConfig, Source
+from paris_ray.data import embed, schema
+from paris_ray.data.cut import cut_all, groups
+from paris_ray.data.fit import LABELS, Index, Model, label_others, random_experts
+from paris_ray.data.partition import shard_counts
+from paris_ray.data.sources import open_source
+from paris_ray.data.sources.base import listing
+from paris_ray.manifest import Stage, StaleError, require
+from paris_ray.progress import Progress
+from paris_ray.storage import Folder
+
+BEGUN = "_append.json"
+"""In ``RUN/corpus`` while rows are being added: from which source, and the number of its first part."""
+
+
+def append_corpus(config: RunConfig, source: Source) -> int:
+    """Embed another source with the run's encoders, and publish a new version of ``RUN/corpus``. Needs a connection to Ray.
+
+    Rows that the corpus has already are refused; a row that looks like one of them gets its split. Running it again goes on where it was, and does
+    nothing once the source is in the corpus.
+
+    Args:
+        config: of the run.
+        source: as ``data.source`` of a config.
+
+    Returns:
+        rows appended.
+
+    Raises:
+        FileNotFoundError: the run has no corpus yet.
+        ConfigError: the source cannot be used.
+        StaleError: the corpus was made from other inputs, or another source is half appended.
+    """
+    begun, stage = time.monotonic(), stages.stage(config, "embed")
+    run, before = Folder(config.run_dir), require(stage.folder, "embed")
+    _check_inputs(stage)
+    other = config.model_copy(update={"data": config.data.model_copy(update={"source": source})})
+    units = open_source(other.data).units(config.data.rows_per_part)
+    found: dict[str, Any] = {"source": source.model_dump(mode="json"), "listing": listing(units), "first": len(schema.parts(stage.folder))}
+    done = before["counts"].get("appended", [])
+    if found["listing"] in done:
+        return 0
+    if stage.folder.exists(BEGUN):
+        half = stage.folder.read_json(BEGUN)
+        if half["listing"] != found["listing"]:
+            raise StaleError(f"append: {stage.folder.uri} has half of {half['source']}; append that first, or put it back as it was")
+        found = half
+    else:
+        stage.folder.write_json(BEGUN, found)
+    progress = Progress(run / "events", "append", found["listing"]["rows"] or 0, "rows")
+    embed.encode(other, run, [dataclasses.replace(unit, number=unit.number + found["first"]) for unit in units], progress)
+    stage.folder.sweep()
+    counts = embed.finish(run, before["counts"]["rows"])
+    stage.publish({**counts, "appended": [*done, found["listing"]]}, time.monotonic() - begun, after=before)
+    stage.folder.delete(BEGUN)
+    more = int(counts["rows"]) - int(before["counts"]["rows"])
+    progress.finish(f"{more} rows embedded")
+    return more
+
+
+def append_partition(config: RunConfig) -> int:
+    """Label what ``RUN/corpus`` has more than ``RUN/clusters``, and publish new versions of ``clusters/`` and of each ``shards/expert=K``.
+
+    Running it again after it died finishes what is left; once all is done it does nothing. Needs a connection to Ray.
+
+    Returns:
+        rows appended.
+
+    Raises:
+        FileNotFoundError: the run has no corpus or no clusters yet.
+        StaleError: the clusters are not of an earlier version of this corpus.
+    """
+    begun, run = time.monotonic(), Folder(config.run_dir)
+    clusters = stages.stage(config, "partition")
+    before = require(clusters.folder, "partition")
+    _check_inputs(clusters)
+    index, known = Index.read(run / "corpus"), before["counts"]["rows"]
+    # A run that died may have written the labels already, but not that they are valid: the first ones are those of the version before.
+    labels = schema.read_table(clusters.folder, LABELS).slice(0, known)
+    if labels["id"] != index.ids.slice(0, known):
+        raise StaleError(f"{run.uri}/corpus does not begin with the rows of {clusters.folder.uri}; appended rows are in part files of higher numbers")
+    more = len(index.split) - known
+    if not more:
+        return 0
+    progress = Progress(run / "events", "append", more, "rows")
+    progress.update(0, message="labelling", force=True)
+    new = np.arange(len(index.split)) >= known
+    parts = [name for name, rows in index.parts.items() if rows.start >= known]
+    added = _label(config, run / "corpus", index, new, Model.read(clusters.folder))
+    grouped = groups(run / "corpus", parts)
+    done = 0
+    for rows in cut_all(run / "corpus", grouped, added["fine"].to_numpy(), added["expert"].to_numpy(), run / "shards", before["counts"]["groups"]):
+        done += rows
+        progress.update(done, message="cutting shards")
+    labels = pa.concat_tables([labels, added])
+    for k in range(config.num_experts):
+        shard = stages.stage(config, f"shard-{k}")
+        old = require(shard.folder, "partition")
+        if old["inputs"]["parents"] != shard.parents:  # else this has been done
+            shard.publish(shard_counts(labels, k), time.monotonic() - begun, after=old)
+    schema.write_table(clusters.folder, LABELS, labels)
+    train = labels["expert"].to_numpy()[labels["split"].to_numpy() == "train"]
+    sizes = np.bincount(train, minlength=config.num_experts)
+    counts = {"rows": len(labels), "sizes": sizes.tolist(), "imbalance": float(sizes.max() * len(sizes) / sizes.sum())}
+    counts |= {"fine": before["counts"]["fine"], "groups": before["counts"]["groups"] + len(grouped)}
+    clusters.publish(counts, time.monotonic() - begun, after=before)
+    progress.finish(f"{more} rows appended")
+    return more
+
+
+def _check_inputs(stage: Stage) -> None:
+    """Raise StaleError unless a stage was made with this config, from this version of its parents or an earlier one."""
+    if (status := stage.status()).state == "stale":
+        listed = "\n".join(f"  - {reason}" for reason in status.reasons)
+        raise StaleError(f"append: {stage.folder.uri} was made from other inputs:\n{listed}\nPut back what changed; nothing was appended.")
+
+
+def _label(config: RunConfig, corpus: Folder, index: Index, new: NDArray[np.bool_], model: Model) -> pa.Table:
+    """Rows of ``labels.parquet`` for the new rows."""
+    first = int(new.argmax())
+    given = random_experts(corpus, index, config.num_experts, config.seed) if config.partition.method == "random" else None
+    fine, distance = np.empty(int(new.sum()), np.int32), np.empty(int(new.sum()), np.float32)
+    for places, own_fine, own_distance in label_others(corpus, index, new, config.partition, model, given):
+        fine[places - first], distance[places - first] = own_fine, own_distance
+    expert = model.fine_to_coarse[fine].astype(np.int32)
+    split = pa.array([schema.SPLITS[code] for code in index.split[new]], pa.string())
+    return pa.table({"id": index.ids.slice(first), "fine": fine, "expert": expert, "distance": distance, "split": split})

@@ -1,0 +1,131 @@
+"""Appended rows: labelled by the centroids there are, added to the shards, what was there untouched and still valid."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from paris_ray import stages
+from paris_ray.config import RunConfig
+from paris_ray.data import append, partition, schema
+from paris_ray.data.fit import Model
+from paris_ray.manifest import StaleError
+from paris_ray.storage import Folder
+
+from .fabricated_corpus import columns, make_corpus, shard_bytes, without_pictures, write_parts
+
+
+@pytest.fixture(autouse=True)
+def _no_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
+    without_pictures(monkeypatch)
+
+
+def publish_more(one: RunConfig, rows: range, first: int) -> None:
+    """Further rows in the corpus, as a new version of it."""
+    run = Folder(one.run_dir)
+    write_parts(run, columns("states", True), np.array(rows), 25, first)
+    embed = stages.stage(one, "embed")
+    embed.publish(after=embed.status().manifest)
+
+
+def manifests(one: RunConfig) -> dict[str, dict[str, Any]]:
+    found = {name: stages.stage(one, name).status().manifest for name in ("embed", "partition", *(f"shard-{k}" for k in range(3)))}
+    return {name: manifest for name, manifest in found.items() if manifest is not None}
+
+
+@pytest.mark.parametrize("method", ["kmeans", "random"])
+def test_rows_are_appended_and_nothing_else_changes(tmp_path: Path, method: str) -> None:
+    one = make_corpus(tmp_path, (f"partition.method={method}",))
+    partition.partition(one)
+    run = Folder(tmp_path)
+    expert = stages.stage(one, "expert-1")
+    expert.begin()
+    expert.folder.write_bytes("weights", b"trained")
+    expert.publish()
+    before, files = manifests(one), {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file() and "labels" not in p.name and p.name[0] != "_"}
+    old = schema.read_table(run / "clusters", "labels.parquet")
+
+    publish_more(one, range(240, 270), 4)
+    assert stages.status(one, "partition").notes == ("made from version 1 of 2 of corpus",)
+    assert append.append_partition(one) == 30
+    assert append.append_partition(one) == 0
+    publish_more(one, range(270, 300), 6)
+    assert append.append_partition(one) == 30
+
+    kept = {p: p.read_bytes() for p in files if p.parent.name != "events"}
+    assert kept == {p: content for p, content in files.items() if p in kept}
+    labels = schema.read_table(run / "clusters", "labels.parquet")
+    assert labels.slice(0, 240).equals(old)
+    corpus = schema.read_columns(run / "corpus", ["id", "split", "embedding", "latent", "group"])
+    assert labels["id"].to_pylist() == corpus["id"].tolist()
+    model, fine = Model.read(run / "clusters"), labels["fine"].to_numpy()
+    x = corpus["embedding"].astype(np.float64)
+    x /= np.linalg.norm(x, axis=1, keepdims=True)
+    if method == "kmeans":
+        assert (fine == ((x[:, None] - model.fine[None]) ** 2).sum(-1).argmin(1)).all()
+    else:
+        assert all(len(set(fine[corpus["group"] == group])) == 1 for group in set(corpus["group"]))
+    own = model.fine_to_coarse[fine]
+    assert (labels["expert"].to_numpy() == own).all()
+    np.testing.assert_allclose(labels["distance"], ((x - model.coarse[own]) ** 2).sum(1), atol=1e-5)
+
+    after = manifests(one)
+    seen: list[str] = []
+    for k in range(3):
+        shard = schema.read_columns(run / "shards" / f"expert={k}", ["id", "fine", "latent", "split"])
+        rows = [corpus["id"].tolist().index(i) for i in shard["id"]]
+        assert (own[rows] == k).all()
+        assert (shard["fine"] == fine[rows]).all()
+        assert (shard["latent"] == corpus["latent"][rows]).all()
+        assert (shard["split"] == corpus["split"][rows]).all()
+        assert after[f"shard-{k}"]["counts"]["rows"] == len(rows)
+        assert {file["name"] for file in after[f"shard-{k}"]["files"]} == {p.name for p in (tmp_path / f"shards/expert={k}").glob("part-*")}
+        seen += shard["id"].tolist()
+    assert sorted(seen) == sorted(corpus["id"][corpus["split"] != "held_out"])
+    for name, manifest in after.items():
+        assert manifest["version"] == 3
+        assert manifest["previous"][0] == before[name]["fingerprint"]
+    assert after["partition"]["counts"]["rows"] == 300
+    assert after["partition"]["counts"]["sizes"] == np.bincount(own[corpus["split"] == "train"]).tolist()
+    assert stages.status(one, "expert-1").state == "valid"
+    assert stages.status(one, "expert-1").notes == ("made from version 1 of 3 of shard",)
+    assert all(stages.status(one, name).notes == () for name in after)
+
+
+def test_an_append_that_died_goes_on_to_the_same_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    runs = []
+    for name in ("whole", "run"):
+        runs.append(make_corpus(tmp_path / name))
+        partition.partition(runs[-1])
+        publish_more(runs[-1], range(240, 300), 4)
+    append.append_partition(runs[0])
+    publish = stages.Stage.publish
+    for last in ("shard-1", "partition"):  # in the middle of the shards, and after the labels
+
+        def dies(self: stages.Stage, *args: Any, last: str = last, **named: Any) -> Any:
+            if self.name == last:
+                raise OSError("disk full")
+            return publish(self, *args, **named)
+
+        monkeypatch.setattr(stages.Stage, "publish", dies)
+        with pytest.raises(OSError, match="disk full"):
+            append.append_partition(runs[1])
+    monkeypatch.setattr(stages.Stage, "publish", publish)
+    assert append.append_partition(runs[1]) == 60
+    assert shard_bytes(tmp_path / "run") == shard_bytes(tmp_path / "whole")
+    for name, manifest in manifests(runs[0]).items():
+        assert manifests(runs[1])[name]["fingerprint"] == manifest["fingerprint"]
+        assert manifests(runs[1])[name]["version"] == manifest["version"] == 2
+
+
+def test_another_corpus_is_not_appended(tmp_path: Path) -> None:
+    one = make_corpus(tmp_path)
+    partition.partition(one)
+    run, embed = Folder(tmp_path), stages.stage(one, "embed")
+    write_parts(run, columns("states", True), np.arange(300)[::-1], 70)
+    embed.publish()
+    with pytest.raises(StaleError, match=r"append: .*clusters was made from other inputs:\n  - parents.corpus"):
+        append.append_partition(one)
