@@ -29,13 +29,17 @@ def cluster():
     import ray
     from ray.cluster_utils import Cluster
 
+    tests = str(Path(__file__).parents[1])
     health = {"health_check_initial_delay_ms": 0, "health_check_period_ms": 1000, "health_check_failure_threshold": 10}
-    made = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "_system_config": health})
-    nodes = [made.add_node(num_cpus=1) for _ in range(2)]
-    ray.init(address=made.address, log_to_driver=False, configure_logging=False)
-    yield made, nodes
-    ray.shutdown()
-    made.shutdown()
+    with pytest.MonkeyPatch.context() as patch:
+        # Workers find data.light.
+        patch.setenv("PYTHONPATH", os.pathsep.join([tests, *filter(None, [os.environ.get("PYTHONPATH")])]))
+        made = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "_system_config": health})
+        nodes = [made.add_node(num_cpus=1) for _ in range(2)]
+        ray.init(address=made.address, log_to_driver=False, configure_logging=False)
+        yield made, nodes
+        ray.shutdown()
+        made.shutdown()
 
 
 @pytest.fixture(scope="module")
