@@ -91,6 +91,9 @@ def load(args: argparse.Namespace, stages_named: Sequence[str] = ()) -> RunConfi
         value = part.get(key)
         if value and "://" not in value and os.path.exists(os.path.expanduser(value)):
             part[key] = os.path.abspath(os.path.expanduser(value))
+    scheme, _, folder = str(data["embedding"].get("model")).partition("local-dir:")
+    if folder and not scheme:
+        data["embedding"]["model"] = f"local-dir:{os.path.abspath(os.path.expanduser(folder))}"
     config = configs.build(tree)
     allowed = [*stages.names(config), "evaluate"]
     for name in [*stages_named, *args.rebuild]:

@@ -25,10 +25,18 @@ def action(config: RunConfig, args: argparse.Namespace) -> None:
     counts = manifest["counts"]
     splits = ", ".join(f"{n} {split}" for split, n in counts["splits"].items())
     print(f"{counts['rows']} rows ({splits}) in {config.run_dir}/corpus")
+    print(
+        f"{counts['groups']} groups of rows that look alike; {counts['near_duplicates']} rows look like one of another group, "
+        f"{counts['split_changed']} of them changed their split for it"
+    )
+    if counts["unchecked"]:
+        print(f"{counts['unchecked']} pictures look so much like very many others that not all pairs of them were compared")
+    if counts["captions_cut"]:
+        print(f"{counts['captions_cut']} captions have more than the {config.data.text.max_length} tokens that the text encoder reads, and were cut")
     if counts["rejected"]:
-        print(f"{counts['rejected']} rows refused, listed with their reasons in {config.run_dir}/rejected:")
+        print(f"\n{counts['rejected']} of {counts['listed']} rows refused; each with its reason in {config.run_dir}/rejected")
         for reason, n in counts["reasons"].items():
-            print(f"  {n:>8}  {reason}")
+            print(f"{n:>10}  {100 * n / counts['listed']:5.1f} %  {reason}")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -120,6 +120,16 @@ class TimmEmbedding(Strict):
     image_size: Annotated[int, Field(ge=14)] = 224
 
 
+class OpenClipEmbedding(Strict):
+    """The image tower of a CLIP that open_clip can build, at its own image size; the embedding is that which it compares with captions."""
+
+    kind: Literal["open_clip"] = "open_clip"
+    # hf-hub:OWNER/NAME or local-dir:PATH with open_clip_config.json and safetensors, or an architecture's name with `weights`.
+    model: str = "hf-hub:laion/CLIP-ViT-L-14-laion2B-s32B-b82K"
+    # A local safetensors file; null where the model brings its own.
+    weights: str | None = None
+
+
 class PackagedEmbedding(Strict):
     """EfficientNet-Lite0 with the ImageNet weights of a Python package; needs no network."""
 
@@ -127,7 +137,7 @@ class PackagedEmbedding(Strict):
     image_size: Annotated[int, Field(ge=32)] = 96
 
 
-Embedding = Annotated[TimmEmbedding | PackagedEmbedding, Field(discriminator="kind")]
+Embedding = Annotated[TimmEmbedding | OpenClipEmbedding | PackagedEmbedding, Field(discriminator="kind")]
 
 
 class VaeCodec(Strict):
@@ -625,7 +635,7 @@ def _models_in(annotation: Any) -> list[type[BaseModel]]:
 
 
 _UNIONS = ("source", "embedding", "codec", "text")
-_TAGS = ("openmoji", "folder", "parquet", "webdataset", "hf_dataset", "timm", "efficientnet_lite0", "vae", "patch_pca", "clip", "minilm")
+_TAGS = ("openmoji", "folder", "parquet", "webdataset", "hf_dataset", "timm", "open_clip", "efficientnet_lite0", "vae", "patch_pca", "clip", "minilm")
 
 
 def _explain(error: pydantic.ValidationError) -> str:

@@ -5,6 +5,7 @@ Of each row the driver holds 33 bytes: id, perceptual hash, group and split.
 
 from __future__ import annotations
 
+import collections
 import hashlib
 from dataclasses import dataclass
 
@@ -95,8 +96,9 @@ def drop(run: Folder, name: str, kept: NDArray[np.bool_]) -> None:
     corpus, rejected = run / "corpus", run / "rejected"
     old = schema.read_table(rejected, name).to_pylist() if rejected.exists(name) else []
     light = schema.read_table(corpus, name, ["source", "id"]).filter(pa.array(~kept)).to_pylist()
-    listed = {row["source"] for row in old}
-    new = [{"source": row["source"], "reason": f"duplicate: of {row['id']}"} for row in light if row["source"] not in listed]
+    dropped = collections.Counter((row["source"], f"duplicate: of {row['id']}") for row in light)
+    dropped -= collections.Counter((row["source"], row["reason"]) for row in old)
+    new = [{"source": source, "reason": reason} for source, reason in dropped.elements()]
     if new:
         schema.write_table(rejected, name, pa.Table.from_pylist(old + new, schema=schema.REJECTED))
     with corpus.open(name) as source, pq.ParquetFile(source) as content:

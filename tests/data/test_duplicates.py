@@ -162,6 +162,23 @@ def test_equal_rows_are_dropped_but_the_first_row_group_by_row_group(tmp_path):
     assert held.keep(kept).sizes.tolist() == again.sizes.tolist() == [4, 0, 2]
 
 
+def test_a_run_that_died_between_the_two_files_lists_no_reject_twice(tmp_path):
+    run, part = Folder(tmp_path), schema.part_name(0)
+    # Two rows may have one name: bytes that are no Unicode are shown alike.
+    rows = [{"id": name(i), "phash": i, "group": "g", "split": "train", "source": source} for i, source in ((0, "a"), (0, "b?"), (0, "b?"), (0, "c"))]
+    write_corpus(run, rows, [4])
+    before = (tmp_path / "corpus" / part).read_bytes()
+    kept = np.array([True, False, False, False])
+    duplicates.drop(run, part, kept)
+    wanted = schema.read_table(run / "rejected", part).to_pylist()
+    assert [row["source"] for row in wanted] == ["b?", "b?", "c"]
+    after = (tmp_path / "corpus" / part).read_bytes()
+    (tmp_path / "corpus" / part).write_bytes(before)
+    duplicates.drop(run, part, kept)
+    assert schema.read_table(run / "rejected", part).to_pylist() == wanted
+    assert (tmp_path / "corpus" / part).read_bytes() == after
+
+
 def test_ids_that_end_in_zeros(tmp_path):
     run = Folder(tmp_path)
     ids = ["ab" + "0" * 30, "ab01" + "0" * 28, "0" * 32]

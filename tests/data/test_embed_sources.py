@@ -12,6 +12,7 @@ from paris_ray import config as configs
 from paris_ray.config import ConfigError
 from paris_ray.data import embed as stage
 from paris_ray.data import schema
+from paris_ray.data.codec import PatchSums
 from paris_ray.manifest import StaleError
 from paris_ray.storage import Folder
 
@@ -129,3 +130,18 @@ def test_nothing_usable_is_an_error_that_says_why(tmp_path):
     with pytest.raises(ConfigError, match="training split has no picture"):
         stage.embed(run_config(tmp_path / "run", "folder", images))
     assert json.loads((tmp_path / "run/events/embed.json").read_text())["state"] == "failed"
+
+
+def test_sums_for_the_codec_are_whole_numbers_in_any_order():
+    images = np.random.default_rng(0).integers(0, 256, (30, 16, 16, 3), dtype=np.uint8)
+    patches = images.reshape(30, 4, 4, 4, 4, 3).swapaxes(2, 3).reshape(-1, 48).astype(np.int64)
+    for seed in range(3):
+        total = PatchSums.zero(4)
+        for piece in np.array_split(np.random.default_rng(seed).permutation(30), 1 + 4 * seed):
+            sums = PatchSums.zero(4)
+            sums.add(images[piece], 4)
+            total.merge(sums)
+        assert (total.outer == patches.T @ patches).all()
+        assert (total.total == patches.sum(0)).all()
+    # Eleven million pictures of 256 pixels: float64 still holds every whole number.
+    assert 11_000_000 * (256 // 4) ** 2 * 255**2 < 2**53

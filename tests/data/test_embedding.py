@@ -3,7 +3,7 @@ import pytest
 import timm
 import torch
 
-from paris_ray.config import ConfigError, PackagedEmbedding, TimmEmbedding
+from paris_ray.config import ConfigError, OpenClipEmbedding, PackagedEmbedding, TimmEmbedding
 from paris_ray.data import embedding
 from paris_ray.data.embedding import build_embedder
 
@@ -110,3 +110,81 @@ def test_errors_name_the_remedy(tmp_path, dino):
         build_embedder(TimmEmbedding(model="resnet18", weights=dino[1]))
     with pytest.raises(ConfigError, match=r"could not be fetched.*data.embedding.weights"):
         build_embedder(TimmEmbedding(model="resnet18.a1_in1k"))
+
+
+# -- open_clip ----------------------------------------------------------------------------------------------------------
+
+TINY_CLIP = {
+    "embed_dim": 24,
+    "vision_cfg": {"image_size": 32, "layers": 2, "width": 64, "patch_size": 8},
+    "text_cfg": {"context_length": 8, "vocab_size": 64, "width": 32, "heads": 2, "layers": 1},
+}
+PREPROCESS = {"size": 32, "mean": [0.5, 0.4, 0.3], "std": [0.2, 0.3, 0.4], "interpolation": "bicubic", "resize_mode": "shortest"}
+
+
+@pytest.fixture(scope="module")
+def clip(tmp_path_factory):
+    """A random CLIP on disk, as open_clip saves one for the hub."""
+    import json
+
+    import open_clip
+    from safetensors.torch import save_file
+
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("clip")
+    model = open_clip.model.CLIP(**TINY_CLIP).eval()
+    save_file({name: x.contiguous() for name, x in model.state_dict().items()}, folder / "open_clip_model.safetensors")
+    (folder / "open_clip_config.json").write_text(json.dumps({"model_cfg": TINY_CLIP, "preprocess_cfg": PREPROCESS}))
+    return model, folder
+
+
+def test_open_clip_against_its_own_encode_image(clip, pictures):
+    import open_clip
+    from PIL import Image
+
+    model, folder = clip
+    embedder = build_embedder(OpenClipEmbedding(model=f"local-dir:{folder}"))
+    assert (embedder.kind, embedder.width, embedder.image_size) == ("open_clip", 24, 32)
+    found = embedder(pictures)
+    transform = open_clip.create_model_and_transforms(f"local-dir:{folder}")[2]
+    with torch.no_grad():
+        wanted = model.encode_image(torch.stack([transform(Image.fromarray(image)) for image in pictures])).numpy()
+    cosine = (found * wanted).sum(1) / np.linalg.norm(found, axis=1) / np.linalg.norm(wanted, axis=1)
+    assert cosine.min() > 0.9999
+    np.testing.assert_allclose(np.linalg.norm(found, axis=1), np.linalg.norm(wanted, axis=1), rtol=0.01)
+    assert (np.concatenate([embedder(pictures[i : i + 1]) for i in range(len(pictures))]) == found).all()
+
+
+def test_open_clip_by_architecture_and_by_repository(clip, pictures, monkeypatch):
+    import open_clip
+
+    _, folder = clip
+    local = build_embedder(OpenClipEmbedding(model=f"local-dir:{folder}"))
+    monkeypatch.setitem(open_clip.factory._MODEL_CONFIGS, "tiny-clip", TINY_CLIP)
+    named = build_embedder(OpenClipEmbedding(model="tiny-clip", weights=str(folder / "open_clip_model.safetensors")))
+    assert named.fingerprint == local.fingerprint
+    monkeypatch.setattr(embedding, "hub_file", lambda repository, name: str(folder / name) if repository == "somebody/tiny" else None)
+    assert build_embedder(OpenClipEmbedding(model="hf-hub:somebody/tiny")).fingerprint == local.fingerprint
+    with pytest.raises(ConfigError, match=r"nobody/none has no open_clip_config.json and open_clip_model.safetensors"):
+        build_embedder(OpenClipEmbedding(model="hf-hub:nobody/none"))
+
+
+def test_open_clip_reads_no_pickle_and_errors_name_the_remedy(clip, tmp_path, monkeypatch):
+    import shutil
+
+    _, folder = clip
+    monkeypatch.setattr(torch, "load", lambda *a, **k: pytest.fail("unpickled"))
+    shutil.copy(folder / "open_clip_config.json", tmp_path)
+    (tmp_path / "open_clip_pytorch_model.bin").write_bytes(b"x")
+    with pytest.raises(ConfigError, match=r"has no open_clip_model.safetensors"):
+        build_embedder(OpenClipEmbedding(model=f"local-dir:{tmp_path}"))
+    for weights in (None, "openai", str(tmp_path / "open_clip_pytorch_model.bin"), str(tmp_path / "gone.safetensors")):
+        with pytest.raises(ConfigError, match=r"data.embedding.weights is .*name a local .safetensors file of ViT-B-32"):
+            build_embedder(OpenClipEmbedding(model="ViT-B-32", weights=weights))
+    own = str(folder / "open_clip_model.safetensors")
+    with pytest.raises(ConfigError, match=r"open_clip knows no 'ViT-Q'"):
+        build_embedder(OpenClipEmbedding(model="ViT-Q", weights=own))
+    with pytest.raises(ConfigError, match=r"brings its own; leave it out"):
+        build_embedder(OpenClipEmbedding(model=f"local-dir:{folder}", weights=own))
+    with pytest.raises(ConfigError, match=r"open_clip cannot make RN50"):
+        build_embedder(OpenClipEmbedding(model="RN50", weights=own))

@@ -56,6 +56,24 @@ def test_units_are_small_whatever_the_rows(tmp_path):
     assert sum(len(repr(unit)) for unit in units) < 1000
 
 
+def test_a_large_row_group_is_not_read_whole(tmp_path, monkeypatch):
+    large = [np.random.default_rng(i).bytes(400_000) for i in range(64)]
+    write(tmp_path / "a.parquet", {"image": large, "caption": ["x"] * 64}, use_dictionary=False, data_page_size=1 << 20, write_batch_size=2)
+    source = open_source(data_config(tmp_path, "parquet"))
+    (unit,) = source.units(64)
+    read_bytes, original = [], files.Steady.read
+
+    def count(file, size=-1):
+        data = original(file, size)
+        read_bytes.append(len(data))
+        return data
+
+    monkeypatch.setattr(files.Steady, "read", count)
+    assert next(source.read(unit)).image == large[0]
+    assert max(read_bytes) <= 4 << 20
+    assert sum(read_bytes) < 20e6 < 25e6 < (tmp_path / "a.parquet").stat().st_size
+
+
 @pytest.mark.parametrize("kind", [
     pa.binary(), pa.large_binary(), pa.binary_view(), pa.dictionary(pa.int32(), pa.binary()),
     pa.struct([("bytes", pa.binary()), ("path", pa.string())]), pa.struct([("path", pa.large_string()), ("bytes", pa.large_binary())]),

@@ -15,6 +15,8 @@ from paris_ray.storage import Folder
 
 FOOTERS = 16
 """Footers read at once."""
+READ_BYTES = 4 << 20
+"""Read of a column at once; without, a row group's whole column would be held in memory."""
 BATCH = 32
 """Rows decoded at once: images are large."""
 MAX_ROWS_PER_BYTE = 1024
@@ -74,7 +76,7 @@ class Parquet:
             yield from (Item(f"{name} row {first + i}", reason=problem) for *_, rows, first in pieces for i in range(rows))
             return
         file = Steady(Folder(uri), name)
-        with file, pq.ParquetFile(file) as content:
+        with file, pq.ParquetFile(file, buffer_size=READ_BYTES, pre_buffer=False) as content:
             for piece in pieces:
                 yield from self._piece(content, file, name, piece)
 
