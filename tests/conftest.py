@@ -26,6 +26,6 @@ def ray_local() -> Iterator[None]:
     """A real local Ray with two CPUs and no dashboard, shared by the tests of one module."""
     import ray
 
-    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, configure_logging=False)
+    ray.init("local", num_cpus=2, include_dashboard=False, log_to_driver=False, configure_logging=False)
     yield
     ray.shutdown()
