@@ -1,0 +1,49 @@
+"""Floating-point operations of a DiT, counted, and what GPUs can do of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from paris_ray.models import DiT
+
+PEAKS = {"H200": 989.4e12, "H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989.4e12, "A100": 312e12, "A40": 149.7e12}
+"""Dense bfloat16 operations a second by a part of the device's name, from the maker's data sheets; the first that fits counts."""
+
+
+def peak(device_name: str) -> float | None:
+    """What a GPU can do in bfloat16, ``None`` for one that is not in the list."""
+    return next((value for name, value in PEAKS.items() if name in device_name), None)
+
+
+def count(model: DiT, text_tokens: int) -> dict[str, int]:
+    """Operations for one image, a multiplication and an addition being two: of a forward pass, a sampling step, and forward and backward.
+
+    Only matrix products and attention are counted. What gradient checkpointing computes again is not: it is a cost, not a use.
+
+    Args:
+        model: on any device; it is copied in shape only.
+        text_tokens: length of the text.
+    """
+    keywords = {"image_size": model.image_size, "patch_size": model.patch_size, "in_channels": model.in_channels, "out_channels": model.out_channels}
+    block = model.layers[0]
+    width, inner = block.mlp[0].in_features, block.mlp[0].out_features
+    with torch.device("meta"):
+        shape = {"hidden_size": width, "num_layers": len(model.layers), "num_heads": block.attn.num_heads, "mlp_ratio": inner / width}
+        empty = DiT(**keywords, **shape, text_embed_dim=model.text_embed_dim).to("meta")
+        x, t = torch.empty(1, model.in_channels, model.image_size, model.image_size), torch.empty(1)
+        text = torch.empty(1, text_tokens, model.text_embed_dim)
+        keys_values = empty.text_keys_values(text)
+    return {
+        "forward": _counted(lambda: empty(x, t, text)),
+        "sampling step": _counted(lambda: empty(x, t, keys_values=keys_values)),
+        "training step": _counted(lambda: empty(x, t, text).sum().backward()),
+    }
+
+
+def _counted(function: Callable[[], object]) -> int:
+    with FlopCounterMode(display=False) as counter:
+        function()
+    return int(counter.get_total_flops())
