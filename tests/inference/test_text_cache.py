@@ -64,6 +64,19 @@ def test_those_not_in_use_go_oldest_first():
     assert (cache.bytes, len(cache.entries)) == (0, 0)
 
 
+def test_what_another_expert_of_the_same_call_will_use_stays():
+    """Older than all that goes, but in use."""
+    cache, module = TextCache(CPU, spare=0), Expert()
+    cache.use([(1, "a"), (1, "b"), (0, "c"), (0, "d")])
+    cache.get(1, texts("a", "b"), module)
+    cache.get(0, texts("c", "d"), module)
+    cache.use([(1, "a"), (1, "b"), (0, "e"), (0, "f")])
+    cache.get(0, texts("e", "f"), module)
+    cache.get(1, texts("a", "b"), module)
+    assert (cache.hits, cache.misses) == (2, 6)
+    assert set(cache.entries) == {(1, "a"), (1, "b"), (0, "e"), (0, "f")}
+
+
 def test_free_memory_is_a_limit_too(monkeypatch):
     monkeypatch.setattr(text_cache, "free_memory", lambda device: 4 * ENTRY)
     cache, module = TextCache(CPU, spare=1 << 30), Expert()
