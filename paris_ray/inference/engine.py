@@ -32,6 +32,7 @@ from paris_ray.inference.rows import Row, Ticket, conditioning, pick
 
 if TYPE_CHECKING:
     from paris_ray.inference.weights import ParisModel
+    from paris_ray.models import Router
 
 __all__ = ["ANY_NUMBER", "Engine", "EngineFull", "EngineStopped", "ImageRequest", "ImageResult", "Preview", "generate"]
 
@@ -59,7 +60,7 @@ class Engine:
         self._waiting: OrderedDict[str, deque[Ticket]] = OrderedDict()  # by client, next client first
         self._active: list[Row] = []
         self._prompts = Prompts(model)
-        self._router = working_router(model.router, model.precision, model.device)
+        self._routers: tuple[Router, Router] | None = None  # the model's, and the one that is asked
         self._driving = threading.RLock()
         self._changed = threading.Condition()
         self._thread: threading.Thread | None = None
@@ -311,8 +312,11 @@ class Engine:
 
     def _logits(self, x: Tensor, t: Tensor, pooled: Sequence[Tensor]) -> Tensor:
         """The router's, (N, K) on the CPU."""
-        router, count = self._router, padded(len(x), x.device)
-        text = pad_rows(torch.stack(list(pooled)), count) if self.model.router_reads_text else None
+        model, count = self.model, padded(len(x), x.device)
+        if self._routers is None or self._routers[0] is not model.router:  # a model may be given another
+            self._routers = model.router, working_router(model.router, model.precision, model.device)
+        router = self._routers[1]
+        text = pad_rows(torch.stack(list(pooled)), count) if model.router_reads_text else None
         logits: Tensor = router(pad_rows(x, count).to(router.patch_embed.weight.dtype), pad_rows(t, count), text)
         return logits[: len(x)].float().cpu()
 
