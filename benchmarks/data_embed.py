@@ -75,10 +75,10 @@ def tiny_png(g: np.random.Generator) -> bytes:
 
 def start_ray() -> None:
     """A cluster of this machine alone."""
-    import ray
-
     os.environ.setdefault("RAY_AUTH_MODE", "token")
     os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
+    import ray
+
     ray.init(address="local", num_cpus=os.cpu_count(), include_dashboard=False, log_to_driver=False)
 
 
@@ -125,7 +125,7 @@ def pipeline(config: RunConfig) -> float:
     """Seconds a picture, from when every actor has done a part."""
     run, times = Folder(config.run_dir), Times()
     (run / "corpus").delete_all()
-    embed._encode(config, run, open_source(config.data).units(config.data.rows_per_part), times)  # type: ignore[arg-type]
+    embed.encode(config, run, open_source(config.data).units(config.data.rows_per_part), times)  # type: ignore[arg-type]
     (begun, first), (ended, last) = times.seen[config.data.max_encoders], times.seen[-1]
     return (ended - begun) / (last - first)
 

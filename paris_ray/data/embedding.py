@@ -121,7 +121,7 @@ def _open_clip(config: OpenClipEmbedding, device: str) -> ImageEmbedder:
         )
     try:
         tower = open_clip.create_model(name, pretrained=weights, require_pretrained=True).visual.eval()
-    except (OSError, RuntimeError, ValueError, KeyError, TypeError) as error:
+    except (OSError, RuntimeError, ValueError, KeyError, TypeError, AssertionError) as error:
         raise ConfigError(f"data.embedding: open_clip cannot make {config.model}: {' '.join(str(error).split())[:300]}") from None
     tower.output_tokens = False  # of a captioner
     trained = tower.preprocess_cfg

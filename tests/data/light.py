@@ -60,12 +60,14 @@ class LightEncode(part.EncodePart):
 
 
 class SlowEncode(LightEncode):
-    """Says who it is, and can be met in the middle of a file: it writes every batch at once, and takes its time."""
+    """Says who and where it is, and can be met in the middle of a file: it writes every batch at once, and takes its time."""
 
     def __init__(self, data, seed, run_dir):
         super().__init__(data, seed, run_dir)
         part.ROW_GROUP = 1
-        (self.run / "pids").write_bytes(str(os.getpid()), b"")
+        import ray
+
+        (self.run / "pids").write_bytes(str(os.getpid()), ray.get_runtime_context().get_node_id().encode())
 
     def _encode(self, rows):
         time.sleep(0.15)
