@@ -3,21 +3,13 @@
 from __future__ import annotations
 
 import datetime
-import math
 import os
 import platform
 import statistics
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
-
-def interval(values: list[float]) -> tuple[float, float]:
-    """The narrowest pair of order statistics, alike from both ends, that covers the median with at least 95 % probability (binomial)."""
-    n, ordered = len(values), sorted(values)
-    rank = 0
-    while 1 - 2 * sum(math.comb(n, j) for j in range(rank + 2)) / 2**n >= 0.95:
-        rank += 1
-    return ordered[rank], ordered[n - 1 - rank]
+from timing import interval
 
 
 def alternate(rounds: Iterable[dict[str, Callable[[], float]]]) -> dict[str, list[float]]:

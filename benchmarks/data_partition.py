@@ -4,7 +4,8 @@
     python benchmarks/data_partition.py --rows 4000 --few 5000 --many 20000      # a quick look
 
 Writing: a generated corpus with latents of 4 × 32 × 32, cut into eight shards by ``paris_ray.data.cut``, against what one would write with pyarrow:
-read the same columns, add the expert, ``write_dataset`` with Hive folders. Both write zstd with the same number of threads; ours also sorts by id.
+read the same columns, add the expert, ``write_dataset`` with Hive folders, with its own encodings of columns (a dictionary for each) and with
+ours (``schema.layout``). All write zstd with the same number of threads; ours also sorts by id.
 Rounds alternate; a ratio is theirs over ours (above 1: ours is faster), the median with its 95 % interval.
 
 Memory: the whole stage (k-means in actors, cutting by Ray Data) on generated corpora of two sizes with thin latents, each in a process of its own,
@@ -16,7 +17,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import resource
+import secrets
 import shutil
 import subprocess
 import sys
@@ -33,7 +34,6 @@ import pyarrow as pa
 import pyarrow.dataset as pads
 import pyarrow.parquet as pq
 
-from benchmarks.alternating import HEAD, alternate, hardware, ratios
 from paris_ray import config as configs
 from paris_ray import stages
 from paris_ray.config import RunConfig
@@ -79,6 +79,8 @@ def generate(path: str, rows: int, width: int, side: int, fine: int) -> RunConfi
 
 def writing(rows: int, rounds: int, threads: int, folder: Path) -> list[str]:
     """The rows of the table."""
+    from alternating import HEAD, alternate, ratios
+
     pa.set_cpu_count(threads)
     generate(str(folder / "run"), rows, 8, 32, 64)
     corpus, g = Folder(folder / "run/corpus"), np.random.default_rng(1)
@@ -89,13 +91,17 @@ def writing(rows: int, rounds: int, threads: int, folder: Path) -> list[str]:
         for _ in cut.cut_all(corpus, [parts], labels, expert, Folder(folder / "out"), 0):
             pass
 
-    def theirs() -> None:
+    def theirs(**encodings: Any) -> None:
         names = ["id", "token_ids", "text_len", "latent", "split"]
         table = pq.read_table([f"{corpus.path}/{name}" for name in parts], columns=names)
         table = table.append_column("fine", pa.array(labels)).append_column("expert", pa.array(expert))
         table = table.filter(pa.compute.not_equal(table["split"], "held_out"))
-        options = pads.ParquetFileFormat().make_write_options(compression="zstd")
+        options = pads.ParquetFileFormat().make_write_options(compression="zstd", **encodings)
         pads.write_dataset(table, folder / "out", format="parquet", partitioning=["expert"], partitioning_flavor="hive", file_options=options)
+
+    def alike() -> None:
+        found = schema.layout(pq.read_schema(f"{corpus.path}/{parts[0]}"))
+        theirs(**{name: found[name] for name in ("use_dictionary", "use_byte_stream_split")})
 
     def timed(function: Callable[[], None]) -> float:
         shutil.rmtree(folder / "out", ignore_errors=True)
@@ -104,7 +110,7 @@ def writing(rows: int, rounds: int, threads: int, folder: Path) -> list[str]:
         return time.perf_counter() - begun
 
     def round_(_: int) -> dict[str, Callable[[], float]]:
-        return {"ours": lambda: timed(ours), "write_dataset": lambda: timed(theirs)}
+        return {"ours": lambda: timed(ours), "write_dataset": lambda: timed(theirs), "write_dataset with our encodings": lambda: timed(alike)}
 
     timed(theirs)
     times = alternate(map(round_, range(rounds)))
@@ -128,10 +134,10 @@ def _measured(what: str, *arguments: str) -> float:
 def child(what: str, arguments: list[str]) -> None:
     """In a process of its own: print its peak resident set."""
     if what == "stage":
+        os.environ["RAY_AUTH_MODE"], os.environ["RAY_AUTH_TOKEN"] = "token", secrets.token_hex(32)
         import ray
 
-        os.environ["RAY_AUTH_MODE"], os.environ["RAY_AUTH_TOKEN"] = "token", "0" * 64
-        ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, configure_logging=False)
+        ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False, configure_logging=False)
         fit.DRIVER_BYTES, cut.GROUP_BYTES = 12_000_000, 8_000_000
         partition.draw_sheets = lambda config: None  # type: ignore[assignment]
         partition.write_report = lambda config, sheets: (Folder(config.run_dir) / "clusters").write_bytes("report.html", b"")  # type: ignore[assignment]
@@ -143,7 +149,8 @@ def child(what: str, arguments: list[str]) -> None:
             stored[low : low + PER_PART] = g.standard_normal((min(PER_PART, n - low), width))
         rows = kmeans.Rows(stored, nearest.scales(stored, "cosine", n))
         kmeans.lloyd(rows, kmeans.start(rows, 256, 0), 3)
-    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+    status = Path("/proc/self/status").read_text()  # not getrusage, which knows of the parent's peak too
+    print(1024 * int(status.split("VmHWM:")[1].split()[0]))
 
 
 def memory(few: int, many: int, folder: Path) -> Iterator[str]:
@@ -180,6 +187,8 @@ def main() -> None:
     args = parser.parse_args()
     if args.child:
         return child(args.child[0], args.child[1:])
+    from alternating import hardware  # not in the children, whose memory is measured: it imports torch
+
     lines = [
         "# Partition",
         "",

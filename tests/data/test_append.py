@@ -8,9 +8,11 @@ from typing import Any
 import numpy as np
 import pytest
 
+from jobs import append as append_job
+from paris_ray import config as configs
 from paris_ray import stages
 from paris_ray.config import RunConfig
-from paris_ray.data import append, partition, schema
+from paris_ray.data import append, embed, partition, schema
 from paris_ray.data.fit import Model
 from paris_ray.manifest import StaleError
 from paris_ray.storage import Folder
@@ -129,3 +131,34 @@ def test_another_corpus_is_not_appended(tmp_path: Path) -> None:
     embed.publish()
     with pytest.raises(StaleError, match=r"append: .*clusters was made from other inputs:\n  - parents.corpus"):
         append.append_partition(one)
+
+
+def test_pictures_are_appended_by_the_job(tmp_path: Path, ray_local: None, capsys: pytest.CaptureFixture[str]) -> None:
+    base = ["data.source.emoji=16", "data.rows_per_part=10", "data.split.validation_rows=0.1", "data.max_encoders=1", "partition.fine=6"]
+    one = configs.load("tiny", [f"run_dir={tmp_path}", *base])
+    run = Folder(tmp_path)
+    embed.embed(one)
+    partition.partition(one)
+    (tmp_path / "config.yaml").write_text(configs.dump(one))
+    before = {name: manifest["counts"]["rows"] for name, manifest in manifests(one).items()}
+    assert before["embed"] == 32
+    # The same pictures on white, which are refused, and on a ground that is new.
+    job = ["--config", str(tmp_path / "config.yaml"), "--source", "{kind: openmoji, emoji: 16, grounds: [white, orange]}"]
+    assert append_job.main(job) == 0
+    assert capsys.readouterr().out.splitlines() == [
+        f"16 rows appended to {tmp_path}/corpus",
+        f"16 rows appended to {tmp_path}/clusters and shards",
+    ]
+    reasons = [reason for name in schema.parts(run / "rejected") for reason in schema.read_table(run / "rejected", name)["reason"].to_pylist()]
+    assert len(reasons) == 16
+    assert all(reason.startswith("duplicate: of ") for reason in reasons)
+    rows = schema.read_columns(run / "corpus", ["id", "caption", "split"])
+    assert len(set(rows["id"])) == len(rows["id"]) == 48
+    assert all("orange" in caption for caption in rows["caption"][32:])
+    assert schema.read_table(run / "clusters", "labels.parquet")["id"].to_pylist() == rows["id"].tolist()
+    shards = [schema.read_columns(run / "shards" / f"expert={k}", ["id"])["id"] for k in range(3)]
+    assert sorted(np.concatenate(shards)) == sorted(rows["id"][rows["split"] != "held_out"])
+    assert all(manifest["version"] == 2 for manifest in manifests(one).values())
+    assert append_job.main(job) == 0
+    assert [line.split()[0] for line in capsys.readouterr().out.splitlines()] == ["0", "0"]
+    assert append_job.main([*job[:2], "--source", "{kind: folder, uri: /nowhere}"]) == 2

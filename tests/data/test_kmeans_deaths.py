@@ -55,18 +55,24 @@ def pieces() -> list[tuple[str, np.ndarray]]:
     return [(schema.part_name(i), np.arange(N // 3)) for i in range(3)]
 
 
-def undisturbed(corpus: Folder) -> tuple[Fit, np.ndarray]:
-    rows = Rows(*load(corpus, pieces(), WIDTH, "cosine", N))
-    fit = lloyd(rows, start(rows, K, 0), 12)
-    return fit, rows.labels(fit.centroids)
+Outcome = tuple[Fit, np.ndarray, list[int]]
+"""The fit, the labels, and how many rows moved at each iteration."""
 
 
-def disturbed(corpus: Folder, disturb: Callable[[RemoteRows], None]) -> tuple[Fit, np.ndarray]:
+def undisturbed(corpus: Folder) -> Outcome:
+    rows, moved = Rows(*load(corpus, pieces(), WIDTH, "cosine", N)), list[int]()
+    fit = lloyd(rows, start(rows, K, 0), 12, lambda iteration, inertia, changed: moved.append(changed))
+    return fit, rows.labels(fit.centroids), moved
+
+
+def disturbed(corpus: Folder, disturb: Callable[[RemoteRows], None]) -> Outcome:
     """The same over three actors; something happens after the fourth iteration, and again before the labels are asked for."""
     rows = RemoteRows(corpus, pieces(), np.arange(N), WIDTH, "cosine", "numpy", N // 3 * WIDTH * 2, lambda _: None)
     assert len(rows.actors) == 3
+    moved: list[int] = []
 
     def tell(iteration: int, inertia: float, changed: int) -> None:
+        moved.append(changed)
         if iteration == 3:
             disturb(rows)
 
@@ -74,14 +80,15 @@ def disturbed(corpus: Folder, disturb: Callable[[RemoteRows], None]) -> tuple[Fi
     disturb(rows)
     labels = rows.labels(fit.centroids)
     rows.close()
-    return fit, labels
+    return fit, labels, moved
 
 
-def assert_equal(a: tuple[Fit, np.ndarray], b: tuple[Fit, np.ndarray]) -> None:
+def assert_equal(a: Outcome, b: Outcome) -> None:
     assert a[0].centroids.tobytes() == b[0].centroids.tobytes()
     assert a[0].inertia == b[0].inertia
     assert (a[0].counts == b[0].counts).all()
     assert (a[1] == b[1]).all()
+    assert a[2] == b[2]
 
 
 def pids(rows: RemoteRows) -> list[int]:
@@ -133,6 +140,7 @@ write = Folder.write_bytes
 def slowly(folder, name, data):
     write(folder, name, data)
     if name.startswith("_kmeans"):
+        print("saved", flush=True)
         time.sleep(float(sys.argv[3]))
 Folder.write_bytes = slowly
 partition.partition(config.load("tiny", [f"run_dir={sys.argv[2]}", "data.store_text=states"]))
@@ -147,7 +155,9 @@ def test_the_driver_killed(cluster: Any, tmp_path: Path, monkeypatch: pytest.Mon
 
     def run(pause: float) -> subprocess.Popen[bytes]:
         environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-        return subprocess.Popen([sys.executable, "-c", SLOWLY, cluster.address, str(tmp_path / "run"), str(pause)], env=environment)
+        return subprocess.Popen(
+            [sys.executable, "-c", SLOWLY, cluster.address, str(tmp_path / "run"), str(pause)], env=environment, stdout=subprocess.PIPE
+        )
 
     def iterations() -> int:
         found = list((tmp_path / "run/clusters").glob("_kmeans-*.safetensors"))
@@ -163,9 +173,11 @@ def test_the_driver_killed(cluster: Any, tmp_path: Path, monkeypatch: pytest.Mon
         first.wait()
     at = iterations()
     assert not (tmp_path / "run/clusters/labels.parquet").exists()
-    assert run(0.0).wait() == 0
-    inertia = Folder(tmp_path / "run").read_json("clusters/clusters.json")["inertia"][0]
-    assert at < len(inertia)
+    second = run(0.0)
+    said, _ = second.communicate()
+    assert second.returncode == 0
+    iterations_in_all = len(Folder(tmp_path / "run").read_json("clusters/clusters.json")["inertia"][0])
+    assert said.count(b"saved") == iterations_in_all - 1 - at  # it went on, and did not begin anew
     assert shard_bytes(tmp_path / "run") == shard_bytes(tmp_path / "whole")
     for name in ("labels.parquet", "centroids.safetensors", "clusters.json"):
         assert (tmp_path / "run/clusters" / name).read_bytes() == (tmp_path / "whole/clusters" / name).read_bytes()

@@ -78,3 +78,18 @@ def test_wrong_shapes_and_columns_are_refused(tmp_path):
         schema.table(kind, {key: value for key, value in rows(2).items() if key != "group"})
     with pytest.raises(FileNotFoundError, match=r"no part"):
         schema.read_columns(Folder(tmp_path), ["id"])
+
+
+def test_tensors_are_written_small_and_read_by_plain_pyarrow(tmp_path):
+    kind = pa.schema([("latent", pa.fixed_shape_tensor(pa.float16(), (4, 8, 8))), ("token_ids", pa.fixed_shape_tensor(pa.int32(), (9,)))])
+    g = np.random.default_rng(0)
+    columns = {"latent": g.standard_normal((500, 4, 8, 8)).astype("f2"), "token_ids": g.integers(0, 50, (500, 9))}
+    content = schema.table(kind, columns)
+    schema.write_table(Folder(tmp_path), "ours.parquet", content)
+    pq.write_table(content, tmp_path / "plain.parquet", compression="zstd")
+    latent, tokens = (pq.read_metadata(tmp_path / "ours.parquet").row_group(0).column(i) for i in range(2))
+    assert "RLE_DICTIONARY" in tokens.encodings
+    assert "RLE_DICTIONARY" not in latent.encodings
+    assert "BYTE_STREAM_SPLIT" in latent.encodings
+    assert (tmp_path / "ours.parquet").stat().st_size < 0.9 * (tmp_path / "plain.parquet").stat().st_size
+    assert pq.read_table(tmp_path / "ours.parquet").equals(content)
