@@ -3,13 +3,26 @@
 from __future__ import annotations
 
 import datetime
+import math
 import os
 import platform
 import statistics
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
-from timing import interval
+
+def interval(values: list[float]) -> tuple[float, float]:
+    """The narrowest pair of order statistics, alike from both ends, that covers the median with at least 95 % probability (binomial).
+
+    Raises:
+        ValueError: fewer than six values, whose extremes do not.
+    """
+    n, ordered = len(values), sorted(values)
+    # The ends, each `rank` values from its extreme, miss the median if no more than `rank` values lie below it, or above it.
+    ranks = [rank for rank in range(n) if 1 - 2 * sum(math.comb(n, j) for j in range(rank + 1)) / 2**n >= 0.95]
+    if not ranks:
+        raise ValueError(f"{n} values are too few for an interval of 95 %; take 9 or more")
+    return ordered[ranks[-1]], ordered[n - 1 - ranks[-1]]
 
 
 def alternate(rounds: Iterable[dict[str, Callable[[], float]]]) -> dict[str, list[float]]:

@@ -15,8 +15,6 @@ depend on them. On a GPU of known peak, MFU is the share of it that the operatio
 from __future__ import annotations
 
 import argparse
-import datetime
-import platform
 import sys
 import tempfile
 from collections.abc import Callable
@@ -92,7 +90,7 @@ class Table:
 
     def __init__(self, args: argparse.Namespace, operations: dict[str, int]):
         self.args, self.operations, self.lines = args, operations, []
-        self.peak = flops.peak(timing.hardware(args.device)) if args.device != "cpu" and args.precision == "bf16" else None
+        self.peak = flops.peak(torch.cuda.get_device_name()) if args.device != "cpu" and args.precision == "bf16" else None
 
     def add(self, what: str, how: str, ours: Callable[[], object], theirs: Callable[[], object]) -> None:
         """Time one row."""
@@ -180,8 +178,7 @@ def main() -> None:
     head = [
         f"# DiT {args.size} against diffusers' PixArtTransformer2DModel",
         "",
-        f"{datetime.date.today()} · {timing.hardware(args.device)} · {args.precision} · torch {torch.__version__}, "
-        f"diffusers {diffusers.__version__}, Python {platform.python_version()}",
+        f"{timing.hardware(args.device)} · {args.precision} · torch {torch.__version__}, diffusers {diffusers.__version__}",
         f"{layers} layers, {tokens} image tokens, {TEXT_TOKENS} text tokens, batch {args.batch}; {step}. "
         "Milliseconds are medians; the ratio is theirs over ours, median of the pairs, with its 95 % interval; MFU is ours.",
         f"`python benchmarks/model_pixart.py {' '.join(sys.argv[1:])}`",

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
+import datetime
 import math
-import os
 import platform
 import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 
+from benchmarks import alternating
+from benchmarks.alternating import alternate, interval
+
 LEAST_PAIRS = 9
-CONFIDENCE = 0.95
 
 
 @dataclass(frozen=True)
@@ -38,21 +39,6 @@ class Comparison:
     high: float
     pairs: int
     calls: int
-
-
-def interval(values: list[float]) -> tuple[float, float]:
-    """The narrowest pair of order statistics, alike from both ends, that covers the median with at least 95 % probability (binomial).
-
-    Raises:
-        ValueError: fewer than six values, whose extremes do not.
-    """
-    n, ordered = len(values), sorted(values)
-    # The ends, each `rank` values from its extreme, miss the median if no more than `rank` values lie below it, or above it.
-    cover = [1 - 2 * sum(math.comb(n, j) for j in range(rank + 1)) / 2**n for rank in range(n)]
-    ranks = [rank for rank in range(n) if cover[rank] >= CONFIDENCE]
-    if not ranks:
-        raise ValueError(f"{n} values are too few for an interval of {CONFIDENCE:.0%}; take {LEAST_PAIRS} or more")
-    return ordered[ranks[-1]], ordered[n - 1 - ranks[-1]]
 
 
 def seconds(function: Callable[[], object], calls: int, device: str = "cpu") -> float:
@@ -82,20 +68,14 @@ def compare(ours: Callable[[], object], theirs: Callable[[], object], pairs: int
     for function in (ours, theirs):  # compilation, allocations, caches
         seconds(function, 2, device)
     calls = max(1, math.ceil(block_seconds / seconds(theirs, 1, device)))
-    mine: list[float] = []
-    other: list[float] = []
-    for pair in range(pairs):
-        order = [(ours, mine), (theirs, other)]
-        for function, times in order if pair % 2 == 0 else reversed(order):
-            times.append(seconds(function, calls, device))
+    times = alternate([{"ours": lambda: seconds(ours, calls, device), "theirs": lambda: seconds(theirs, calls, device)}] * pairs)
+    mine, other = times["ours"], times["theirs"]
     ratios = [b / a for a, b in zip(mine, other, strict=True)]
     return Comparison(statistics.median(mine), statistics.median(other), statistics.median(ratios), *interval(ratios), pairs, calls)
 
 
 def hardware(device: str = "cpu") -> str:
-    """The machine, in words."""
-    if device != "cpu":
-        return torch.cuda.get_device_name()
-    names = [line.split(":", 1)[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
-    load = os.getloadavg()[0]
-    return f"{names[0] if names else platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} thread(s), load {load:.1f} at the start"
+    """Date and machine, in words."""
+    if device == "cpu":
+        return alternating.hardware(torch.get_num_threads())
+    return f"{datetime.date.today()} · {torch.cuda.get_device_name()} · Python {platform.python_version()}"

@@ -98,7 +98,7 @@ def test_done_is_skipped_and_a_lost_part_is_made_again_the_same(made, tmp_path, 
     copy = tmp_path / "run"
     shutil.copytree(run, copy)
     before = contents(copy / "corpus")
-    monkeypatch.setattr(stage, "_encode", lambda *a: pytest.fail("encoded again"))
+    monkeypatch.setattr(stage, "encode", lambda *a: pytest.fail("encoded again"))
     assert stage.embed(run_config(copy))["fingerprint"] == manifest["fingerprint"]
     monkeypatch.undo()
     # As after a crash: no manifest, one part missing, another upload unfinished.
