@@ -38,7 +38,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from alternating import HEAD, alternate, hardware, ratios
+from benchmarks.alternating import HEAD, alternate, hardware, ratios
 from PIL import Image
 
 from paris_ray import config as configs

@@ -34,6 +34,7 @@ import pyarrow as pa
 import pyarrow.dataset as pads
 import pyarrow.parquet as pq
 
+from benchmarks.alternating import HEAD, alternate, hardware, ratios
 from paris_ray import config as configs
 from paris_ray import stages
 from paris_ray.config import RunConfig
@@ -79,8 +80,6 @@ def generate(path: str, rows: int, width: int, side: int, fine: int) -> RunConfi
 
 def writing(rows: int, rounds: int, threads: int, folder: Path) -> list[str]:
     """The rows of the table."""
-    from alternating import HEAD, alternate, ratios
-
     pa.set_cpu_count(threads)
     generate(str(folder / "run"), rows, 8, 32, 64)
     corpus, g = Folder(folder / "run/corpus"), np.random.default_rng(1)
@@ -187,8 +186,6 @@ def main() -> None:
     args = parser.parse_args()
     if args.child:
         return child(args.child[0], args.child[1:])
-    from alternating import hardware  # not in the children, whose memory is measured: it imports torch
-
     lines = [
         "# Partition",
         "",

@@ -107,8 +107,10 @@ def table(schema: pa.Schema, columns: Mapping[str, Any]) -> pa.Table:
 
 
 def layout(schema: pa.Schema) -> dict[str, Any]:
-    """How columns are written. Numbers of a float16 tensor hardly repeat: to look for a dictionary of them takes longer than all else, and what can be
-    compressed is their upper bytes, put together.
+    """How columns are written.
+
+    Numbers of a float16 tensor hardly repeat: to look for a dictionary of them takes longer than all else, and what can be compressed is their upper
+    bytes, put together.
     """
     half = {field.name for field in schema if isinstance(field.type, pa.FixedShapeTensorType) and field.type.value_type == pa.float16()}
     leaves = {field.name: f"{field.name}.list.element" if isinstance(field.type, pa.FixedShapeTensorType) else field.name for field in schema}
