@@ -38,9 +38,9 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from benchmarks.alternating import HEAD, alternate, hardware, ratios
 from PIL import Image
 
+from benchmarks.alternating import HEAD, alternate, hardware, ratios
 from paris_ray import config as configs
 from paris_ray.config import RunConfig
 from paris_ray.data import embed, part

@@ -28,9 +28,9 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # from any folder, without i
 import numpy as np
 import sklearn
 import threadpoolctl
-from benchmarks.alternating import HEAD, alternate, hardware, ratios
 from sklearn.cluster._k_means_lloyd import lloyd_iter_chunked_dense
 
+from benchmarks.alternating import HEAD, alternate, hardware, ratios
 from paris_ray.data import kmeans, nearest
 
 try:
