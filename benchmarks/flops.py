@@ -37,13 +37,14 @@ def count(model: DiT, text_tokens: int) -> dict[str, int]:
         text = torch.empty(1, text_tokens, model.text_embed_dim)
         keys_values = empty.text_keys_values(text)
     return {
-        "forward": _counted(lambda: empty(x, t, text)),
-        "sampling step": _counted(lambda: empty(x, t, keys_values=keys_values)),
-        "training step": _counted(lambda: empty(x, t, text).sum().backward()),
+        "forward": operations(lambda: empty(x, t, text)),
+        "sampling step": operations(lambda: empty(x, t, keys_values=keys_values)),
+        "training step": operations(lambda: empty(x, t, text).sum().backward()),
     }
 
 
-def _counted(function: Callable[[], object]) -> int:
+def operations(function: Callable[[], object]) -> int:
+    """Of a call, as torch counts them."""
     with FlopCounterMode(display=False) as counter:
         function()
     return int(counter.get_total_flops())

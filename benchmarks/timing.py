@@ -5,10 +5,10 @@ from __future__ import annotations
 import datetime
 import math
 import platform
-import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from statistics import median
 
 import torch
 
@@ -41,15 +41,19 @@ class Comparison:
     calls: int
 
 
-def seconds(function: Callable[[], object], calls: int, device: str = "cpu") -> float:
-    """Seconds of one call, from a block of calls."""
+def wait(device: str) -> None:
+    """Until the device has done what it was given."""
     if device != "cpu":
         torch.cuda.synchronize()
+
+
+def seconds(function: Callable[[], object], calls: int, device: str = "cpu") -> float:
+    """Seconds of one call, from a block of calls."""
+    wait(device)
     start = time.perf_counter()
     for _ in range(calls):
         function()
-    if device != "cpu":
-        torch.cuda.synchronize()
+    wait(device)
     return (time.perf_counter() - start) / calls
 
 
@@ -71,7 +75,7 @@ def compare(ours: Callable[[], object], theirs: Callable[[], object], pairs: int
     times = alternate([{"ours": lambda: seconds(ours, calls, device), "theirs": lambda: seconds(theirs, calls, device)}] * pairs)
     mine, other = times["ours"], times["theirs"]
     ratios = [b / a for a, b in zip(mine, other, strict=True)]
-    return Comparison(statistics.median(mine), statistics.median(other), statistics.median(ratios), *interval(ratios), pairs, calls)
+    return Comparison(median(mine), median(other), median(ratios), *interval(ratios), pairs, calls)
 
 
 def hardware(device: str = "cpu") -> str:
