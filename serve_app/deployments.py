@@ -47,6 +47,7 @@ class Sampler:
         threads: CPU threads of this process.
         gpus: GPUs that this replica was given.
         precision: of the experts, ``fp32``, ``bf16`` or ``int8``.
+        compile: compile the networks' blocks.
         max_rows: pictures stepped at once.
         max_queue: pictures that may wait.
     """
@@ -58,6 +59,7 @@ class Sampler:
         threads: int = 1,
         gpus: float = 0.0,
         precision: str = "fp32",
+        compile: bool = False,
         max_rows: int = 64,
         max_queue: int = 256,
     ):
@@ -69,7 +71,7 @@ class Sampler:
         from serve_app.remote import RemoteExperts
 
         torch.set_num_threads(threads)
-        self.model = load_model(model, _device(gpus), precision)
+        self.model = load_model(model, _device(gpus), precision, compile=compile)
         present = self.model.present
         if groups:
             self.experts: LocalExperts | RemoteExperts = RemoteExperts(groups, self.model.num_experts)
@@ -220,9 +222,10 @@ class ExpertGroup:
         threads: CPU threads of this process.
         gpus: GPUs that this replica was given.
         precision: of the experts, ``fp32``, ``bf16`` or ``int8``.
+        compile: compile the networks' blocks.
     """
 
-    def __init__(self, model: str, indices: Sequence[int], threads: int = 1, gpus: float = 0.0, precision: str = "fp32"):
+    def __init__(self, model: str, indices: Sequence[int], threads: int = 1, gpus: float = 0.0, precision: str = "fp32", compile: bool = False):
         import torch
 
         from paris_ray.inference.experts import LocalExperts
@@ -230,7 +233,7 @@ class ExpertGroup:
         from serve_app.remote import RemoteCallee
 
         torch.set_num_threads(threads)
-        files = open_experts(model, _device(gpus), precision)
+        files = open_experts(model, _device(gpus), precision, compile=compile)
         experts = LocalExperts(files, [k for k in indices if files.present[k]], threads=threads)
         self.callee = RemoteCallee(experts, files.device)
         self.callee.warm_up(files.latent_shape, (1, files.text_width))

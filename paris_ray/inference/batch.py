@@ -43,6 +43,7 @@ class Artist:
         max_resident: experts in memory at once; ``None`` is as many as fit.
         threads: of this process's matrix products on a CPU; ``None`` leaves them as they are.
         max_rows: pictures stepped at once.
+        compile: compile the blocks of experts and router.
     """
 
     def __init__(
@@ -53,8 +54,9 @@ class Artist:
         max_resident: int | None = None,
         threads: int | None = None,
         max_rows: int = 64,
+        compile: bool = False,
     ):
-        self.model = load_model(model, device, precision)
+        self.model = load_model(model, device, precision, compile=compile)
         self.engine = Engine(self.model, LocalExperts(self.model, threads=threads, lazy=True, max_resident=max_resident), max_rows, 2 * max_rows)
 
     def draw(self, requests: Sequence[ImageRequest]) -> Iterator[Drawn]:

@@ -315,6 +315,8 @@ class Engine:
         model, count = self.model, padded(len(x), x.device)
         if self._routers is None or self._routers[0] is not model.router:  # a model may be given another
             self._routers = model.router, working_router(model.router, model.precision, model.device)
+            if model.compile:
+                self._routers[1].compile_blocks()
         router = self._routers[1]
         text = pad_rows(torch.stack(list(pooled)), count) if model.router_reads_text else None
         logits: Tensor = router(pad_rows(x, count).to(router.patch_embed.weight.dtype), pad_rows(t, count), text)
@@ -393,7 +395,7 @@ def generate(model: ParisModel | Engine, requests: Sequence[ImageRequest], max_r
 
 def _engine_of(model: ParisModel, max_resident: int | None) -> Engine:
     """The model's own engine, made anew when what its experts were made for has changed."""
-    made_for = (max_resident, model.device, model.precision, tuple(model.present))
+    made_for = (max_resident, model.device, model.precision, model.compile, tuple(model.present))
     if model.own_engine is None or model.own_engine[0] != made_for:
         model.own_engine = None  # its experts make room first
         experts = LocalExperts(model.expert_files(), lazy=True, max_resident=max_resident)

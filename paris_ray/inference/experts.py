@@ -86,7 +86,8 @@ class LocalExperts:
         self._lock = threading.Lock()
         self._texts = TextCache(model.device, cache_bytes)
         lazy = lazy or max_resident is not None
-        self._residents = Residents(functools.partial(model.load_expert, on_host=True), model.device, max_resident if lazy else model.num_experts)
+        load, limit = functools.partial(model.load_expert, on_host=True), max_resident if lazy else model.num_experts
+        self._residents = Residents(load, model.device, limit, compile=model.compile)
         self._served: set[int] = set()
         for k in range(model.num_experts) if indices is None else indices:
             here = 0 <= k < model.num_experts and model.present[k]

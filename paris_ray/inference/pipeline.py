@@ -89,6 +89,7 @@ class ParisPipeline(DiffusionPipeline):
         ignore_tensors: Collection[str] = (),
         ignore_settings: Collection[str] = (),
         norm_eps: float | None = None,
+        compile: bool = False,
         revision: str | None = None,
         token: str | bool | None = None,
         cache_dir: str | os.PathLike[str] | None = None,
@@ -104,7 +105,7 @@ class ParisPipeline(DiffusionPipeline):
             max_resident: experts in memory at once; ``None`` is as many as fit.
             threads: CPU threads of this process; ``None`` leaves them as they are.
             max_rows: pictures stepped at once.
-            ignore_tensors, ignore_settings, norm_eps: as of :func:`paris_ray.inference.weights.load_model`.
+            ignore_tensors, ignore_settings, norm_eps, compile: as of :func:`paris_ray.inference.weights.load_model`.
             revision: of a repository of the hub; see :func:`paris_ray.hub.open_model`, also for the other three.
             token: for the hub.
             cache_dir: where what the hub sends is kept.
@@ -115,7 +116,7 @@ class ParisPipeline(DiffusionPipeline):
         """
         precision = precision or _precision_of("torch_dtype", torch_dtype)
         folder = open_model(pretrained_model_name_or_path, revision, token=token, cache_dir=cache_dir, local_files_only=local_files_only)
-        return cls(load_model(folder, device, precision, ignore_tensors, ignore_settings, norm_eps), max_resident, threads, max_rows)
+        return cls(load_model(folder, device, precision, ignore_tensors, ignore_settings, norm_eps, compile), max_resident, threads, max_rows)
 
     def save_pretrained(self, save_directory: str | os.PathLike[str], safe_serialization: bool = True, overwrite: bool = False) -> None:  # type: ignore[override]
         """Write the model in the released layout; see :func:`paris_ray.inference.save.save_model`."""

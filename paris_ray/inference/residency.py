@@ -37,6 +37,7 @@ class Residents:
         device: whose memory counts.
         limit: experts at once; ``None`` is as many as memory allows, and at least one.
         free: bytes of memory that are free on a device; for tests.
+        compile: compile the blocks of each expert when it comes.
     """
 
     def __init__(
@@ -45,10 +46,11 @@ class Residents:
         device: torch.device,
         limit: int | None = None,
         free: Callable[[torch.device], int] | None = None,
+        compile: bool = False,
     ):
         if limit is not None and (isinstance(limit, bool) or limit < 1):
             raise ValueError(f"max_resident: {limit!r} must be at least 1, or None for as many as memory allows")
-        self._load, self.device, self.limit, self._free = load, device, limit, free or free_memory
+        self._load, self.device, self.limit, self._free, self._compile = load, device, limit, free or free_memory, compile
         self._experts: OrderedDict[int, Loaded] = OrderedDict()
         self._waiting: dict[int, Loaded] = {}  # in host memory, beside a GPU
         self._sizes: dict[int, int] = {}
@@ -107,6 +109,8 @@ class Residents:
         module, objective = loaded
         if self.device.type != "cpu":
             module = self.retried(lambda: moved(module, lambda tensor: tensor.to(self.device, non_blocking=True)))
+        if self._compile:
+            module.compile_blocks()  # now: a copy of a compiled module is not compiled
         self._experts[k] = module, objective
 
     def _make_room(self, k: int) -> None:

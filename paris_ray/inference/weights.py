@@ -45,6 +45,7 @@ class ExpertFiles:
         ignore_tensors: names of tensors that weight files may hold besides.
         ignore_settings: names of unknown settings that the networks' configs may hold besides.
         norm_eps: epsilon of the networks' norms; ``None`` is their configs', or else 1e-6.
+        compile: run the networks' blocks compiled (:meth:`paris_ray.models.network.Network.compile_blocks`).
     """
 
     folder: Folder
@@ -57,6 +58,7 @@ class ExpertFiles:
     ignore_tensors: Collection[str] = ()
     ignore_settings: Collection[str] = ()
     norm_eps: float | None = None
+    compile: bool = False
 
     @property
     def num_experts(self) -> int:
@@ -148,6 +150,7 @@ class ParisModel(Described):
         ignore_tensors: names of tensors that weight files may hold besides.
         ignore_settings: names of unknown settings that the networks' configs may hold besides.
         norm_eps: epsilon of the networks' norms; ``None`` is their configs', or else 1e-6.
+        compile: run the networks' blocks compiled (:meth:`paris_ray.models.network.Network.compile_blocks`).
     """
 
     folder: Folder
@@ -163,6 +166,7 @@ class ParisModel(Described):
     ignore_tensors: Collection[str] = ()
     ignore_settings: Collection[str] = ()
     norm_eps: float | None = None
+    compile: bool = False
     own_engine: tuple[Any, Engine] | None = field(default=None, init=False, repr=False, compare=False)
     """Kept by :func:`paris_ray.inference.engine.generate`."""
 
@@ -182,7 +186,7 @@ class ParisModel(Described):
     def expert_files(self) -> ExpertFiles:
         """The experts without the rest of the model."""
         return ExpertFiles(self.folder, self.latent_shape, self.null_text.shape[-1], self.objectives, self.present, self.device, self.precision,
-                           self.ignore_tensors, self.ignore_settings, self.norm_eps)  # fmt: skip
+                           self.ignore_tensors, self.ignore_settings, self.norm_eps, self.compile)  # fmt: skip
 
 
 def load_model(
@@ -192,6 +196,7 @@ def load_model(
     ignore_tensors: Collection[str] = (),
     ignore_settings: Collection[str] = (),
     norm_eps: float | None = None,
+    compile: bool = False,
 ) -> ParisModel:
     """Load a model: router, codec, text encoder and null text; experts follow with :meth:`ParisModel.load_expert`.
 
@@ -207,6 +212,8 @@ def load_model(
         ignore_settings: names of unknown settings that the networks' configs may hold besides.
         norm_eps: epsilon of the norms of experts and router; ``None`` is their configs', or else 1e-6. The released configs name none, and the only
             port that reports running the released weights takes 1e-5.
+        compile: compile the blocks of experts and router when they first run, which takes a minute and pays on a GPU. A picture then differs within
+            rounding from that of blocks that are not compiled, and may differ with the company it is drawn in.
 
     Raises:
         FileNotFoundError: a file that a model must have is missing.
@@ -240,7 +247,7 @@ def load_model(
         raise FileNotFoundError(f"{folder.uri}/expert_{k} has a config.json but no {EXPERT_FILE}; add it, or remove the folder")
     target = torch.device(device)
     return ParisModel(folder, info, router, codec, text_encoder, null_text.to(target), null_length, present, target, precision,
-                      ignore_tensors, ignore_settings, norm_eps)  # fmt: skip
+                      ignore_tensors, ignore_settings, norm_eps, compile)  # fmt: skip
 
 
 def open_experts(
@@ -250,11 +257,12 @@ def open_experts(
     ignore_tensors: Collection[str] = (),
     ignore_settings: Collection[str] = (),
     norm_eps: float | None = None,
+    compile: bool = False,
 ) -> ExpertFiles:
     """The experts of a model, without loading router, codec or text encoder; arguments and errors as of :func:`load_model`."""
     facts, target = read_facts(path), torch.device(device)
     return ExpertFiles(facts.folder, facts.latent_shape, facts.info["text"]["width"], facts.objectives, facts.present, target, precision,
-                       ignore_tensors, ignore_settings, norm_eps)  # fmt: skip
+                       ignore_tensors, ignore_settings, norm_eps, compile)  # fmt: skip
 
 
 def read_facts(path: str | os.PathLike[str] | Folder) -> ModelFacts:

@@ -13,6 +13,11 @@ from torch.utils.checkpoint import checkpoint
 from paris_ray.config import SIZES
 
 
+RECOMPILE_LIMIT = 64
+"""Compilations of a block's code in one process: two or three for numbers of rows (one, the first other, any other) of each width and precision, which
+the experts of an ensemble need not share. At torch's own limit, 8, the next one would be an error."""
+
+
 class Network(nn.Module):
     """A transformer over the patches of a square latent; :class:`paris_ray.models.DiT` or :class:`paris_ray.models.Router`.
 
@@ -100,6 +105,10 @@ class Network(nn.Module):
         Args:
             options: of ``torch.compile``, such as ``mode`` or ``backend``.
         """
+        import torch._dynamo  # seconds, which only who compiles must wait for
+
+        limits = torch._dynamo.config
+        limits.recompile_limit = max(limits.recompile_limit, RECOMPILE_LIMIT)
         for layer in self.layers:
             layer.compile(fullgraph=True, **options)
 

@@ -78,6 +78,24 @@ def test_a_whole_forward_is_one_graph(kind: type[nn.Module], text: tuple[Tensor,
         model(x[..., :6], t, *text)
 
 
+def test_experts_of_many_widths_and_numbers_of_rows_compile_in_one_process() -> None:
+    torch._dynamo.reset()
+    limit, graphs = 8, 0  # torch's limit, at which it refuses
+
+    def count(graph: torch.fx.GraphModule, _: object) -> torch.fx.GraphModule:
+        nonlocal graphs
+        graphs += 1
+        return graph
+
+    for width in (8, 16, 24, 32, 40):
+        model = DiT(**{**SMALL, "hidden_size": width}).eval()
+        model.compile_blocks(backend=count)
+        for rows in (1, 2, 3, 8):
+            with torch.no_grad():
+                model(torch.randn(rows, 4, 8, 8), torch.rand(rows), torch.randn(rows, 5, 12))
+    assert limit < graphs <= 3 * 5
+
+
 @pytest.mark.parametrize(("kind", "text"), CASES)
 def test_compiled_blocks_may_be_checkpointed(kind: type[nn.Module], text: tuple[Tensor, ...]) -> None:
     torch.manual_seed(0)
