@@ -13,8 +13,8 @@ from torch.utils.checkpoint import checkpoint
 from paris_ray.config import SIZES
 
 RECOMPILE_LIMIT = 64
-"""Compilations of a block's code in one process: two or three for numbers of rows (one, the first other, any other) of each width and precision, which the
-experts of an ensemble need not share. At torch's own limit, 8, the next one would be an error."""
+"""Compilations of a block's code in one process. Each width and precision takes two or three, for one row, the first other number of rows, any other;
+experts of an ensemble need not be alike. At torch's own limit, 8, the next one would be an error."""
 
 
 class Network(nn.Module):
