@@ -26,7 +26,8 @@ $(STAMP): pyproject.toml constraints.txt
 	@$(BIN)/python -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' || { \
 	  echo "$(VENV) was made with another Python; delete it and run this again" >&2; exit 1; }
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check uv
-	$(BIN)/uv pip install --quiet --python $(BIN)/python -c constraints.txt -e '.[demo,dev]'
+	@# Compiled once: Ray starts a process for each worker, and every one imports torch.
+	$(BIN)/uv pip install --quiet --compile-bytecode --python $(BIN)/python -c constraints.txt -e '.[demo,dev]'
 	@touch $@
 
 # exec: the demo's parent is then make itself, and it notices when make is killed.
