@@ -104,10 +104,12 @@ class Network(nn.Module):
         Args:
             options: of ``torch.compile``, such as ``mode`` or ``backend``.
         """
-        import torch._dynamo  # seconds, which only who compiles must wait for
+        if "recompile_limit" in inspect.signature(torch.compile).parameters:
+            options = {"recompile_limit": RECOMPILE_LIMIT, **options}
+        else:  # an older torch, whose limit is the process's
+            from torch._dynamo import config as limits
 
-        limits = torch._dynamo.config
-        limits.recompile_limit = max(limits.recompile_limit, RECOMPILE_LIMIT)
+            limits.recompile_limit = max(limits.recompile_limit, RECOMPILE_LIMIT)
         for layer in self.layers:
             layer.compile(fullgraph=True, **options)
 

@@ -62,7 +62,7 @@ def test_experts_wait_for_nothing_and_upload_one_tensor_a_guided_call(monkeypatc
     monkeypatch.setattr(DiT, "forward", counting)
     objectives = [Flow(), Ddpm("cosine"), Ddpm("linear")]
     load = lambda k, on_host: (tiny_model.dit(tiny_model.SHAPES[0], k), objectives[k])  # noqa: E731
-    experts = LocalExperts(SimpleNamespace(num_experts=3, device=META, present=[True] * 3, load_expert=load))
+    experts = LocalExperts(SimpleNamespace(num_experts=3, device=META, present=[True] * 3, compile=False, load_expert=load))
     calls = [call(0, [1.0, 3.0, 2.0]), call(1, [1.0, 1.0]), call(2, [7.5])]
     experts.velocities(calls)
     rows.clear()
@@ -99,7 +99,7 @@ def test_a_tick_of_the_engine_waits_for_the_router_alone(model):
     there.router = AnswersOnTheCpu()
     objectives = [Flow(), Ddpm(), Flow(), Ddpm("linear")]
     load = lambda k, on_host: (tiny_model.dit(tiny_model.SHAPES[0], k), objectives[k])  # noqa: E731
-    experts = LocalExperts(SimpleNamespace(num_experts=4, device=META, present=[True] * 4, load_expert=load))
+    experts = LocalExperts(SimpleNamespace(num_experts=4, device=META, present=[True] * 4, compile=False, load_expert=load))
     engine = Engine(there, experts)
     futures = [
         engine.submit(ImageRequest(f"prompt {i}", seed=i, steps=9, guidance_scale=1.0 + i % 2, solver=solver, routing=routing))

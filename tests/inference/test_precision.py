@@ -235,7 +235,7 @@ def test_no_more_than_asked_are_in_memory_even_for_a_moment(model):
     alive, most = weakref.WeakSet(), []
 
     class Watched:
-        num_experts, device, present = model.num_experts, model.device, model.present
+        num_experts, device, present, compile = model.num_experts, model.device, model.present, model.compile
 
         def load_expert(self, k, on_host):
             gc.collect()

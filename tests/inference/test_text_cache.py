@@ -121,7 +121,7 @@ def test_a_step_gathers_one_layer_at_a_time():
     module = (
         DiT(image_size=4, in_channels=2, out_channels=2, hidden_size=16, num_layers=28, num_heads=2, text_embed_dim=8).eval().requires_grad_(False)
     )
-    files = SimpleNamespace(num_experts=1, device=CPU, present=[True], load_expert=lambda k, on_host: (module.eval(), Flow()))
+    files = SimpleNamespace(num_experts=1, device=CPU, present=[True], compile=False, load_expert=lambda k, on_host: (module.eval(), Flow()))
     experts = LocalExperts(files)
     names = tuple("abcdef")
     states = torch.randn(6, 100, 8)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -87,13 +89,19 @@ def test_experts_of_many_widths_and_numbers_of_rows_compile_in_one_process() -> 
         graphs += 1
         return graph
 
-    for width in (8, 16, 24, 32, 40):
-        model = DiT(**{**SMALL, "hidden_size": width}).eval()
+    models = [DiT(**{**SMALL, "hidden_size": width}).eval() for width in (8, 16, 24, 32, 40)]
+    for model in models:
         model.compile_blocks(backend=count)
-        for rows in (1, 2, 3, 8):
-            with torch.no_grad():
-                model(torch.randn(rows, 4, 8, 8), torch.rand(rows), torch.randn(rows, 5, 12))
-    assert limit < graphs <= 3 * 5
+
+    @torch.no_grad()
+    def sample() -> None:
+        for model, rows in itertools.product(models, (1, 2, 3, 8)):
+            model(torch.randn(rows, 4, 8, 8), torch.rand(rows), torch.randn(rows, 5, 12))
+
+    # Settings of torch's compiler are those of a thread, and who samples is seldom the one who loaded.
+    with ThreadPoolExecutor(1) as pool:
+        pool.submit(sample).result()
+    assert limit < graphs <= 3 * len(models)
 
 
 @pytest.mark.parametrize(("kind", "text"), CASES)
