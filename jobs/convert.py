@@ -75,7 +75,7 @@ def read(path: str) -> tuple[str, dict[str, Tensor]]:
         asked = re.search(r"GLOBAL (\S+)", str(error))
         why = f"it asks for {asked[1]}, which no weights need: that may be code, and is not run" if asked else said
         raise ValueError(f"{path} is refused: {why}; get the weights from where you trust them, as tensors by name") from error
-    part = next((name for name in PARTS if isinstance(found, dict) and isinstance(found.get(name), dict)), "")
+    part = next((name for name in PARTS if isinstance(found, dict) and isinstance(found.get(name), dict) and found[name]), "")
     tensors = found[part] if part else found
     if not isinstance(tensors, dict) or not tensors:
         raise ValueError(f"{path} holds {type(tensors).__name__}, not tensors by name, nor has it any of {', '.join(PARTS)}")
@@ -95,7 +95,7 @@ def write(tensors: dict[str, Tensor], path: str) -> None:
         whole = tensor.is_contiguous() and memory.nbytes() == tensor.nbytes and memory.data_ptr() not in seen
         apart[name] = tensor.detach() if whole else tensor.detach().contiguous().clone()
         seen.add(memory.data_ptr())
-    partial = f"{path}.partial"
+    partial = f"{path}.{os.getpid()}.partial"
     try:
         save_file(apart, partial, metadata={"format": "pt"})
         os.replace(partial, path)

@@ -68,6 +68,12 @@ class NoiseSchedule(Protocol):
         ...
 
 
+def flow_time(schedule: NoiseSchedule, n: Tensor) -> Tensor:
+    """The t whose signal-to-noise ratio (1−t)/t on the linear path is the schedule's α/σ at n: the inverse of ``match``."""
+    alpha, sigma = schedule.alpha_sigma(n)
+    return sigma / (alpha + sigma)
+
+
 class CosineSchedule:
     """α = cos(πn/2), σ = sin(πn/2) (Nichol & Dhariwal, arXiv 2102.09672, without offset)."""
 

@@ -43,8 +43,8 @@ ANY_NUMBER = 1 << 20
 class Engine:
     """Step-level batching over any :class:`Experts`.
 
-    :meth:`submit`, cancellation and :attr:`metrics` may come from any thread; :meth:`tick` from one at a time, which is the engine's own after
-    :meth:`start`.
+    :meth:`submit`, cancellation and :attr:`metrics` may come from any thread. Ticks of several threads take turns; who needs a row of them without
+    another's in between holds :attr:`driving`.
 
     Args:
         model: router, codec, text encoder, null text and defaults.
@@ -61,7 +61,7 @@ class Engine:
         self._active: list[Row] = []
         self._prompts = Prompts(model)
         self._routers: tuple[Router, Router] | None = None  # the model's, and the one that is asked
-        self._driving = threading.RLock()
+        self.driving = threading.RLock()
         self._changed = threading.Condition()
         self._thread: threading.Thread | None = None
         self._stopping = False
@@ -159,7 +159,7 @@ class Engine:
         """Run ticks in this thread until nothing waits or runs; for scripts."""
         if self.running:
             raise RuntimeError("the engine's own thread runs already")
-        with self._driving:  # of two threads, one draws the other's pictures too
+        with self.driving:  # of two threads, one draws the other's pictures too
             while self.tick():
                 pass
 
@@ -190,19 +190,20 @@ class Engine:
         Returns:
             whether anything is left to do.
         """
-        self._drop_cancelled()
-        self._admit()
-        rows = list(self._active)
-        if rows:
-            try:
-                self._advance(rows, after)
-            except Exception as error:
-                # Nothing says whose fault it is. Those who wait get their turn.
-                for row in rows:
-                    self._fail(row.ticket, error)
-        with self._changed:
-            self._counts["ticks"] += 1
-            return bool(self._active or self._waiting)
+        with self.driving:
+            self._drop_cancelled()
+            self._admit()
+            rows = list(self._active)
+            if rows:
+                try:
+                    self._advance(rows, after)
+                except Exception as error:
+                    # Nothing says whose fault it is. Those who wait get their turn.
+                    for row in rows:
+                        self._fail(row.ticket, error)
+            with self._changed:
+                self._counts["ticks"] += 1
+                return bool(self._active or self._waiting)
 
     @torch.inference_mode()
     def finish(self) -> None:
@@ -251,7 +252,7 @@ class Engine:
         x = torch.stack([row.x for row in rows])  # (N, C, H, W)
         t = upload(torch.tensor([row.t for row in rows]), x.device)  # (N,)
         cond = conditioning(rows)
-        weights = self._weights(rows, x, t, torch.tensor(available))
+        weights = self._weights(rows, x, t, available)
         try:
             v = ensemble_velocity(x, t, cond, self.experts, weights)
         except ExpertError as error:
@@ -271,8 +272,10 @@ class Engine:
                 row.x = stop.value
                 ended.append(row)
         if after is not None:
-            for row, state in zip(rows, after(torch.stack([row.x for row in rows])), strict=True):
-                row.x.copy_(state)  # in place: at the end of a step, the solver goes on from this very tensor
+            reached = torch.stack([row.x for row in rows])
+            if (wanted := after(reached)) is not reached:
+                for row, state in zip(rows, wanted, strict=True):
+                    row.x.copy_(state)  # in place: at the end of a step, the solver goes on from this very tensor
         show(looks, self.model.codec, self._fail)
         finish(ended, self.model.codec, self._conclude, self._fail)
 
@@ -292,23 +295,30 @@ class Engine:
                 possible.append(row)
         return possible
 
-    def _weights(self, rows: list[Row], x: Tensor, t: Tensor, available: Tensor) -> Tensor:
+    def _weights(self, rows: list[Row], x: Tensor, t: Tensor, available: list[bool]) -> Tensor:
         """Weights of the experts, (N, K) on the CPU: one router pass over the rows that are to be routed; the others keep theirs."""
-        undecided = [n for n, row in enumerate(rows) if row.undecided(available)]
-        logits = self._logits(pick(x, undecided), pick(t, undecided), [rows[n].text.pooled for n in undecided]).split(1) if undecided else ()
-        for n, logit in zip(undecided, logits, strict=True):
-            rows[n].masked.update((~available).nonzero().flatten().tolist())
-            rows[n].weights = self._route(rows[n].ticket, logit, available)
+        missing = [k for k, here in enumerate(available) if not here]
+        undecided = [n for n, row in enumerate(rows) if row.undecided(missing)]
+        if undecided:
+            logits = self._logits(pick(x, undecided), pick(t, undecided), [rows[n].text.pooled for n in undecided])
+            alike: dict[Routing, list[int]] = {}  # at once: the device has nothing to do meanwhile
+            for place, n in enumerate(undecided):
+                alike.setdefault(rows[n].ticket.routing, []).append(place)
+            for routing, places in alike.items():
+                some = [rows[undecided[place]] for place in places]
+                for row, weights in zip(some, self._route(routing, some, logits[places], torch.tensor(available)), strict=True):
+                    row.weights = weights
+                    row.masked.update(missing)
         return torch.stack([row.weights for row in rows if row.weights is not None])
 
     @staticmethod
-    def _route(ticket: Ticket, logit: Tensor, available: Tensor) -> Tensor:
-        """Weights of one row, (K,)."""
+    def _route(routing: Routing, rows: Sequence[Row], logits: Tensor, available: Tensor) -> Tensor:
+        """Weights of rows with the same routing, (n, K)."""
         drawn = None
-        if ticket.routing.kind == "caption":
-            p = routing_weights(logit, Routing("full"), available)
-            drawn = draw_experts(p, [rng.key(ticket.request.seed, ticket.request.index)])
-        return routing_weights(logit, ticket.routing, available, drawn)[0]
+        if routing.kind == "caption":
+            p = routing_weights(logits, Routing("full"), available)
+            drawn = draw_experts(p, [rng.key(row.ticket.request.seed, row.ticket.request.index) for row in rows])
+        return routing_weights(logits, routing, available, drawn)
 
     def _logits(self, x: Tensor, t: Tensor, pooled: Sequence[Tensor]) -> Tensor:
         """The router's, (N, K) on the CPU."""
@@ -393,12 +403,16 @@ def generate(model: ParisModel | Engine, requests: Sequence[ImageRequest], max_r
             future.cancel()  # of a call that was interrupted, so that the next one does not draw them
 
 
+_MAKING = threading.Lock()
+
+
 def _engine_of(model: ParisModel, max_resident: int | None) -> Engine:
     """The model's own engine, made anew when what its experts were made for has changed."""
     made_for = (max_resident, model.device, model.precision, model.compile, tuple(model.present))
-    if model.own_engine is None or model.own_engine[0] != made_for:
-        model.own_engine = None  # its experts make room first
-        experts = LocalExperts(model.expert_files(), lazy=True, max_resident=max_resident)
-        # Without a circle of references, the experts leave memory as soon as the model does.
-        model.own_engine = made_for, Engine(weakref.proxy(model), experts, max_queue=ANY_NUMBER)
-    return model.own_engine[1]
+    with _MAKING:  # of two threads' first calls, one makes it
+        if model.own_engine is None or model.own_engine[0] != made_for:
+            model.own_engine = None  # its experts make room first
+            experts = LocalExperts(model.expert_files(), lazy=True, max_resident=max_resident)
+            # Without a circle of references, the experts leave memory as soon as the model does.
+            model.own_engine = made_for, Engine(weakref.proxy(model), experts, max_queue=ANY_NUMBER)
+        return model.own_engine[1]

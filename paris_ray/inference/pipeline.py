@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import secrets
+import threading
 import warnings
 from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import Future
@@ -65,6 +66,7 @@ class ParisPipeline(DiffusionPipeline):
         self.model, self.max_resident, self.threads, self.max_rows = model, max_resident, threads, max_rows
         self._engine: Engine | None = None
         self._interrupt = False
+        self._drawing: int | None = None  # the thread whose call is at hand
         _ = self.engine  # says now what cannot be
 
     @property
@@ -245,7 +247,7 @@ class ParisPipeline(DiffusionPipeline):
             num_images_per_prompt: pictures of each prompt.
             generator: seeds are drawn from it, so that it moves on from call to call; or one generator for each picture.
             latents: noise to start from instead of the seeds', (N, C, h, w), one for each picture.
-            output_type: ``pil``, ``np``, ``pt`` or ``latent``.
+            output_type: ``pil``; ``np`` or ``pt``, the same 8-bit pictures as float32 in [0, 1]; or ``latent``.
             return_dict: a :class:`ParisPipelineOutput`; otherwise a tuple of its fields.
             callback_on_step_end: called after each step with the pipeline, the step's number, its time in [0, 1] (1 is noise) and
                 ``{"latents": (N, C, h, w)}``. What it returns as ``latents`` is gone on from; it may set :attr:`interrupt`. More than ``max_rows``
@@ -256,8 +258,11 @@ class ParisPipeline(DiffusionPipeline):
             solver: name of the solver.
             guidance_interval: lowest and highest time with guidance; see :class:`ImageRequest`.
 
+        Calls from several threads take turns.
+
         Raises:
             ValueError: an argument is not valid; names it.
+            RuntimeError: a callback calls the pipeline that it is called by.
         """
         if unknown := sorted(set(callback_on_step_end_tensor_inputs) - set(self._callback_tensor_inputs)):
             raise ValueError(f"callback_on_step_end_tensor_inputs: {', '.join(unknown)} cannot be had; there is 'latents'")
@@ -324,6 +329,23 @@ class ParisPipeline(DiffusionPipeline):
         All have the same solver and steps. So those that are stepped at once begin, step and end together.
         """
         engine, steps = self.engine, int(requests[0].steps or 0)
+        if self._drawing == threading.get_ident():
+            raise RuntimeError("a callback called the pipeline that it is called by; draw with another one, or after the call")
+        with engine.driving:  # calls of several threads take turns
+            self._drawing = threading.get_ident()
+            try:
+                return self._drawn(engine, requests, noise, step_end, steps)
+            finally:
+                self._drawing = None
+
+    def _drawn(
+        self,
+        engine: Engine,
+        requests: Sequence[ImageRequest],
+        noise: Tensor | None,
+        step_end: Callable[[int, float, Tensor], Tensor] | None,
+        steps: int,
+    ) -> list[ImageResult]:
         each = evaluations(str(requests[0].solver), steps)
         times, per_step = time_grid(steps), -(-each // steps)  # Heun's last step has one evaluation less
         self._interrupt, done = False, 0  # evaluations of the pictures at hand

@@ -53,9 +53,9 @@ class Row:
     masked: set[int] = field(default_factory=set)
     setbacks: int = 0
 
-    def undecided(self, available: Tensor) -> bool:
+    def undecided(self, missing: Sequence[int]) -> bool:
         """Whether its experts are to be chosen: at the beginning of a step or, with one expert to the end, of the picture; or when one has gone."""
-        if self.weights is None or bool((self.weights[~available] != 0).any()):
+        if self.weights is None or any(bool(self.weights[k] != 0) for k in missing):
             return True
         return not self.ticket.routing.once_per_picture and begins_step(self.ticket.solver, len(self.history))
 

@@ -210,8 +210,8 @@ def load_model(
         precision: of the experts, ``fp32``, ``bf16`` or ``int8``.
         ignore_tensors: names of tensors that weight files may hold besides.
         ignore_settings: names of unknown settings that the networks' configs may hold besides.
-        norm_eps: epsilon of the norms of experts and router; ``None`` is their configs', or else 1e-6. The released configs name none, and the only
-            port that reports running the released weights takes 1e-5.
+        norm_eps: epsilon of the norms of experts and of the router's blocks; ``None`` is their configs', or else 1e-6. The released configs name
+            none, and the only port that reports running the released weights takes 1e-5.
         compile: compile the blocks of experts and router when they first run, which takes a minute and pays on a GPU. A picture then differs within
             rounding from that of blocks that are not compiled, and may differ with the company it is drawn in.
 
@@ -241,6 +241,8 @@ def load_model(
         _same(where, text_embed_dim=(router.text_embed_dim, None))
     _same(f"{folder.uri}/{NULL_TEXT}", width=(null_text.shape[-1], text_encoder.width))
     present = [f"expert_{k}/config.json" in names for k in range(info["num_experts"])]
+    for k in (k for k, here in enumerate(present) if not here and any(name.startswith(f"expert_{k}/") for name in names)):
+        raise FileNotFoundError(f"{folder.uri}/expert_{k} has files but no config.json; add it, or remove the folder")
     complete = not isinstance(folder, Snapshot)  # of a repository, the experts' weights come later
     for k in (k for k, here in enumerate(present) if complete and here and f"expert_{k}/{EXPERT_FILE}" not in names):
         refuse_pickles(folder / f"expert_{k}", EXPERT_FILE)

@@ -149,6 +149,8 @@ def init_from_tensors(model: DiT, tensors: Mapping[str, Tensor], config: Mapping
     if torn := [f"{' and '.join(copies[ours])} for {ours}" for ours, found in shapes.items() if len(found) > 1]:
         raise ValueError(f"init_from: {where} ({layout}) has tensors of unequal width: {_some(torn)}")
 
+    _check_classes(tensors, folds, config, where)
+
     values = {ours: torch.cat([tensors[name] for name in sources]) for ours, sources in copies.items()}
     patch = values["patch_embed.weight"].shape[-1]
     if config.get("patch_size", patch) != patch:
@@ -180,7 +182,7 @@ def init_from_tensors(model: DiT, tensors: Mapping[str, Tensor], config: Mapping
     with torch.no_grad():
         for ours, value in values.items():
             state[ours].copy_(value)
-    return InitReport(layout, copies, folded, new, dropped, _notes(layout, copies, model, config))
+    return InitReport(layout, copies, folded, new, dropped, _notes(layout, copies, model, config, folded))
 
 
 # -- what tensors do not show -------------------------------------------------------------------------------------------
@@ -207,7 +209,11 @@ def _positions_said(config: Mapping[str, Any]) -> str:
     return ", ".join(f"{key} {config[key]}" for key in ("sample_size", "interpolation_scale") if config.get(key) is not None)
 
 
-def _notes(layout: str, kept: Mapping[str, Sources], model: DiT, config: Mapping[str, Any]) -> tuple[str, ...]:
+LARGE_RESIDUAL = 0.1
+"""From here on a fold is said to lose much: a tenth of the modulation is not the pretrained function."""
+
+
+def _notes(layout: str, kept: Mapping[str, Sources], model: DiT, config: Mapping[str, Any], folded: Mapping[str, Folded]) -> tuple[str, ...]:
     notes, objective = [], config.get("objective")
     if layout in ("dit", "dit_diffusers"):
         notes.append("the trunk is the class-free DiT's but for the residual; the output starts at zero, from a new final layer (arXiv 2603.06741)")
@@ -217,6 +223,12 @@ def _notes(layout: str, kept: Mapping[str, Sources], model: DiT, config: Mapping
         notes.append("the final layer is kept: it predicts noise, which a ddpm expert learns; a flow expert learns velocity, noise less data")
     elif objective is not None:
         notes.append(f"the final layer is kept: it predicts {'noise' if objective == 'ddpm' else 'velocity'} (objective {objective} there)")
+    worst = max((one.residual for one in folded.values()), default=0.0)
+    if worst > LARGE_RESIDUAL:
+        notes.append(f"the fold loses much: up to {worst:.0%} of a block's modulation over time; compare losses with an expert that starts anew")
+    if config.get("num_attention_heads", config.get("num_heads")) is None:
+        heads = model.layers[0].attn.num_heads  # type: ignore[union-attr]
+        notes.append(f"the file does not say how many attention heads it has, and no tensor shows it: taken to be {heads}, as here")
     eps, theirs = model.layers[0].norm1.eps, config.get("norm_eps")  # type: ignore[union-attr]
     if theirs not in (None, eps):
         notes.append(f"norm_eps is {theirs:g} there, {eps:g} here")
@@ -298,6 +310,17 @@ def _plan(
 
 
 _CLASSES = "y_embedder.embedding_table.weight"
+
+
+def _check_classes(tensors: Mapping[str, Tensor], folds: list[Adaln], config: Mapping[str, Any], where: str) -> None:
+    """The fold takes the last row of the classes for "no class", which a DiT has that was trained with class dropout."""
+    count = config.get("num_embeds_ada_norm", config.get("num_classes"))
+    for name in dict.fromkeys(block.classes for block in folds):
+        if isinstance(count, int) and len(tensors[name]) != count + 1:
+            raise ValueError(
+                f"init_from: {where} has {len(tensors[name])} rows in {name} for {count} classes, so none of them is that of no class; "
+                "take a DiT that was trained with class dropout"
+            )
 
 
 def _without_variance(values: dict[str, Tensor], copies: Mapping[str, Sources], state: Mapping[str, Tensor]) -> dict[str, str]:

@@ -71,7 +71,8 @@ class Network(nn.Module):
             config: settings by name; those that start with an underscore are diffusers' own notes.
 
         Raises:
-            ValueError: a known setting has a value that this code does not compute, or an unknown one is on; the message names it.
+            ValueError: a known setting has a value that this code does not compute, or an unknown one is on; the message names it. Or the number of
+                heads is missing.
         """
         shape = cls._shape_settings()
         for key, value in config.items():
@@ -86,6 +87,8 @@ class Network(nn.Module):
                 )
             if cls.SETTINGS[key] is not None and value != cls.SETTINGS[key]:
                 raise ValueError(f"{key} = {value!r} is not supported; this code computes only {cls.SETTINGS[key]!r}")
+        if config.get("num_heads") is None:
+            raise ValueError("num_heads is missing, and no tensor's shape tells it; add it to the config as the network was trained")
         return {key: config[key] for key in config if key in shape}
 
     @classmethod

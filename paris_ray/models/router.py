@@ -57,7 +57,7 @@ class Router(Network):
         num_heads: attention heads.
         mlp_ratio: inner width of the MLP over D.
         text_embed_dim: width of the pooled text that is read beside the time; ``None`` is the paper's text-blind router.
-        norm_eps: epsilon of the norms.
+        norm_eps: epsilon of the blocks' norms; that of the head's LayerNorm is torch's 1e-5.
         gradient_checkpointing: recompute the blocks in the backward pass, to save memory.
 
     Raises:

@@ -64,6 +64,15 @@ def test_the_cosine_match_is_an_arc_tangent() -> None:
         assert found == pytest.approx(2 / math.pi * math.atan2(t, 1 - t), abs=1e-15)
 
 
+@pytest.mark.parametrize("name", ["cosine", "linear"])
+def test_times_are_matched_both_ways(name: str) -> None:
+    schedule, n = path.SCHEDULES[name](), torch.linspace(0.001, 0.999, 101, dtype=F64)
+    t = path.flow_time(schedule, n)
+    alpha, sigma = schedule.alpha_sigma(n)
+    torch.testing.assert_close((1 - t) / t, alpha / sigma, rtol=1e-9, atol=0)
+    torch.testing.assert_close(schedule.match(t), n, rtol=1e-9, atol=1e-12)
+
+
 def test_the_linear_schedule_is_the_integral_of_beta() -> None:
     for n in (0.1, 0.5, 1.0):
         integral, _ = integrate.quad(lambda s: 0.1 + s * (20 - 0.1), 0, n)

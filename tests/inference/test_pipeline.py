@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import threading
 import warnings
 
 import numpy as np
@@ -369,6 +370,32 @@ def test_a_callback_that_fails_ends_the_call(checkpoint, pipe):
     assert calls == [0]
     with pytest.raises(ValueError, match=r"callback_on_step_end_tensor_inputs: prompt_embeds cannot be had; there is 'latents'"):
         pipe(**ASK, callback_on_step_end_tensor_inputs=["latents", "prompt_embeds"])
+
+
+def test_calls_of_several_threads_take_turns(checkpoint, pipe):
+    shared, found, seen = fresh(checkpoint), {}, {1: set(), 2: set()}
+
+    def call(n):
+        watch = lambda it, step, t, kwargs: seen[n].add(len(kwargs["latents"])) or {}  # noqa: E731
+        settings = {"num_inference_steps": 12, "seed": n, "num_images_per_prompt": n, "output_type": "latent"}
+        found[n] = shared(**{**ASK, **settings}, callback_on_step_end=watch).images
+
+    threads = [threading.Thread(target=call, args=(n,)) for n in (1, 2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for n in (1, 2):
+        alone = pipe(**{**ASK, "num_inference_steps": 12, "seed": n, "num_images_per_prompt": n, "output_type": "latent"}).images
+        assert torch.equal(found[n], alone)
+        assert seen[n] == {n * len(ASK["prompt"])}
+
+
+def test_a_callback_must_not_call_its_own_pipeline(checkpoint):
+    shared = fresh(checkpoint)
+    with pytest.raises(RuntimeError, match="a callback called the pipeline that it is called by"):
+        shared(**ASK, callback_on_step_end=lambda it, *_: it(**ASK))
+    assert len(shared(**ASK).images) == 2  # and it is as it was
 
 
 def test_latents_are_what_the_picture_starts_from(pipe):

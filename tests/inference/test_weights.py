@@ -304,6 +304,11 @@ def test_released_model_without_a_part(released, tmp_path):
     shutil.copytree(released, copy)
     shutil.rmtree(copy / "expert_1")
     assert weights.load_model(copy).present == [True, False, True]
+    (copy / "expert_1").mkdir()
+    shutil.copy(copy / "expert_0" / EXPERT_FILE, copy / "expert_1")
+    with pytest.raises(FileNotFoundError, match=r"expert_1 has files but no config.json; add it, or remove the folder"):
+        weights.load_model(copy)
+    shutil.rmtree(copy / "expert_1")
     (copy / "expert_2" / EXPERT_FILE).rename(copy / "expert_2" / "diffusion_pytorch_model.bin")
     with pytest.raises(ValueError, match="is refused"):
         weights.load_model(copy)

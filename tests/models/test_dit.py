@@ -266,6 +266,8 @@ def test_settings_that_would_compute_something_else_are_refused(change: dict[str
         with pytest.raises(ValueError, match=message):
             kind.from_config({**config, **change})
         assert "qk_norm" not in kind.keywords({**config, "qk_norm": None})  # off
+        with pytest.raises(ValueError, match="num_heads is missing, and no tensor's shape tells it"):
+            kind.from_config({key: value for key, value in config.items() if key != "num_heads"})
     with pytest.raises(ValueError, match="use_adaln_single = False is not supported"):
         DiT.from_config({**EXPERT, "use_adaln_single": False})
 

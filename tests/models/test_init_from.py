@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from paris_ray.models import DiT
 from paris_ray.models.fold import FOLD_TIMES
-from paris_ray.models.init_from import InitReport, init_from
+from paris_ray.models.init_from import InitReport, init_from, init_from_tensors
 
 D, DEPTH, HEADS, SIDE, CLASSES = 32, 3, 4, 8, 10
 
@@ -165,6 +165,21 @@ def test_the_fold_is_the_least_squares_one(tmp_path: Path) -> None:
     assert report.folded["t_block.1.weight"].residual == pytest.approx((errors.norm() / target.norm()).item(), rel=1e-4)
 
 
+def test_what_a_file_does_not_say_and_what_a_fold_loses_is_said(tmp_path: Path) -> None:
+    _, near, _ = from_dit(tmp_path, 0.0)
+    assert not any("loses much" in note for note in near.notes)
+    _, far, _ = from_dit(tmp_path, 0.5)
+    assert any(f"loses much: up to {far.residual:.0%}" in note for note in far.notes)
+    assert any(f"taken to be {HEADS}, as here" in note for note in far.notes)
+
+
+def test_classes_without_one_for_no_class_are_refused(tmp_path: Path) -> None:
+    tensors = dit_file(0.1)
+    init_from_tensors(ours(), tensors, {"num_classes": CLASSES})
+    with pytest.raises(ValueError, match=rf"has {CLASSES + 1} rows in y_embedder.* for {CLASSES + 1} classes"):
+        init_from_tensors(ours(), tensors, {"num_classes": CLASSES + 1})
+
+
 def test_what_is_kept_new_and_dropped_of_a_dit(tmp_path: Path) -> None:
     model, report, tensors = from_dit(tmp_path, 0.5)
     assert report.kept["layers.1.mlp.2.bias"] == ("blocks.1.mlp.fc2.bias",)
@@ -179,11 +194,11 @@ def test_what_is_kept_new_and_dropped_of_a_dit(tmp_path: Path) -> None:
     assert all(torch.equal(model.state_dict()[name], untouched[name]) for name in report.new)
     assert f"{len(report.kept)} tensors kept" in str(report)
     # What the start is, in words: the class-free DiT up to the final layer, which is new and puts out zero.
-    (note,) = report.notes
+    note, *_ = report.notes
     assert note.startswith("the trunk is the class-free DiT's")
     assert "output starts at zero, from a new final layer" in note
     assert note in str(report)
-    assert report.as_json()["notes"] == (note,)
+    assert report.as_json()["notes"] == report.notes
 
 
 def test_another_latent_and_grid_are_new(tmp_path: Path) -> None:
