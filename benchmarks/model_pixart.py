@@ -8,13 +8,14 @@ median of the pairs, with the interval of order statistics that covers the media
 The rows: ``forward`` with text states; ``sampling step`` with the text's keys and values at hand, which PixArt computes anew; ``training step``
 (forward, loss, backward, fused AdamW). With --loop, ours is the step of the training loop, which also moves the average, clips the gradient, looks
 for non-finite values and sums up its metrics, against the same bare step of theirs. Both networks get the same latents, times and text (77 × 768);
-PixArt has 8 output channels as published, which are 16 rows of the last matrix more, and a second layer over the text. Random weights: time does not
-depend on them. On a GPU of known peak, MFU is the share of it that the operations counted (benchmarks/flops.py) make up.
+PixArt has 8 output channels as published, which are 16 rows of the last matrix more, and a second layer over the text. In bf16 both sample with weights
+in bfloat16, and both train under autocast. Random weights: time does not depend on them. On a GPU of known peak, MFU is the share of it that the operations counted (benchmarks/flops.py) make up.
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
 import sys
 import tempfile
 from collections.abc import Callable
@@ -29,6 +30,8 @@ from torch import Tensor, nn
 
 from benchmarks import flops, timing
 from paris_ray.config import SIZES, TrainConfig
+from paris_ray.diffusion.path import Flow
+from paris_ray.inference.precision import set_precision
 from paris_ray.models import DiT
 from paris_ray.storage import Folder
 from paris_ray.training.loop import Batch, Loop, Place
@@ -108,6 +111,8 @@ def measure(args: argparse.Namespace, folder: str) -> list[str]:
     device, bf16 = args.device, args.precision == "bf16"
     shape = {**SIZES[args.size], **({"num_layers": args.layers} if args.layers else {})}
     ours, theirs = networks(shape, args.latent, device)
+    # As one samples: with weights in bfloat16, ours as the engine loads an expert, theirs as from_pretrained(torch_dtype=torch.bfloat16).
+    sampled = (set_precision(copy.deepcopy(ours), Flow(), "bf16"), copy.deepcopy(theirs).bfloat16()) if bf16 else (ours, theirs)
     table = Table(args, flops.count(ours, TEXT_TOKENS))
     g = torch.Generator().manual_seed(1)
     x = torch.randn(args.batch, 4, args.latent, args.latent, generator=g).to(device)
@@ -115,39 +120,46 @@ def measure(args: argparse.Namespace, folder: str) -> list[str]:
     t = torch.rand(args.batch, generator=g).to(device)
     target = torch.randn(args.batch, 4, args.latent, args.latent, generator=g).to(device)
 
+    def their_output(model: nn.Module, x: Tensor, text: Tensor) -> Tensor:
+        found: Tensor = model(x, encoder_hidden_states=text, timestep=1000 * t, return_dict=False)[0][:, :4]
+        return found
+
     def predict_ours() -> Tensor:
         with torch.autocast(device, torch.bfloat16, enabled=bf16):
             return ours(x, t, text)
 
     def predict_theirs() -> Tensor:
         with torch.autocast(device, torch.bfloat16, enabled=bf16):
-            return theirs(x, encoder_hidden_states=text, timestep=1000 * t, return_dict=False)[0][:, :4]
+            return their_output(theirs, x, text)
 
-    def rows(how: str) -> None:
-        ours.eval()
-        theirs.eval()
-        with torch.no_grad(), torch.autocast(device, torch.bfloat16, enabled=bf16):
-            keys_values = ours.text_keys_values(text)
+    def sampling(how: str) -> None:
+        mine, other = (model.eval() for model in sampled)
+        dtype = torch.bfloat16 if bf16 else torch.float32
+        some_x, some_text = x.to(dtype), text.to(dtype)
+        with torch.inference_mode():
+            keys_values = mine.text_keys_values(some_text)
+            table.add("forward", how, lambda: mine(some_x, t, some_text), lambda: their_output(other, some_x, some_text))
+            table.add("sampling step", how, lambda: mine(some_x, t, keys_values=keys_values), lambda: their_output(other, some_x, some_text))
 
-        def step_ours() -> Tensor:
-            with torch.autocast(device, torch.bfloat16, enabled=bf16):
-                return ours(x, t, keys_values=keys_values)
-
-        with torch.no_grad():
-            table.add("forward", how, predict_ours, predict_theirs)
-            table.add("sampling step", how, step_ours, predict_theirs)
+    def training(how: str) -> None:
         if args.loop:
             mine = loop_step(ours, {"x": x, "t": t, "text": text, "target": target}, args.precision, device, folder)
         else:
             mine = bare_step(ours, predict_ours, target)
         table.add("training step", how, mine, bare_step(theirs, predict_theirs, target))
 
+    def rows(how: str) -> None:
+        sampling(how)
+        training(how)
+
     rows("eager")
     if args.compile:
-        ours.compile_blocks()
+        for model in {ours, sampled[0]}:
+            model.compile_blocks()
         rows("ours compiled, theirs eager")
-        for block in theirs.transformer_blocks:
-            block.compile(fullgraph=True)
+        for other in {theirs, sampled[1]}:
+            for block in other.transformer_blocks:
+                block.compile(fullgraph=True)
         rows("both compiled")
     return table.lines
 

@@ -7,8 +7,8 @@ r"""What routing costs: seconds for an image by routing, as multiples of one exp
 The peer is one expert of the same size that draws everything (routing ``expert-0``), which is what a monolith costs. Each row times pictures that are
 submitted together and drawn by the engine, with guidance (two passes, one call of twice the rows), in blocks that alternate with the peer's. The
 arithmetic is the matrix products and attention of all calls (benchmarks/flops.py), router included, over the peer's; time is more where an expert
-gets few rows at once. Weights are random, and the router's are wide enough that the pictures of a batch differ in their experts; text and
-pictures are left out by stand-ins that cost nothing.
+gets few rows at once. Weights are random, and such that the pictures of a batch differ in their experts, which is checked; text and pictures are left
+out by stand-ins that cost nothing.
 """
 
 from __future__ import annotations
@@ -79,7 +79,9 @@ class RandomModel(ParisModel):
     def __init__(self, size: str, router: str, latent: int, device: str, precision: str, compiled: bool):
         torch.manual_seed(0)
         network = Router.named(router, num_clusters=EXPERTS, image_size=latent, text_embed_dim=TEXT_WIDTH)
-        torch.nn.init.normal_(network.head[-1].weight, std=1.0)
+        for name, parameter in network.named_parameters():  # as made, its blocks are the identity, and all pictures get one answer
+            if name not in ("head.2.weight", "pos_embed"):
+                torch.nn.init.normal_(parameter, std=0.5 if name == "head.4.weight" else 0.1)
         info = {
             "num_experts": EXPERTS, "image_size": 8 * latent, "latent": {"channels": 4, "size": latent}, "router": {"text": "pooled"},
             "experts": [{"objective": "flow"}] * EXPERTS, "sampling": {"steps": 50, "guidance_scale": 7.5, "routing": "top-2", "solver": "euler"},
@@ -107,6 +109,17 @@ def router_operations(router: Router, latent: int) -> int:
     return flops.operations(lambda: router(x, t, text))
 
 
+def check_spread(engine: Engine) -> None:
+    """Raise RuntimeError if many pictures with two experts each share the same two."""
+    requests = [
+        ImageRequest(f"prompt {n}", seed=n, steps=1, guidance_scale=1.0, routing="top-2") for n in range(engine.max_rows, engine.max_rows + 8)
+    ]
+    asked = {k for n in range(0, 8, engine.max_rows) for result in generate(engine, requests[n : n + engine.max_rows])
+             for k, weight in enumerate(result.routing[0]["weights"]) if weight}  # fmt: skip
+    if len(asked) < 4:
+        raise RuntimeError(f"8 pictures asked experts {sorted(asked)} only: the router's weights are no test of routing")
+
+
 def measure(args: argparse.Namespace) -> list[str]:
     """All rows."""
     model = RandomModel(args.size, args.router, args.latent, args.device, args.precision, args.compile)
@@ -127,6 +140,7 @@ def measure(args: argparse.Namespace) -> list[str]:
         return run
 
     lines = []
+    check_spread(engine)
     for images in args.images:
         functions = {name: draw(name, images) for name in ["expert-0", *ROUTINGS]}
         for function in functions.values():  # allocations, caches, compilation
