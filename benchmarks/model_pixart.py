@@ -8,8 +8,9 @@ median of the pairs, with the interval of order statistics that covers the media
 The rows: ``forward`` with text states; ``sampling step`` with the text's keys and values at hand, which PixArt computes anew; ``training step``
 (forward, loss, backward, fused AdamW). With --loop, ours is the step of the training loop, which also moves the average, clips the gradient, looks
 for non-finite values and sums up its metrics, against the same bare step of theirs. Both networks get the same latents, times and text (77 × 768);
-PixArt has 8 output channels as published, which are 16 rows of the last matrix more, and a second layer over the text. In bf16 both sample with weights
-in bfloat16, and both train under autocast. Random weights: time does not depend on them. On a GPU of known peak, MFU is the share of it that the operations counted (benchmarks/flops.py) make up.
+PixArt has 8 output channels as published, which are 16 rows of the last matrix more, and a second layer over the text. In bf16 both sample with
+weights in bfloat16, and both train under autocast. Random weights: time does not depend on them. On a GPU of known peak, MFU is the share of it that
+the operations counted (benchmarks/flops.py) make up.
 """
 
 from __future__ import annotations
