@@ -167,7 +167,8 @@ class DiT(Network):
             if text is None:
                 raise ValueError("DiT.forward needs text or keys_values")
             keys_values = self.text_keys_values(text)
-        tokens = self.patch_embed(x).flatten(2).transpose(1, 2)  # (N, T, D)
+        # Contiguous: sums keep the order in memory of what they add, and every block would pay for another.
+        tokens = self.patch_embed(x).flatten(2).transpose(1, 2).contiguous()  # (N, T, D)
         x = at_least_float32(tokens) + at_least_float32(self.pos_embed)  # (N, T, D)
         time = self.time_embed(t)  # (N, D)
         modulation = self.t_block(time).view(x.shape[0], 6, -1)  # (N, 6, D)

@@ -127,7 +127,8 @@ class Router(Network):
         c = self.time_embed(t)  # (N, D)
         if pooled is not None:
             c = c + self.text_proj(pooled)  # (N, D)
-        tokens = self.patch_embed(x).flatten(2).transpose(1, 2)  # (N, T, D)
+        # Contiguous: sums keep the order in memory of what they add, and every block would pay for another.
+        tokens = self.patch_embed(x).flatten(2).transpose(1, 2).contiguous()  # (N, T, D)
         x = at_least_float32(tokens) + at_least_float32(self.pos_embed)  # (N, T, D)
         x = torch.cat([self.cls_token.expand(x.shape[0], -1, -1), x], dim=1)  # (N, 1+T, D): the class token has no position
         for layer in self.layers:

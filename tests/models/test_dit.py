@@ -288,6 +288,15 @@ def test_the_frequencies_are_a_constant_that_no_file_holds_and_no_precision_chan
     torch.testing.assert_close(empty.to_empty(device="cpu").time_embed.frequencies, expected, rtol=1e-6, atol=0)
 
 
+@pytest.mark.parametrize("kind", [DiT, Router])
+def test_tokens_are_contiguous_in_every_block(kind: type[DiT] | type[Router]) -> None:
+    model, seen = kind(image_size=8, hidden_size=32, num_layers=2, num_heads=2, text_embed_dim=12), []
+    for layer in model.layers:
+        layer.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].is_contiguous()))
+    model(torch.randn(3, 4, 8, 8), torch.rand(3), torch.randn(3, 5, 12) if kind is DiT else torch.randn(3, 12))
+    assert seen == [True, True]
+
+
 def test_a_forward_pass_makes_no_frequencies(monkeypatch: pytest.MonkeyPatch) -> None:
     model, made = random_model().float(), []
     monkeypatch.setattr(torch, "exp", made.append)
