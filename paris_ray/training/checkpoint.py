@@ -67,11 +67,14 @@ def save(stage: Folder, images: int, tensors: dict[str, dict[str, Tensor]], stat
     folder = stage / CHECKPOINTS / _name(images)
     folder.delete_all()  # a damaged one that was passed over, or an unfinished one
     files = []
-    contents = {f"{part}.safetensors": tensor_bytes(named) for part, named in tensors.items()}
-    contents["state.json"] = json.dumps({"format": FORMAT, "images": images, **state}, indent=1, sort_keys=True, allow_nan=False).encode()
-    for name, content in contents.items():
+
+    def write(name: str, content: bytes) -> None:
         folder.write_bytes(name, content)
         files.append({"name": name, "bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()})
+
+    for part, named in tensors.items():  # one after the other: together they are four times the network
+        write(f"{part}.safetensors", tensor_bytes(named))
+    write("state.json", json.dumps({"format": FORMAT, "images": images, **state}, indent=1, sort_keys=True, allow_nan=False).encode())
     folder.write_json(manifest.MANIFEST, {"format": FORMAT, "files": files})
 
 

@@ -12,6 +12,7 @@ from paris_ray.config import RunConfig
 from paris_ray.progress import Progress, counted
 from paris_ray.stages import stage as find_stage
 from paris_ray.storage import Folder
+from paris_ray.training.termination import listen
 from paris_ray.training.worker import resources, work
 
 START_TIMEOUT_S = "1200"
@@ -91,7 +92,8 @@ def _fit(config: RunConfig, name: str) -> dict[str, Any]:
     scratch = Folder(config.run_dir) / ".ray" / name
     scratch.delete_all()  # what a killed driver left
     attempt = f"{name}-{uuid.uuid4().hex[:12]}"
-    run_config = ray.train.RunConfig(name=attempt, storage_path=scratch.uri, failure_config=ray.train.FailureConfig(max_failures=asked.max_failures))
+    failures = ray.train.FailureConfig(max_failures=asked.max_failures)
+    run_config = ray.train.RunConfig(name=attempt, storage_path=scratch.uri, failure_config=failures, callbacks=[_listening()])
     payload = {"config": config.model_dump(mode="json"), "stage": name}
     try:
         result = _trainer(asked.num_workers)(work, train_loop_config=payload, scaling_config=scaling, run_config=run_config).fit()
@@ -99,6 +101,17 @@ def _fit(config: RunConfig, name: str) -> dict[str, Any]:
         scratch.delete_all()
     answer: dict[str, Any] = result.return_value
     return answer
+
+
+def _listening() -> Any:
+    """A callback that lets the main thread of each worker take SIGTERM, before training starts in another."""
+    from ray.train.v2._internal.execution.callback import WorkerGroupCallback
+
+    class Listening(WorkerGroupCallback):  # type: ignore[misc]
+        def after_worker_group_start(self, worker_group: Any) -> None:
+            worker_group.execute(listen)
+
+    return Listening()
 
 
 def _trainer(num_workers: int) -> Any:

@@ -27,6 +27,8 @@ from paris_ray.training import checkpoint
 from paris_ray.training.budget import total_images
 from paris_ray.training.draws import Draw, Draws
 from paris_ray.training.ema import Ema
+from paris_ray.training.saver import Saver
+from paris_ray.training.termination import TerminatedError
 
 TIME_BINS = 4
 """Losses are reported for this many equal intervals of time, from data to noise."""
@@ -108,7 +110,9 @@ class Loop:
         place: device, rank and number of workers.
         wrapped: the model as the forward pass calls it (DistributedDataParallel), if not the task's own.
         on_step: called after each step with (images, None), and at each metrics line with (images, line).
-        on_checkpoint: called on every worker after each checkpoint, with the last metrics line.
+        on_checkpoint: called on every worker when a checkpoint is due, with the last metrics line.
+        asked_to_go: whether the process was; then the loop ends after the step at hand with a checkpoint there. Several workers, who must agree, end
+            at the next metrics line.
         check_each_step: look for non-finite values at each step. On a GPU that would wait for the device; there the update itself is switched
             off on the device from the first such value on, and the loop stops at the next metrics line, which comes before any checkpoint.
     """
@@ -123,12 +127,13 @@ class Loop:
         wrapped: nn.Module | None = None,
         on_step: Callable[[int, dict[str, Any] | None], None] = lambda images, line: None,
         on_checkpoint: Callable[[dict[str, Any]], None] = lambda line: None,
+        asked_to_go: Callable[[], bool] = lambda: False,
         check_each_step: bool | None = None,
     ):
         self.task, self.config, self.folder = task, config, folder
         self.place = place or Place(torch.device("cpu"))
         config.check_slices(self.place.world)
-        self.on_step, self.on_checkpoint = on_step, on_checkpoint
+        self.on_step, self.on_checkpoint, self.asked_to_go = on_step, on_checkpoint, asked_to_go
         device = self.place.device
         self.check_each_step = device.type == "cpu" if check_each_step is None else check_each_step
         self.model = wrapped or task.model
@@ -140,8 +145,10 @@ class Loop:
         self.images, self.seconds = 0, 0.0
         self.lines: list[dict[str, Any]] = []
         self._line: dict[str, Any] = {}
-        # Sums of loss and counts by time bin, sum of gradient norms: kept on the device, read at metrics lines only.
-        self._sums = torch.zeros(2 * TIME_BINS + 1, device=device)
+        # Sums of loss and counts by time bin, sum of gradient norms: kept on the device, read at metrics lines only. Last, how many workers must go.
+        self._sums = torch.zeros(2 * TIME_BINS + 2, device=device)
+        self._clock, self._going, self._saved = _Clock(), False, -1
+        self.saver = Saver(folder, config.keep_checkpoints)
         # 1 from the first non-finite value on; and the image it was seen at.
         self._broken = torch.zeros((), device=device)
         self._broken_at = torch.zeros((), device=device, dtype=torch.float64)
@@ -159,14 +166,41 @@ class Loop:
         self.ema.load(found.tensors("ema"))
         self._load_optimizer(found.tensors("optimizer"))
         self.images, self.seconds, self._line = found.images, found.state["seconds"], found.state["line"]
+        self._saved = self.images
+        if begun := found.state.get("begun"):  # a checkpoint between two metrics lines
+            self._sums.copy_(torch.tensor(begun["sums"]))
+            self._clock.carry(begun["seconds"], begun["waited"])
 
-    def _save(self) -> None:
-        if self.place.rank == 0:
+    def _save(self, must: bool, begun: dict[str, Any] | None = None) -> None:
+        """Write a checkpoint: soon, if the one before is written; or now, if it must be.
+
+        Args:
+            must: wait until it is written.
+            begun: what has been measured since the last metrics line, if this is not one.
+        """
+        if self.place.rank != 0:
+            self.lines = []
+        elif must or self.saver.ready():
             tensors = {"model": dict(self.task.model.named_parameters()), "ema": self.ema.weights, "optimizer": self._optimizer_tensors()}
-            checkpoint.save(self.folder, self.images, tensors, {"seconds": self.seconds, "line": self._line}, self.lines)
-            checkpoint.prune(self.folder, self.config.keep_checkpoints, self.images)
-        self.lines = []
-        self.on_checkpoint(self._line)
+            state = {"seconds": self.seconds, "line": self._line, **({"begun": begun} if begun else {})}
+            self.saver.save(self.images, tensors, state, self.lines)
+            self.lines, self._saved = [], self.images
+            if must:
+                self.saver.wait()
+
+    def _alone_and_asked(self) -> bool:
+        return self.place.world == 1 and self.asked_to_go()
+
+    def _go(self) -> None:
+        """Leave a checkpoint here, and go."""
+        if self._saved != self.images and self.place.world == 1:
+            if self._broken.item():
+                raise self._non_finite(int(self._broken_at.item()), "found when asked to go")
+            self._save(True, {"sums": self._sums.tolist(), "seconds": self._clock.seconds(), "waited": self._clock.waited})
+        elif self._saved != self.images:
+            self._save(True)
+        self.saver.wait()
+        raise TerminatedError(f"{self.task.stage}: asked to go; a checkpoint at image {self.images} is written, and the same command goes on from it")
 
     def _optimizer_tensors(self) -> dict[str, Tensor]:
         state = self.optimizer.state
@@ -185,15 +219,25 @@ class Loop:
 
         Raises:
             NonFiniteError: a loss or gradient is not finite; no weight was updated with it.
+            CheckpointError: a checkpoint could not be written.
+            TerminatedError: the process was asked to go.
         """
-        config, size = self.config, self.config.batch_size
-        clock = _Clock()
+        try:
+            return self._run()
+        finally:
+            self.saver.close()
+
+    def _run(self) -> dict[str, Any]:
+        config, size, clock = self.config, self.config.batch_size, self._clock
+        clock.start = time.monotonic()
         for batch in clock.timed(_feed(self._prepare, range(self.images, self.total, size), ahead=0 if self.place.device.type == "cpu" else 2)):
             self._step(batch)
             self.images += size
             sample, save = self._due(config.sample_images), self._due(config.checkpoint_images)
             if not (sample or save or self._due(config.log_images)):
                 self.on_step(self.images, None)
+                if self._alone_and_asked():
+                    self._go()
                 continue
             self._measure(clock)
             if sample and self.place.rank == 0:
@@ -202,8 +246,11 @@ class Loop:
             self.lines.append(self._line)
             self.on_step(self.images, self._line)
             if save:
-                self._save()
+                self._save(must=self.images == self.total)
+                self.on_checkpoint(self._line)
             clock.restart()
+            if self.images < self.total and (self._going or self._alone_and_asked()):
+                self._go()
         return self._line
 
     def _due(self, every: int | None) -> bool:
@@ -282,10 +329,12 @@ class Loop:
 
     def _measure(self, clock: _Clock) -> None:
         """Make the metrics line of the interval that ends here; the only place where the loop waits for a GPU."""
+        self._sums[-1] = float(self.asked_to_go())
         if self.place.world > 1:
             torch.distributed.all_reduce(self._sums)
         sums = self._sums.double().tolist()
         self._sums.zero_()
+        self._going = sums.pop() > 0
         if self._broken.item():
             raise self._non_finite(int(self._broken_at.item()), "found at the metrics line after it")
         loss, count = sums[:TIME_BINS], sums[TIME_BINS : 2 * TIME_BINS]
@@ -310,10 +359,15 @@ class _Clock:
         self.restart()
 
     def restart(self) -> None:
-        self.start, self.waited = time.monotonic(), 0.0
+        self.start, self.waited, self.carried = time.monotonic(), 0.0, 0.0
+
+    def carry(self, seconds: float, waited: float) -> None:
+        """Count what an earlier process spent in this interval."""
+        self.restart()
+        self.carried, self.waited = seconds, waited
 
     def seconds(self) -> float:
-        return time.monotonic() - self.start
+        return time.monotonic() - self.start + self.carried
 
     def timed(self, batches: Iterator[Batch]) -> Iterator[Batch]:
         while True:

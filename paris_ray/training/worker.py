@@ -43,11 +43,16 @@ def work(payload: dict[str, Any]) -> dict[str, Any]:
 
     config, stage = configs.build(payload["config"]), payload["stage"]
     context = ray.train.get_context()
+    from paris_ray.training.termination import EXIT_CODE, TerminatedError
+
     place = Place(_device(resources(config, stage), context.get_world_size()), context.get_world_rank(), context.get_world_size())
     try:
         return {"counts": run(config, stage, place, lambda line: ray.train.report({k: v for k, v in line.items() if isinstance(v, int | float)}))}
     except (NonFiniteError, ConfigError) as error:
         return {"failure": str(error)}
+    except TerminatedError as asked:
+        print(asked, flush=True)
+        os._exit(EXIT_CODE)  # to Ray Train the worker has died, and it starts another where there is room
 
 
 def _device(asked: Resources, world: int) -> torch.device:
@@ -80,19 +85,22 @@ def run(config: RunConfig, stage: str, place: Place, report: Callable[[dict[str,
     Returns:
         figures for the manifest: images, seconds, images_per_second, loss, validation_loss, rows, restarts.
     """
+    from paris_ray.training import termination
     from paris_ray.training.loop import Loop
 
     _prepare_process(resources(config, stage).threads, place)
     task = _task(config, stage, place.device, place.rank)
     _prepare_network(task.model, task.spec.train)
     attempts = _count_attempt(task.folder) if place.rank == 0 else 1
-    loop = Loop(task, task.spec.train, config.seed, task.folder, place, _wrap(task.model, place), on_checkpoint=report)
+    model, train = _wrap(task.model, place), task.spec.train
+    loop = Loop(task, train, config.seed, task.folder, place, model, on_checkpoint=report, asked_to_go=termination.asked)
     if place.rank == 0:
         progress = Progress(Folder(config.run_dir) / "events", stage, loop.total)
         note = f"restart {attempts - 1}, from image {loop.images}" if attempts > 1 else ""
         progress.update(loop.images, message=note, force=True)
         loop.on_step = lambda images, line: progress.update(images, line["loss"] if line else None)
-    last = loop.run()
+    with termination.training():
+        last = loop.run()
     if place.rank == 0:
         task.export(loop.ema.weights)
     return {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import threading
 
 import numpy as np
 import pytest
@@ -15,8 +16,16 @@ from paris_ray.storage import Folder
 from paris_ray.training import checkpoint
 from paris_ray.training.draws import Draws
 from paris_ray.training.loop import Loop, NonFiniteError, Place, learning_rate, optimizer_for
+from paris_ray.training.saver import Saver
+from paris_ray.training.termination import TerminatedError
 
 CPU = torch.device("cpu")
+
+
+@pytest.fixture(autouse=True)
+def every_checkpoint(monkeypatch):
+    """These networks train faster than a disk writes: no checkpoint is left out for that."""
+    monkeypatch.setattr(Saver, "ready", lambda self: self.wait() is None)
 
 
 class GaussianTask:
@@ -151,6 +160,34 @@ def test_resume_is_bit_equal_and_metrics_have_neither_gaps_nor_doubles(tmp_path,
     lines = checkpoint.read_metrics(folder)
     assert [line["images"] for line in lines] == [16, 32, 40, 48, 64, 80, 96, 112, 120, 128, 144, 160]
     assert without_clocks(lines) == without_clocks(checkpoint.read_metrics(Folder(tmp_path / "straight")))
+
+
+@pytest.mark.parametrize("stop", [8, 24, 32, 40, 88, 152])
+def test_asked_to_go_it_leaves_a_checkpoint_where_it_is_and_goes_on_as_if_nothing_had_been(tmp_path, stop):
+    straight = Loop(GaussianTask(), config(), seed=1, folder=Folder(tmp_path / "straight"))
+    straight.run()
+    folder, at = Folder(tmp_path / "asked"), []
+    first = Loop(GaussianTask(), config(), 1, folder, on_step=lambda images, line: at.append(images), asked_to_go=lambda: at[-1:] == [stop])
+    with pytest.raises(TerminatedError, match=f"a checkpoint at image {stop} is written"):
+        first.run()
+    again = Loop(GaussianTask(init=99), config(), 1, folder)
+    assert again.images == stop
+    again.run()
+    assert same(weights(straight), weights(again))
+    assert without_clocks(checkpoint.read_metrics(folder)) == without_clocks(checkpoint.read_metrics(Folder(tmp_path / "straight")))
+    # Asked with the last step: there is nothing more to do than to end.
+    last = Loop(GaussianTask(), config(), 1, Folder(tmp_path / "last"), asked_to_go=lambda: last.images == 160)
+    assert last.run()["images"] == 160
+
+
+def test_a_value_that_is_not_finite_is_not_saved_when_asked_to_go(tmp_path):
+    """As on a GPU, where it was not seen yet."""
+    task = GaussianTask()
+    task.poison_at = 4
+    loop = Loop(task, config(log_images=40), 1, Folder(tmp_path), check_each_step=False, asked_to_go=lambda: loop.images == 32)
+    with pytest.raises(NonFiniteError, match="at image 32 "):
+        loop.run()
+    assert checkpoint.latest(Folder(tmp_path)) is None
 
 
 def test_finished_run_has_nothing_to_do(tmp_path):
@@ -387,3 +424,16 @@ def test_a_micro_batch_must_divide_a_workers_share(tmp_path):
         Loop(GaussianTask(), config(micro_batch=3), 1, Folder(tmp_path))
     with pytest.raises(ConfigError, match=r"train.micro_batch 8 must divide the 4 rows"):
         Loop(GaussianTask(), config(micro_batch=8), 1, Folder(tmp_path), Place(CPU, 0, 2))
+
+
+def test_a_slow_store_makes_checkpoints_rarer_and_loses_no_metrics(tmp_path, monkeypatch):
+    go, save = threading.Event(), checkpoint.save
+    monkeypatch.undo()  # checkpoints may be left out
+    monkeypatch.setattr(checkpoint, "save", lambda *a: go.wait(20) and save(*a))
+    folder = Folder(tmp_path / "slow")
+    # The store answers when training is past the checkpoints of 80 and 120.
+    loop = Loop(GaussianTask(), config(), 1, folder, on_step=lambda images, line: go.set() if images == 152 else None)
+    loop.run()
+    assert (folder / "checkpoints").folders() == ["images-000000040", "images-000000160"]
+    Loop(GaussianTask(), config(), 1, Folder(tmp_path / "straight")).run()
+    assert without_clocks(checkpoint.read_metrics(folder)) == without_clocks(checkpoint.read_metrics(Folder(tmp_path / "straight")))

@@ -20,7 +20,7 @@ from paris_ray.training.expert import train_expert
 from paris_ray.training.launch import TrainingError
 
 EXPORTED = ("config.json", "diffusion_pytorch_model.safetensors")
-SETTINGS = {"expert__train__images": 2400, "expert__train__checkpoint_images": 160, "expert__train__keep_checkpoints": 2}
+SETTINGS = {"expert__train__images": 4000, "expert__train__checkpoint_images": 800, "expert__train__keep_checkpoints": 2}
 
 
 def train_workers() -> list[psutil.Process]:
@@ -35,21 +35,33 @@ def train_workers() -> list[psutil.Process]:
 
 
 class Killer(threading.Thread):
-    """Kills the training worker with signal 9 once a number of images is in a checkpoint."""
+    """Kills the training worker with signal 9 once a number of images is in a checkpoint, and asks the next one to go at another."""
 
-    def __init__(self, stage: Folder, images: int):
+    def __init__(self, stage: Folder, kill_at: int, ask_at: int):
         super().__init__(daemon=True)
-        self.stage, self.images, self.killed_at = stage, images, None
+        self.stage, self.kill_at, self.ask_at = stage, kill_at, ask_at
+        self.killed_at = self.asked_at = self.left_at = None
+
+    def checkpoints(self) -> list[int]:
+        names = (self.stage / "checkpoints").folders()
+        return [int(n.removeprefix("images-")) for n in names if (self.stage / "checkpoints").exists(f"{n}/_manifest.json")]
+
+    def signal_at(self, images: int, number: signal.Signals) -> int:
+        while True:
+            done = max(self.checkpoints(), default=0)
+            workers = train_workers() if done >= images else []
+            time.sleep(0.3 if workers else 0.02)  # into the interval
+            for process in workers:
+                os.kill(process.pid, number)
+            if workers:
+                return done
 
     def run(self):
-        while self.killed_at is None:
-            names = (self.stage / "checkpoints").folders()
-            done = [int(n.removeprefix("images-")) for n in names if (self.stage / "checkpoints").exists(f"{n}/_manifest.json")]
-            if done and max(done) >= self.images:
-                for process in train_workers():
-                    os.kill(process.pid, signal.SIGKILL)
-                    self.killed_at = max(done)
+        self.killed_at = self.signal_at(self.kill_at, signal.SIGKILL)
+        self.asked_at = self.signal_at(self.ask_at, signal.SIGTERM)
+        while train_workers():
             time.sleep(0.02)
+        self.left_at = max(self.checkpoints())
 
 
 @pytest.mark.usefixtures("ray_local")
@@ -57,13 +69,16 @@ def test_killed_and_alone_are_bit_equal(tmp_path):
     whole = fake.make_run(tmp_path / "whole", **SETTINGS)
     alone = fake.make_run(tmp_path / "alone", experts=[1], **SETTINGS)
     killed, undisturbed = (Folder(c.run_dir) / "experts" / "1" for c in (whole, alone))
-    killer = Killer(killed, images=640)
+    killer = Killer(killed, kill_at=800, ask_at=1600)
     killer.start()
     first = train_expert(whole, 1)
     assert killer.killed_at is not None
+    # Asked to go, it left a checkpoint where it was, between two that were due.
+    assert killer.asked_at < killer.left_at < 4000
+    assert killer.left_at % 800
     second = train_expert(alone, 1)
 
-    assert first["counts"]["restarts"] == 1
+    assert first["counts"]["restarts"] == 2
     assert second["counts"]["restarts"] == 0
     for name in EXPORTED:
         assert (killed / "export").read_bytes(name) == (undisturbed / "export").read_bytes(name)
@@ -75,7 +90,7 @@ def test_killed_and_alone_are_bit_equal(tmp_path):
     assert [line["loss"] for line in checkpoint.read_metrics(killed)] == [line["loss"] for line in checkpoint.read_metrics(undisturbed)]
 
     event = (Folder(whole.run_dir) / "events").read_json("expert-1.json")
-    assert (event["state"], event["done"], event["total"]) == ("done", 2400, 2400)
+    assert (event["state"], event["done"], event["total"]) == ("done", 4000, 4000)
     # Done is done: nothing starts again, and the manifest stays.
     assert train_expert(whole, 1) == manifest.published(killed)
 

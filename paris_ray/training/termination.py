@@ -1,0 +1,52 @@
+"""SIGTERM in a training worker: leave a checkpoint at the image where training is, then go.
+
+Ray Train runs the training in a thread of its own, but Python takes signals in the main one. So the main thread of each worker is made to
+:func:`listen` before training starts (:mod:`paris_ray.training.launch`), and the loop looks at :func:`asked` after each step.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+import sys
+import threading
+from collections.abc import Iterator
+from types import FrameType
+
+_asked, _training = threading.Event(), threading.Event()
+
+EXIT_CODE = 128 + signal.SIGTERM
+
+
+class TerminatedError(BaseException):
+    """The process was asked to go, and where training was is in a checkpoint. Not an Exception: nothing went wrong that a handler could mend."""
+
+
+def listen() -> None:
+    """Take SIGTERM in this process, whose main thread this must be; while nothing is trained it does what it did before, and so does a second one."""
+    before = signal.getsignal(signal.SIGTERM)
+
+    def handler(number: int, frame: FrameType | None) -> None:
+        if _training.is_set() and not _asked.is_set():
+            _asked.set()
+        elif callable(before):
+            before(number, frame)
+        else:
+            sys.exit(EXIT_CODE)
+
+    signal.signal(signal.SIGTERM, handler)
+
+
+@contextlib.contextmanager
+def training() -> Iterator[None]:
+    """While this lasts, a SIGTERM is the loop's to answer."""
+    _training.set()
+    try:
+        yield
+    finally:
+        _training.clear()
+
+
+def asked() -> bool:
+    """Whether the process was asked to go."""
+    return _asked.is_set()
