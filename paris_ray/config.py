@@ -344,6 +344,8 @@ class Resources(Strict):
     # Threads of one worker's matrix products on CPU; part of what "the same bits" means.
     threads: Annotated[int, Field(ge=1)] = 1
     max_failures: Annotated[int, Field(ge=-1)] = 3
+    # Whose notices of an interruption to heed, on machines that may be taken away: a checkpoint is left where training is, and the node is drained.
+    preemption: Literal["aws", "gcp", "azure"] | None = None
 
 
 class TrainedConfig(Strict):

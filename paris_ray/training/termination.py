@@ -47,6 +47,11 @@ def training() -> Iterator[None]:
         _training.clear()
 
 
+def ask() -> None:
+    """As a SIGTERM does while something is trained."""
+    _asked.set()
+
+
 def asked() -> bool:
     """Whether the process was asked to go."""
     return _asked.is_set()

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +20,7 @@ if TYPE_CHECKING:
 
     from paris_ray.training.expert_task import ExpertTask
     from paris_ray.training.loop import Place
+    from paris_ray.training.preemption import Notice
     from paris_ray.training.router_task import RouterTask
 
 ATTEMPTS = "_attempts.json"
@@ -43,16 +46,39 @@ def work(payload: dict[str, Any]) -> dict[str, Any]:
 
     config, stage = configs.build(payload["config"]), payload["stage"]
     context = ray.train.get_context()
+    from paris_ray.training.preemption import Watcher
     from paris_ray.training.termination import EXIT_CODE, TerminatedError
 
-    place = Place(_device(resources(config, stage), context.get_world_size()), context.get_world_rank(), context.get_world_size())
+    asked = resources(config, stage)
+    place = Place(_device(asked, context.get_world_size()), context.get_world_rank(), context.get_world_size())
     try:
-        return {"counts": run(config, stage, place, lambda line: ray.train.report({k: v for k, v in line.items() if isinstance(v, int | float)}))}
+        with Watcher(asked.preemption, _leave) if asked.preemption else contextlib.nullcontext():
+            return {"counts": run(config, stage, place, lambda line: ray.train.report({k: v for k, v in line.items() if isinstance(v, int | float)}))}
     except (NonFiniteError, ConfigError) as error:
         return {"failure": str(error)}
-    except TerminatedError as asked:
-        print(asked, flush=True)
+    except TerminatedError as went:
+        print(went, flush=True)
         os._exit(EXIT_CODE)  # to Ray Train the worker has died, and it starts another where there is room
+
+
+def _leave(notice: Notice) -> None:
+    """The machine will be taken away: let nothing new come to this node, then ask the training to go."""
+    import ray
+    from ray.core.generated import autoscaler_pb2
+
+    from paris_ray.training import termination
+
+    print(f"{notice.text}, in {notice.seconds:.0f} s; a checkpoint is written, and training goes on elsewhere", flush=True)
+    context = ray.get_runtime_context()
+    try:
+        deadline = int(1000 * (time.time() + notice.seconds))
+        reason = autoscaler_pb2.DrainNodeReason.Value("DRAIN_NODE_REASON_PREEMPTION")
+        accepted, why = ray._raylet.GcsClient(address=context.gcs_address).drain_node(context.get_node_id(), reason, notice.text, deadline)
+        if not accepted:
+            print(f"Ray does not drain this node: {why}", flush=True)
+    except Exception as error:  # what matters is the checkpoint
+        print(f"this node could not be drained: {type(error).__name__}: {error}", flush=True)
+    termination.ask()
 
 
 def _device(asked: Resources, world: int) -> torch.device:
