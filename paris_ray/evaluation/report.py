@@ -175,9 +175,9 @@ def training_section(facts: Facts) -> str:
             spec = config.experts[int(name.removeprefix("expert-"))] if name.startswith("expert-") else None
             model = (spec or config.router).model
             shape = model.size or f"{model.hidden_size} wide, {model.num_layers} deep"
-            figures = [_figure(counts.get(key)) for key in ("rows", "images", "images_per_second", "loss", "validation_loss", "restarts")]
+            figures = [_figure(counts.get(key)) for key in ("rows", "images", "images_per_second", "loss", "validation_loss", "restarts", "goodput")]
             rows.append([name.replace("_", " "), shape, spec.objective if spec else "–", *figures, duration(facts.seconds(name) or 0.0)])
-    header = ["stage", "model", "objective", "rows", "images", "images/s", "loss", "validation loss", "restarts", "time"]
+    header = ["stage", "model", "objective", "rows", "images", "images/s", "loss", "validation loss", "restarts", "goodput", "time"]
     return html + blocks.table(header, rows, numeric=range(3, len(header)))
 
 

@@ -13,6 +13,7 @@ from paris_ray.progress import Progress, counted
 from paris_ray.stages import stage as find_stage
 from paris_ray.storage import Folder
 from paris_ray.training.termination import listen
+from paris_ray.training.wall import Wall, last_sign
 from paris_ray.training.worker import resources, work
 
 START_TIMEOUT_S = "1200"
@@ -45,12 +46,16 @@ def train_stage(config: RunConfig, name: str) -> dict[str, Any]:
         print(f"{name}: done already, nothing to do", flush=True)
         return status.manifest
     events = Folder(config.run_dir) / "events"
-    progress = Progress(events, name, 0)
+    last = last_sign(events, name)  # of a driver before this one, until the next line
+    progress, wall = Progress(events, name, 0), Wall(stage.folder, last)
     try:
-        answer = _fit(config, name)
+        with wall:
+            answer = _fit(config, name)
         if "failure" in answer:
             raise TrainingError(answer["failure"])
-        manifest = stage.publish(answer["counts"], time.monotonic() - started, result="export/")
+        counts = answer["counts"]
+        counts["goodput"] = round(counts["seconds"] / wall.seconds, 4)
+        manifest = stage.publish(counts, time.monotonic() - started, result="export/")
     except BaseException as error:
         with contextlib.suppress(OSError, ValueError):  # nothing about progress may hide the error itself
             seen = events.read_json(f"{name}.json")
@@ -61,7 +66,8 @@ def train_stage(config: RunConfig, name: str) -> dict[str, Any]:
     progress.done = progress.total = counts["images"]
     progress.loss = counts["loss"]
     rate = counts["images_per_second"]  # unknown when the last attempt had nothing left to train
-    progress.finish(", ".join([*([f"{rate} images/s"] if rate else []), counted(counts["restarts"], "restart")]))
+    said = [*([f"{rate} images/s"] if rate else []), counted(counts["restarts"], "restart"), f"{counts['goodput']:.0%} of the time in steps"]
+    progress.finish(", ".join(said))
     return manifest
 
 
