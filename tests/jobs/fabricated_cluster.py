@@ -18,7 +18,7 @@ def tiny(folder: object, *sets: str) -> RunConfig:
     return configs.load("tiny", [f"run_dir={folder}", *sets])
 
 
-def publish(config: RunConfig, name: str, content: str = "made up") -> None:
+def publish(config: RunConfig, name: str, content: str = "made up", counts: dict[str, Any] | None = None) -> None:
     """Make a stage valid."""
     for part in cli.parts(config, name):
         stage = stages.stage(config, part)
@@ -27,7 +27,7 @@ def publish(config: RunConfig, name: str, content: str = "made up") -> None:
         stage.folder.write_bytes("file.txt", f"{content} {part}".encode())
         if part == "partition":
             stage.folder.write_json("clusters.json", {"sizes": [10 * (k + 1) for k in range(config.num_experts)]})
-        stage.publish({"rows": 3})
+        stage.publish(counts or {"rows": 3})
 
 
 class FakeClient:

@@ -1,0 +1,106 @@
+"""How far a run is, from its directory alone, wherever its jobs run.
+
+python -m jobs.status --config RUN/config.yaml
+
+One line a stage: what is found, how far it is, how fast, its loss, how long it will take, how often its training began anew, which share of the time
+went into steps that counted, and when it last gave a sign of life.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Sequence
+from typing import Any
+
+from jobs import cli
+from paris_ray import config as configs
+from paris_ray import stages
+from paris_ray.config import ConfigError, RunConfig
+from paris_ray.progress import clock
+from paris_ray.storage import Folder
+
+SILENT_S = 60.0
+"""Running stages give a sign of life every few seconds; after so long without one nobody may be at it."""
+
+COLUMNS = {"stage": 16, "state": 10, "done": 26, "rate": 10, "loss": 9, "to go": 14, "restarts": 9, "in steps": 9, "last seen": 0}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the job; returns its exit code."""
+    parser = argparse.ArgumentParser(prog="status", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    configs.add_arguments(parser)
+    parser.add_argument("--json", action="store_true", help="one object a line, for programs")
+    args = parser.parse_args(argv)
+    try:
+        config = cli.load(args)
+    except ConfigError as error:
+        return cli.complain(parser, error)
+    now = time.time()
+    found = [look(config, name, now) for name in [*stages.names(config), "evaluate"]]
+    if args.json:
+        print("\n".join(json.dumps(one) for one in found))
+    else:
+        print("".join(f"{name:<{width}}" for name, width in COLUMNS.items()))
+        print("\n".join(line(one).rstrip() for one in found))
+    return 0
+
+
+def look(config: RunConfig, name: str, now: float) -> dict[str, Any]:
+    """What is known of a stage: its state, the last event, and figures of its manifest.
+
+    Args:
+        config: the run's.
+        name: the stage.
+        now: unix time.
+
+    Returns:
+        ``stage, state, done, total, unit, rate, loss, eta, restarts, goodput, seen`` (seconds ago), ``message``; ``None`` for what is not known. The
+        state is that of its files (``valid``, ``stale``, ``damaged``, ``absent``, ``waiting``, ``partial``); of one that is not whole, ``running``,
+        ``starting``, ``failed``, or ``silent`` by its last event.
+    """
+    status = cli.status(config, name)
+    state = status.state
+    try:
+        event = Folder(config.run_dir).read_json(f"events/{name}.json")
+    except (OSError, ValueError):
+        event = {}
+    seen = now - event["updated"] if "updated" in event else None
+    if state in ("absent", "partial") and seen is not None and event["state"] != "done":
+        state = event["state"] if event["state"] == "failed" or seen < SILENT_S else "silent"
+    counts = status.manifest["counts"] if state == "valid" and status.manifest else {}
+    return {
+        "stage": name,
+        "state": state,
+        **{key: event.get(key) for key in ("done", "total", "unit", "message")},
+        "rate": counts.get("images_per_second") or (event.get("rate") if state == "running" else None),
+        "loss": counts.get("loss", event.get("loss")),
+        "eta": event.get("eta") if state == "running" else None,
+        "restarts": counts.get("restarts"),
+        "goodput": counts.get("goodput"),
+        "seen": seen,
+    }
+
+
+def line(found: dict[str, Any]) -> str:
+    """A stage for people."""
+    of = f" / {found['total']}" if found["total"] else ""
+    cells = {
+        "stage": found["stage"],
+        "state": found["state"],
+        "done": f"{found['done']}{of} {found['unit']}" if found["done"] is not None else "",
+        "rate": f"{found['rate']:.1f}/s" if found["rate"] else "",
+        "loss": f"{found['loss']:.4f}" if found["loss"] is not None else "",
+        "to go": clock(found["eta"]) if found["eta"] is not None else "",
+        "restarts": "" if found["restarts"] is None else str(found["restarts"]),
+        "in steps": "" if found["goodput"] is None else f"{found['goodput']:.0%}",
+        "last seen": f"{clock(max(0.0, found['seen']))} ago" if found["seen"] is not None else "",
+    }
+    text = "".join(f"{cells[name]:<{width}}" for name, width in COLUMNS.items())
+    return f"{text}\n    {found['message']}" if found["state"] in ("failed", "silent") and found["message"] else text
+
+
+if __name__ == "__main__":
+    sys.exit(main())
