@@ -60,6 +60,22 @@ def title(process: psutil.Process) -> str:
         return ""
 
 
+def training_workers(cluster: LocalCluster) -> list[psutil.Process]:
+    return [process for process in cluster.processes() if "RayTrainWorker" in title(process)]
+
+
+def between(workers: list[psutil.Process]) -> list[tuple[int, int]] | None:
+    """Connections from one training worker to another, as the operating system sees them; ``None`` unless two have their ports open."""
+    try:
+        sockets = {process.pid: process.net_connections("inet") for process in workers}
+    except psutil.Error:  # one has just ended
+        return None
+    owner = {one.laddr.port: pid for pid, found in sockets.items() for one in found if one.status == psutil.CONN_LISTEN}
+    if len(set(owner.values())) < 2:
+        return None
+    return [(pid, owner[one.raddr.port]) for pid, found in sockets.items() for one in found if one.raddr and owner.get(one.raddr.port, pid) != pid]
+
+
 def weights(run: Path) -> bytes:
     return (run / "experts" / "0" / "export" / "diffusion_pytorch_model.safetensors").read_bytes()
 
@@ -69,13 +85,17 @@ def test_killed_twice_it_ends_with_the_same_bits(tmp_path):
     with LocalCluster(run) as cluster:
         # 1. The follower is killed in the middle of a training: its jobs go on.
         first = start(run, log)
-        wait_for(lambda: done_images(run, "expert-0") >= 1600, first, log)
+        looks: list[list[tuple[int, int]] | None] = []
+        wait_for(lambda: looks.append(between(training_workers(cluster))) or done_images(run, "expert-0") >= 1600, first, log)
+        # Experts trained side by side, and no process of one talked to one of another.
+        assert [] in looks
+        assert not any(looks)
         first.kill()
         first.wait()
         before = {job["submission_id"] for job in cluster.request("/api/jobs/")}
 
         # 2. A training worker is killed, too: Ray Train starts another, which resumes from the checkpoint.
-        victims = [process for process in cluster.processes() if "RayTrainWorker" in title(process)]
+        victims = training_workers(cluster)
         assert victims
         for victim in victims:
             os.kill(victim.pid, signal.SIGKILL)
