@@ -27,6 +27,7 @@ import importlib.metadata
 import json
 import os
 import platform
+import shlex
 import signal
 import socket
 import sys
@@ -41,6 +42,7 @@ import psutil
 from paris_ray.storage import Folder
 
 STARTED = "_started.json"
+APPENDING = "_append.json"
 MANIFEST = "_manifest.json"
 LOCK = "_lock.json"
 FORMAT = 1
@@ -185,6 +187,14 @@ def require(folder: Folder, made_by: str) -> dict[str, Any]:
     if manifest is None:
         raise FileNotFoundError(f"{folder.uri} has no {MANIFEST}: run the stage {made_by!r} first (python -m jobs.{made_by} --config …)")
     return manifest
+
+
+def refuse_half_appended(folder: Folder) -> None:
+    """Raise StaleError while an append to a folder, which leaves :data:`APPENDING` there until its new version is published, is not finished."""
+    if folder.exists(APPENDING):
+        source = folder.read_json(APPENDING).get("source")
+        again = f" --source {shlex.quote(json.dumps(source))}" if source else ""
+        raise StaleError(f"{folder.uri} is half appended: finish it with the same command again, python -m jobs.append --config …{again}")
 
 
 def previous(manifest: dict[str, Any]) -> list[str]:

@@ -13,8 +13,8 @@ from numpy.typing import NDArray
 from paris_ray import stages
 from paris_ray.config import RunConfig
 from paris_ray.data.report.terms import terms
-from paris_ray.data.schema import read_columns
-from paris_ray.evaluation.protocol import Decode, read_file, read_latents
+from paris_ray.data.schema import read_columns, read_labels
+from paris_ray.evaluation.protocol import Decode, read_latents
 from paris_ray.manifest import published
 from paris_ray.storage import Folder
 
@@ -82,8 +82,8 @@ class Facts:
     @functools.cached_property
     def labels(self) -> dict[str, int] | None:
         """The expert of each row, by id."""
-        found = _or_none(lambda: read_file(self.run / "clusters", "labels.parquet", ["id", "expert"]))
-        return None if found is None else dict(zip(found["id"].tolist(), found["expert"].tolist(), strict=True))
+        found = _or_none(lambda: read_labels(self.run / "clusters", ["id", "expert"]))
+        return None if found is None else dict(zip(found["id"].to_pylist(), found["expert"].to_pylist(), strict=True))
 
     @functools.cached_property
     def clusters(self) -> dict[str, Any] | None:

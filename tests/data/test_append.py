@@ -17,20 +17,12 @@ from paris_ray.data.fit import Model
 from paris_ray.manifest import StaleError
 from paris_ray.storage import Folder
 
-from .fabricated_corpus import columns, make_corpus, shard_bytes, without_pictures, write_parts
+from .fabricated_corpus import columns, make_corpus, publish_more, without_pictures, write_parts
 
 
 @pytest.fixture(autouse=True)
 def _no_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
     without_pictures(monkeypatch)
-
-
-def publish_more(one: RunConfig, rows: range, first: int) -> None:
-    """Further rows in the corpus, as a new version of it."""
-    run = Folder(one.run_dir)
-    write_parts(run, columns("states", True), np.array(rows), 25, first)
-    embed = stages.stage(one, "embed")
-    embed.publish(after=embed.status().manifest)
 
 
 def manifests(one: RunConfig) -> dict[str, dict[str, Any]]:
@@ -47,8 +39,8 @@ def test_rows_are_appended_and_nothing_else_changes(tmp_path: Path, method: str)
     expert.begin()
     expert.folder.write_bytes("weights", b"trained")
     expert.publish()
-    before, files = manifests(one), {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file() and "labels" not in p.name and p.name[0] != "_"}
-    old = schema.read_table(run / "clusters", "labels.parquet")
+    before, files = manifests(one), {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file() and p.name[0] != "_"}
+    old = schema.read_labels(run / "clusters", ["id", "fine", "expert", "distance", "split"])
 
     publish_more(one, range(240, 270), 4)
     assert stages.status(one, "partition").notes == ("made from version 1 of 2 of corpus",)
@@ -59,7 +51,7 @@ def test_rows_are_appended_and_nothing_else_changes(tmp_path: Path, method: str)
 
     kept = {p: p.read_bytes() for p in files if p.parent.name != "events"}
     assert kept == {p: content for p, content in files.items() if p in kept}
-    labels = schema.read_table(run / "clusters", "labels.parquet")
+    labels = schema.read_labels(run / "clusters", ["id", "fine", "expert", "distance", "split"])
     assert labels.slice(0, 240).equals(old)
     corpus = schema.read_columns(run / "corpus", ["id", "split", "embedding", "latent", "group"])
     assert labels["id"].to_pylist() == corpus["id"].tolist()
@@ -97,32 +89,6 @@ def test_rows_are_appended_and_nothing_else_changes(tmp_path: Path, method: str)
     assert all(stages.status(one, name).notes == () for name in after)
 
 
-def test_an_append_that_died_goes_on_to_the_same_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    runs = []
-    for name in ("whole", "run"):
-        runs.append(make_corpus(tmp_path / name))
-        partition.partition(runs[-1])
-        publish_more(runs[-1], range(240, 300), 4)
-    append.append_partition(runs[0])
-    publish = stages.Stage.publish
-    for last in ("shard-1", "partition"):  # in the middle of the shards, and after the labels
-
-        def dies(self: stages.Stage, *args: Any, last: str = last, **named: Any) -> Any:
-            if self.name == last:
-                raise OSError("disk full")
-            return publish(self, *args, **named)
-
-        monkeypatch.setattr(stages.Stage, "publish", dies)
-        with pytest.raises(OSError, match="disk full"):
-            append.append_partition(runs[1])
-    monkeypatch.setattr(stages.Stage, "publish", publish)
-    assert append.append_partition(runs[1]) == 60
-    assert shard_bytes(tmp_path / "run") == shard_bytes(tmp_path / "whole")
-    for name, manifest in manifests(runs[0]).items():
-        assert manifests(runs[1])[name]["fingerprint"] == manifest["fingerprint"]
-        assert manifests(runs[1])[name]["version"] == manifest["version"] == 2
-
-
 def test_another_corpus_is_not_appended(tmp_path: Path) -> None:
     one = make_corpus(tmp_path)
     partition.partition(one)
@@ -155,7 +121,7 @@ def test_pictures_are_appended_by_the_job(tmp_path: Path, ray_local: None, capsy
     rows = schema.read_columns(run / "corpus", ["id", "caption", "split"])
     assert len(set(rows["id"])) == len(rows["id"]) == 48
     assert all("orange" in caption for caption in rows["caption"][32:])
-    assert schema.read_table(run / "clusters", "labels.parquet")["id"].to_pylist() == rows["id"].tolist()
+    assert schema.read_labels(run / "clusters", ["id"])["id"].to_pylist() == rows["id"].tolist()
     shards = [schema.read_columns(run / "shards" / f"expert={k}", ["id"])["id"] for k in range(3)]
     assert sorted(np.concatenate(shards)) == sorted(rows["id"][rows["split"] != "held_out"])
     assert all(manifest["version"] == 2 for manifest in manifests(one).values())

@@ -66,7 +66,7 @@ def test_near_duplicates_against_all_pairs(tmp_path, own_groups, seed):
         split = min((rows[i]["split"] for i in m), key=schema.SPLITS.index)
         first = min(rows[i]["id"] for i in m)
         wanted |= {rows[i]["id"]: (rows[i]["group"], split, first) for i in m}
-    table = schema.read_table(run / "corpus", NEAR_DUPLICATES)
+    table = schema.read_table(run / "corpus", f"{NEAR_DUPLICATES}.parquet")
     found = {row["id"]: (row["group"], row["split"], row["of"]) for row in table.to_pylist()}
     assert found == wanted
     assert len(table) == len(found) == counts["near_duplicates"] > 30
@@ -84,7 +84,7 @@ def test_near_duplicates_against_all_pairs(tmp_path, own_groups, seed):
     other = Folder(tmp_path / "other")
     write_corpus(other, [rows[i] for i in order], [75, 75])
     assert duplicates.join_near_duplicates(other / "corpus", duplicates.read_rows(other / "corpus")) == counts
-    again = schema.read_table(other / "corpus", NEAR_DUPLICATES).to_pylist()
+    again = schema.read_table(other / "corpus", f"{NEAR_DUPLICATES}.parquet").to_pylist()
     assert {row["id"]: (row["group"], row["split"], row["of"]) for row in again} == wanted
 
 

@@ -62,7 +62,7 @@ def test_labels_and_shards_hold_what_they_should(tmp_path: Path, store_text: str
     for k in range(3):
         folder = run / "shards" / f"expert={k}"
         shard = schema.read_columns(folder, ["id", "split", "fine", "latent", "text_len", text])
-        assert pq.read_schema(tmp_path / f"shards/expert={k}/part-00000.parquet").equals(schema.shard_schema(ENCODERS, store_text))
+        assert pq.read_schema(tmp_path / f"shards/expert={k}/{schema.part_name(0)}").equals(schema.shard_schema(ENCODERS, store_text))
         assert len(folder.files()) == 3  # one part, _started, _manifest
         ids = shard["id"].tolist()
         assert ids == sorted(ids)
@@ -210,7 +210,7 @@ def test_past_the_drivers_memory_actors_give_the_same_bits(tmp_path: Path, ray_l
         embedding = g.standard_normal((rows, 6)).astype(np.float16)
         kind = schema.corpus_schema({**ENCODERS, "embedding": {"width": 6}}, "states").field("embedding")
         schema.write_table(corpus, schema.part_name(i), schema.table(schema.pa.schema([kind]), {"embedding": embedding}))
-    pieces = [("part-00000.parquet", np.arange(4000)), ("part-00001.parquet", np.arange(n - 4000))]
+    pieces = [(schema.part_name(0), np.arange(4000)), (schema.part_name(1), np.arange(n - 4000))]
     keys = g.permutation(n).astype(np.int32)
     here = Rows(*load(corpus, pieces, 6, "cosine", n), keys)
     there = RemoteRows(corpus, pieces, keys, 6, "cosine", "numpy", 2000 * 6 * 2, lambda _: None)
