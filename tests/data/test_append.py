@@ -84,6 +84,7 @@ def test_rows_are_appended_and_nothing_else_changes(tmp_path: Path, method: str)
         assert manifest["previous"][0] == before[name]["fingerprint"]
     assert after["partition"]["counts"]["rows"] == 300
     assert after["partition"]["counts"]["sizes"] == np.bincount(own[corpus["split"] == "train"]).tolist()
+    assert stages.cluster_sizes(one) == after["partition"]["counts"]["sizes"] != (run / "clusters").read_json("clusters.json")["sizes"]
     assert stages.status(one, "expert-1").state == "valid"
     assert stages.status(one, "expert-1").notes == ("made from version 1 of 3 of shard",)
     assert all(stages.status(one, name).notes == () for name in after)

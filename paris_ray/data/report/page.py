@@ -57,7 +57,7 @@ def render(report: dict[str, Any], where: Map, sheets: Sequence[bytes], attribut
     made = (
         f"over {len(report['fine_sizes'])} fine clusters, {report['metric']} k-means" if report["method"] == "kmeans" else "at random, as a control"
     )
-    lead = f"{experts} experts {made}. Rows: {splits}."
+    lead = f"{experts} experts {made}. Rows: {splits}. This page is of version 1 of the clusters: rows that are appended later are not on it."
     warnings = "".join(blocks.paragraph(line, "warn") for line in report["warnings"])
     credit = f"<footer><p><small>{escape(attribution)}</small></p></footer>" if attribution else ""
     title = f"Clusters of {report['name']}"
