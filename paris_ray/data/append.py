@@ -30,7 +30,8 @@ from paris_ray.storage import Folder
 def append_corpus(config: RunConfig, source: Source) -> int:
     """Embed another source with the run's encoders, and publish a new version of ``RUN/corpus``. Needs a connection to Ray.
 
-    Rows that the corpus has already are refused; a row that looks like one of them gets its split. Running it again goes on where it was, and does
+    Rows that the corpus has already are refused; a row that looks like one of them gets its split, and none if it looks like several of different
+    splits. Running it again goes on where it was, and does
     nothing once the source is in the corpus.
 
     Args:
@@ -76,7 +77,8 @@ def append_corpus(config: RunConfig, source: Source) -> int:
         stage.publish({**counts, "appended": [*done, found["listing"]]}, time.monotonic() - begun, after=before)
         stage.folder.delete(APPENDING)
         more = int(counts["rows"]) - int(before["counts"]["rows"])
-        progress.finish(f"{more} rows embedded")
+        unused = counts["splits"]["unused"] - before["counts"]["splits"]["unused"]
+        progress.finish(f"{more} rows embedded" + (f", {unused} of them unused: they look like rows of several splits" if unused else ""))
     return more
 
 

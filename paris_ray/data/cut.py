@@ -37,7 +37,7 @@ def groups(corpus: Folder, parts: Collection[str]) -> list[list[str]]:
 
 
 def cut(corpus: Folder, parts: list[str], index: int, fine: NDArray[np.int32], expert: NDArray[np.int32], shards: Folder) -> int:
-    """Write a group's rows into ``shards/expert=K/part-<index>.parquet``, in the order of their ids. Held-out rows go nowhere.
+    """Write a group's rows into ``shards/expert=K/part-<index>.parquet``, in the order of their ids: those of train and validation.
 
     Args:
         corpus: ``RUN/corpus``.
@@ -54,7 +54,7 @@ def cut(corpus: Folder, parts: list[str], index: int, fine: NDArray[np.int32], e
     ids, split = np.concatenate([light["id"].to_numpy() for _, light, _ in found]), np.concatenate([codes for _, _, codes in found])
     if len(ids) != len(fine):
         raise ValueError(f"{corpus.uri}: group {index} has {len(ids)} rows, its labels are {len(fine)}; run with --rebuild partition")
-    kept, names = split != schema.SPLITS.index("held_out"), np.array(schema.SPLITS, object)
+    kept, names = split <= schema.SPLITS.index("validation"), np.array(schema.SPLITS, object)
     name = schema.part_name(index)
     wanted = {int(k): np.flatnonzero(kept & (expert == k)) for k in np.unique(expert[kept])}
     missing = {k: rows for k, rows in wanted.items() if not (shards / f"expert={k}").exists(name)}

@@ -114,7 +114,8 @@ def join_near_duplicates(corpus: Folder, rows: Rows, settled: int = 0, version: 
     """Find rows that look like rows of another group, give each such component one split, and write the file of :data:`NEAR_DUPLICATES`.
 
     A component is in ``train`` if one of its rows is: the codec and the clusters are fitted to rows drawn as ``train``, and no row that looks like
-    one of these may stand for unseen ones. Else it is in ``validation`` if one of its rows is.
+    one of these may stand for unseen ones. Else it is in ``validation`` if one of its rows is. Settled rows that do not look like each other may come
+    together by a later row that looks like both. Where they are of several splits, that row and all later ones of the component are ``unused``.
 
     Args:
         corpus: ``RUN/corpus``.
@@ -136,9 +137,12 @@ def join_near_duplicates(corpus: Folder, rows: Rows, settled: int = 0, version: 
     at = np.flatnonzero(shared[node])
     groups = len(np.unique(rows.groups))
     mine = component[node[at]]
-    split, first = np.full(len(component), len(schema.SPLITS), np.int8), np.zeros(len(component), np.int64)
+    split, last = (np.full(len(component), none, np.int8) for none in (len(schema.SPLITS), -1))
+    first = np.zeros(len(component), np.int64)
     old = at < settled
     np.minimum.at(split, mine[old], rows.splits[at[old]])
+    np.maximum.at(last, mine[old], rows.splits[at[old]])
+    split[last > split] = schema.SPLITS.index("unused")
     led = split[mine] < len(schema.SPLITS)
     np.minimum.at(split, mine[~led], rows.splits[at[~led]])
     chosen = np.where(old, rows.splits[at], split[mine])

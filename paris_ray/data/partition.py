@@ -85,7 +85,7 @@ def shard_counts(labels: pa.Table, k: int) -> dict[str, Any]:
     """What the manifest of a shard says of its rows: how many, and ``labels``, a fingerprint of their ids and fine clusters."""
     fine, split, mine = labels["fine"].to_numpy(), split_codes(labels["split"]), labels["expert"].to_numpy() == k
     counts = {name: int((mine & (split == schema.SPLITS.index(name))).sum()) for name in ("train", "validation")}
-    mine &= split != schema.SPLITS.index("held_out")
+    mine &= split <= schema.SPLITS.index("validation")
     own = labels["id"].filter(pa.array(mine)).combine_chunks()
     order = pc.sort_indices(own)
     digest = hashlib.sha256(fine[mine][order.to_numpy()].tobytes())

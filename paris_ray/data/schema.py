@@ -19,7 +19,9 @@ from paris_ray.storage import Folder
 T = TypeVar("T")
 U = TypeVar("U")
 
-SPLITS = ("train", "validation", "held_out")
+SPLITS = ("train", "validation", "held_out", "unused")
+"""The first three are drawn. ``unused`` are appended rows that look like earlier ones of several splits: they are in no shard, and nothing asks for
+them."""
 
 READ_AHEAD = 8
 

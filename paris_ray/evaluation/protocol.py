@@ -39,7 +39,7 @@ class Corpus:
         ids: (M,) str.
         captions: (M,) str.
         groups: (M,) str.
-        splits: (M,) ``train``, ``validation`` or ``held_out``.
+        splits: (M,) of :data:`paris_ray.data.schema.SPLITS`.
         duplicates: (M,) bool, true for near-duplicates of another row.
         embeddings: (M, D) float16.
         clusters: (M,) the expert whose cluster the row is in.

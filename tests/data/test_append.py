@@ -6,6 +6,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
 import pytest
 
 from jobs import append as append_job
@@ -13,9 +15,11 @@ from paris_ray import config as configs
 from paris_ray import stages
 from paris_ray.config import RunConfig
 from paris_ray.data import append, embed, partition, schema
+from paris_ray.data.duplicates import NEAR
 from paris_ray.data.fit import Model
 from paris_ray.manifest import StaleError
 from paris_ray.storage import Folder
+from paris_ray.training.shard import read_rows
 
 from .fabricated_corpus import columns, make_corpus, publish_more, without_pictures, write_parts
 
@@ -88,6 +92,26 @@ def test_rows_are_appended_and_nothing_else_changes(tmp_path: Path, method: str)
     assert stages.status(one, "expert-1").state == "valid"
     assert stages.status(one, "expert-1").notes == ("made from version 1 of 3 of shard",)
     assert all(stages.status(one, name).notes == () for name in after)
+
+
+def test_unused_rows_are_labelled_and_in_no_shard(tmp_path: Path) -> None:
+    one = make_corpus(tmp_path)
+    partition.partition(one)
+    run, ids = Folder(tmp_path), columns("states", True)["id"]
+    new = ids[[240, 251]]
+    near = {"id": new, "group": ["a", "b"], "split": ["unused", "unused"], "of": new, "part": [4, 4], "row": [0, 11]}
+    schema.write_table(run / "corpus", "near_duplicates-000002.parquet", pa.table(near, NEAR))
+    publish_more(one, range(240, 270), 4)
+    append.append_partition(one)
+    labels = schema.read_labels(run / "clusters", ["id", "fine", "expert", "split"])
+    unused = pc.equal(labels["split"], "unused")
+    assert set(labels["id"].filter(unused).to_pylist()) == set(new)
+    assert all(partition.shard_counts(labels, k) == partition.shard_counts(labels.filter(pc.invert(unused)), k) for k in range(3))
+    shards = [schema.read_columns(run / "shards" / f"expert={k}", ["id", "split"]) for k in range(3)]
+    assert set(new).isdisjoint(np.concatenate([shard["id"] for shard in shards]))
+    assert {split for shard in shards for split in shard["split"]} == {"train", "validation"}
+    found = read_rows(run, range(3), "states")  # and counts are those of the files
+    assert sum(map(len, found)) == sum(len(shard["id"]) for shard in shards)
 
 
 def test_another_corpus_is_not_appended(tmp_path: Path) -> None:

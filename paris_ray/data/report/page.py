@@ -53,7 +53,7 @@ def render(report: dict[str, Any], where: Map, sheets: Sequence[bytes], attribut
         *([("k-means", "How k-means went", _curves(report))] if report["method"] == "kmeans" else []),
         ("experts", "What each expert will see", _experts(report, sheets)),
     ]
-    splits = ", ".join(f"{number(report['splits'][split])} {split.replace('_', '-')}" for split in schema.SPLITS)
+    splits = ", ".join(f"{number(report['splits'][split])} {split.replace('_', '-')}" for split in schema.SPLITS if report["splits"].get(split))
     made = (
         f"over {len(report['fine_sizes'])} fine clusters, {report['metric']} k-means" if report["method"] == "kmeans" else "at random, as a control"
     )
