@@ -1,7 +1,8 @@
 """Cutting the corpus into one shard folder per expert, group of part files by group of part files. Torch-free.
 
 A group is read once and gives one file to each expert that has rows in it: no shuffle, no picture travels. A file that is there already is not
-written again, files appear whole, and equal rows give equal bytes; so a run that died goes on where it was.
+written again, files appear whole, and equal rows give equal bytes; so a run that died goes on where it was. A corpus in another order or in other
+files gives a shard the same rows, though in other files of it once there are several groups; who reads it puts them in the order of their ids.
 """
 
 from __future__ import annotations

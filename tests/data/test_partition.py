@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+import torch
 
 from paris_ray import config as configs
 from paris_ray import stages
@@ -19,6 +20,7 @@ from paris_ray.data.kmeans import Rows, kmeans
 from paris_ray.data.remote_rows import RemoteRows, load, ranges
 from paris_ray.manifest import StaleError
 from paris_ray.storage import Folder
+from paris_ray.training.shard import read_rows
 
 from .fabricated_corpus import ENCODERS, WIDTH, make_corpus, shard_bytes, without_pictures
 
@@ -98,6 +100,36 @@ def test_a_second_run_does_nothing_and_another_folder_gives_the_same_bytes(tmp_p
     for name in ("labels.parquet", "centroids.safetensors", "clusters.json"):
         assert (tmp_path / "a/clusters" / name).read_bytes() == (tmp_path / "b/clusters" / name).read_bytes()
     assert stages.stage(a, "partition").status().manifest["fingerprint"] == stages.stage(b, "partition").status().manifest["fingerprint"]  # type: ignore[index]
+
+
+def test_cut_in_several_groups_a_corpus_in_another_order_gives_shards_of_the_same_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def cut_here(corpus: Folder, grouped: list[list[str]], fine: np.ndarray, expert: np.ndarray, shards: Folder, first: int) -> Any:
+        start = 0
+        for index, parts in enumerate(grouped, first):  # as Ray Data does it elsewhere
+            here = slice(start, start + sum(schema.count_rows(corpus, parts)))
+            yield cut.cut(corpus, parts, index, fine[here], expert[here], shards)
+            start = here.stop
+
+    monkeypatch.setattr(cut, "GROUP_BYTES", 30_000)
+    monkeypatch.setattr(partition, "cut_all", cut_here)
+    a, b = make_corpus(tmp_path / "a"), make_corpus(tmp_path / "b", per_part=31, shuffled=True)
+    for one in (a, b):
+        partition.partition(one)
+    for k in range(3):
+        found = [Folder(tmp_path / run / "shards" / f"expert={k}") for run in ("a", "b")]
+        assert all(len(schema.parts(shard)) > 1 for shard in found)
+        columns = ["id", "text", "text_len", "latent", "fine", "split"]
+        one, other = (schema.read_columns(shard, columns) for shard in found)
+        assert one["id"].tolist() != other["id"].tolist()  # files hold what their group holds
+        orders = [np.argsort(rows["id"].astype(str)) for rows in (one, other)]
+        assert all((one[name][orders[0]] == other[name][orders[1]]).all() for name in columns)
+        # And training reads them in the order of their ids.
+        for mine, others in zip(*(read_rows(Folder(tmp_path / run), [k], "states") for run in ("a", "b")), strict=True):
+            assert mine.ids == others.ids
+            assert torch.equal(mine.latents, others.latents)
+            assert torch.equal(mine.text, others.text)
+        labels = [stages.stage(one, f"shard-{k}").status().manifest["counts"] for one in (a, b)]  # type: ignore[index]
+        assert labels[0] == labels[1]
 
 
 @pytest.mark.parametrize("method", ["kmeans", "random"])
