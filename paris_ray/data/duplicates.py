@@ -150,23 +150,23 @@ def join_near_duplicates(corpus: Folder, rows: Rows, settled: int = 0, version: 
     first[component[node[by_id[::-1]]]] = by_id[::-1]  # the last one written is the smallest id, of settled rows if there are any
     starts = np.cumsum(rows.sizes) - rows.sizes
     with schema.PartWriter(corpus, schema.version_name(NEAR_DUPLICATES, version), NEAR) as writer:
-        for number, name in enumerate(rows.names):
-            here = at[slice(*np.searchsorted(at, [starts[number], starts[number] + rows.sizes[number]]))]
-            if len(here):
-                own = component[node[here]]
-                writer.write(
-                    pa.table(
-                        {
-                            "id": [name_of(row) for row in rows.ids[here]],
-                            "group": schema.read_table(corpus, name, ["group"])["group"].take(pa.array(here - starts[number])),
-                            "split": [schema.SPLITS[code] for code in chosen[np.searchsorted(at, here)]],
-                            "of": [name_of(row) for row in rows.ids[first[own]]],
-                            "part": np.full(len(here), schema.part_number(name), np.int32),
-                            "row": (here - starts[number]).astype(np.int32),
-                        },
-                        NEAR,
-                    )
+        spans = {name: (low, slice(*np.searchsorted(at, [low, low + n]))) for name, low, n in zip(rows.names, starts, rows.sizes, strict=True)}
+        for name, content, _ in schema.read_each(corpus, ["group"], [name for name, (_, span) in spans.items() if span.stop > span.start]):
+            low, span = spans[name]
+            here, row = at[span], at[span] - low
+            writer.write(
+                pa.table(
+                    {
+                        "id": [name_of(one) for one in rows.ids[here]],
+                        "group": content["group"].take(pa.array(row)),
+                        "split": [schema.SPLITS[code] for code in chosen[span]],
+                        "of": [name_of(one) for one in rows.ids[first[component[node[here]]]]],
+                        "part": np.full(len(here), schema.part_number(name), np.int32),
+                        "row": row.astype(np.int32),
+                    },
+                    NEAR,
                 )
+            )
     changed = int((chosen != rows.splits[at]).sum())
     rows.splits[at] = chosen
     return {"groups": groups, "near_duplicates": len(at), "split_changed": changed, "unchecked": unchecked}

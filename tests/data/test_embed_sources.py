@@ -1,5 +1,6 @@
 """The stage over every kind of source, in this process."""
 
+import hashlib
 import json
 import shutil
 
@@ -13,7 +14,7 @@ from paris_ray.config import ConfigError
 from paris_ray.data import embed as stage
 from paris_ray.data import schema
 from paris_ray.data.codec import PatchSums
-from paris_ray.manifest import StaleError
+from paris_ray.manifest import StaleError, published
 from paris_ray.storage import Folder
 
 from .corpora import WRITERS, contents
@@ -114,8 +115,12 @@ def test_duplicates_of_a_folder_that_grows(tmp_path):
     lost = [f"corpus/{schema.part_name(3)}", f"corpus/{schema.part_name(0)}", f"rejected/{schema.part_name(0)}"]
     for name in ("corpus/_manifest.json", *lost):
         (tmp_path / "run" / name).unlink()
+    for folder in ("corpus", "rejected"):
+        (tmp_path / "run" / folder / f".tmp-0-{schema.part_name(0)}").write_bytes(b"half")
     assert stage.embed(config)["counts"] == counts
     assert (contents(tmp_path / "run/corpus"), contents(tmp_path / "run/rejected")) == before
+    listed = {file["name"]: file["sha256"] for file in published(Folder(tmp_path / "run/rejected"))["files"]}
+    assert listed == {name: hashlib.sha256(content).hexdigest() for name, content in before[1].items()}
     # A folder that has grown under a run that is not done is not mixed into it.
     (tmp_path / "run/corpus/_manifest.json").unlink()
     shutil.copy(images / "n04.png", images / "new.png")

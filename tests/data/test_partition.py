@@ -145,6 +145,26 @@ def test_a_corpus_in_another_order_and_in_other_files_gives_the_same_shards(tmp_
     assert a.sort_by("id").equals(b.sort_by("id"))
 
 
+def test_of_the_corpus_each_file_is_opened_once_and_closed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    one = make_corpus(tmp_path)
+    corpus, opened = Folder(tmp_path) / "corpus", []
+
+    def opening(folder: Folder, name: str) -> Any:
+        file = open_(folder, name)
+        if name.startswith("part-"):
+            opened.append((name, file))
+        return file
+
+    open_ = Folder.open
+    monkeypatch.setattr(Folder, "open", opening)
+    index = fit.Index.read(corpus)
+    fit.random_experts(corpus, index, 3, one.seed)
+    schema.count_rows(corpus, index.parts)
+    assert [name for name, _ in sorted(opened, key=lambda pair: pair[0])] == [name for name in schema.parts(corpus) for _ in range(3)]
+    list(cut_all(corpus, [schema.parts(corpus)], np.zeros(240, np.int32), np.zeros(240, np.int32), Folder(tmp_path) / "cut", 0))
+    assert all(file.closed for _, file in opened)
+
+
 def test_the_random_control_deals_out_groups_in_equal_shares(tmp_path: Path) -> None:
     one = make_corpus(tmp_path, ("partition.method=random",))
     partition.partition(one)
