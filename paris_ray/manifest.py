@@ -27,6 +27,7 @@ import importlib.metadata
 import json
 import os
 import platform
+import posixpath
 import shlex
 import signal
 import socket
@@ -193,8 +194,9 @@ def refuse_half_appended(folder: Folder) -> None:
     """Raise StaleError while an append to a folder, which leaves :data:`APPENDING` there until its new version is published, is not finished."""
     if folder.exists(APPENDING):
         source = folder.read_json(APPENDING).get("source")
-        again = f" --source {shlex.quote(json.dumps(source))}" if source else ""
-        raise StaleError(f"{folder.uri} is half appended: finish it with the same command again, python -m jobs.append --config …{again}")
+        again = f"python -m jobs.append --config {posixpath.dirname(folder.uri)}/config.yaml"
+        again += f" --source {shlex.quote(json.dumps(source))}" if source else ""
+        raise StaleError(f"{folder.uri} is half appended; when nobody does so now, finish it with the same command again: {again}")
 
 
 def previous(manifest: dict[str, Any]) -> list[str]:

@@ -1,6 +1,7 @@
 """The corpus → clusters and one shard per expert: two-level k-means over the semantic embeddings (arXiv 2510.03434, 2501.05450). Torch-free.
 
-Labels are computed once, from the float16 embeddings as stored, and everything later reads them from ``clusters/labels.parquet``.
+Labels are computed once, from the float16 embeddings as stored, and everything later reads them from ``clusters/labels.parquet`` and, of rows that
+were appended, ``clusters/labels-<version>.parquet``.
 """
 
 from __future__ import annotations

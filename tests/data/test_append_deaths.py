@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import shlex
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -13,6 +14,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from paris_ray import config as configs
 from paris_ray import stages
 from paris_ray.config import FolderSource, RunConfig
 from paris_ray.data import append, duplicates, embed, partition, schema
@@ -141,8 +143,11 @@ def test_a_corpus_that_was_appended_to_in_pieces(base: tuple[Callable[[str], Run
         assert seen(one) == {**before, "rejected": rejected}, point
         assert stages.status(one, "embed").state == "valid", point
         for stage in (embed.embed, partition.partition, append.append_partition):
-            with pytest.raises(StaleError, match=r"corpus is half appended: .*jobs.append --config … --source '\{\"kind\": \"folder\", .*/more\""):
+            with pytest.raises(StaleError, match="corpus is half appended") as refused:
                 stage(one)
+            command = shlex.split(str(refused.value).split("again: ")[1])
+            assert command[:-1] == ["python", "-m", "jobs.append", "--config", f"{one.run_dir}/config.yaml", "--source"]
+            assert configs.load("tiny", [f"data.source={command[-1]}"]).data.source == source
         assert append.append_corpus(one, source) == 23, point
         for folder in ("corpus", "rejected"):
             assert contents(Path(one.run_dir) / folder) == contents(Path(whole.run_dir) / folder), point
@@ -218,7 +223,7 @@ def test_shards_that_were_appended_to_in_pieces(tmp_path: Path, monkeypatch: pyt
         assert [trained_on(one, [k]) for k in range(3)] == [*after[:done], *before[done:]]
         assert schema.read_labels(clusters, ["id", "expert"]).equals(labels)
         assert {stages.status(one, stage).state for stage in ("partition", "shard-0", "shard-1", "shard-2")} == {"valid"}
-        with pytest.raises(StaleError, match=r"clusters is half appended: .*python -m jobs.append --config …$"):
+        with pytest.raises(StaleError, match=r"clusters is half appended; .*: python -m jobs.append --config \S+/run/config.yaml$"):
             partition.partition(one)
         if done == 1:
             with pytest.raises(StaleError, match=r"shards are of different versions of the corpus: .*jobs.append"):
