@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -31,8 +30,7 @@ def append_corpus(config: RunConfig, source: Source) -> int:
     """Embed another source with the run's encoders, and publish a new version of ``RUN/corpus``. Needs a connection to Ray.
 
     Rows that the corpus has already are refused; a row that looks like one of them gets its split, and none if it looks like several of different
-    splits. Running it again goes on where it was, and does
-    nothing once the source is in the corpus.
+    splits. Running it again goes on where it was, and does nothing once the source is in the corpus.
 
     Args:
         config: of the run.
@@ -62,8 +60,9 @@ def append_corpus(config: RunConfig, source: Source) -> int:
     refuse_half_appended(run / "clusters")
     begun = time.monotonic()
     if half is None:
+        published = set(schema.parts(stage.folder))
         for folder in (stage.folder, run / "rejected"):  # of an append that was given up
-            for name in set(schema.written(folder)) - set(schema.parts(folder)):
+            for name in set(schema.written(folder)) - published:
                 folder.delete(name)
         stage.folder.write_json(APPENDING, found)
     elif half["listing"] != found["listing"]:
@@ -99,7 +98,7 @@ def append_partition(config: RunConfig) -> int:
     refuse_half_appended(run / "corpus")
     _check_inputs(clusters)
     index, known = Index.read(run / "corpus"), before["counts"]["rows"]
-    labels = schema.read_labels(clusters.folder, ["id", "fine", "expert", "distance", "split"])
+    labels = schema.read_labels(clusters.folder, ["id", "fine", "expert", "split"])
     if labels["id"] != index.ids.slice(0, known):
         raise StaleError(f"{run.uri}/corpus does not begin with the rows of {clusters.folder.uri}; appended rows are in part files of higher numbers")
     more = len(index.split) - known
@@ -109,37 +108,31 @@ def append_partition(config: RunConfig) -> int:
     begun = time.monotonic()
     clusters.folder.write_json(APPENDING, {})
     with Progress(run / "events", "append", more, "rows") as progress:
-        _append_rows(config, clusters, before, index, labels, progress, begun)
+        progress.update(0, message="labelling", force=True)
+        new = np.arange(len(index.split)) >= known
+        parts = [name for name, rows in index.parts.items() if rows.start >= known]
+        added = _label(config, run / "corpus", index, new, Model.read(clusters.folder))
+        grouped = groups(run / "corpus", parts)
+        done = 0
+        fine, expert = (added[name].to_numpy() for name in ("fine", "expert"))
+        for rows in cut_all(run / "corpus", grouped, fine, expert, run / "shards", before["counts"]["groups"]):
+            done += rows
+            progress.update(done, message="cutting shards")
+        labels = pa.concat_tables([labels, added.select(labels.column_names)])
+        for k in range(config.num_experts):
+            shard = stages.stage(config, f"shard-{k}")
+            old = require(shard.folder, "partition")
+            if old["inputs"]["parents"] != shard.parents:  # else this has been done
+                shard.publish(shard_counts(labels, k), time.monotonic() - begun, after=old)
+        schema.write_table(clusters.folder, schema.version_name(schema.LABELS, before["version"] + 1), added)
+        train = labels["expert"].to_numpy()[labels["split"].to_numpy() == "train"]
+        sizes = np.bincount(train, minlength=config.num_experts)
+        counts = {"rows": len(labels), "sizes": sizes.tolist(), "imbalance": float(sizes.max() * len(sizes) / sizes.sum())}
+        counts |= {"fine": before["counts"]["fine"], "groups": before["counts"]["groups"] + len(grouped)}
+        clusters.publish(counts, time.monotonic() - begun, after=before)
         clusters.folder.delete(APPENDING)
         progress.finish(f"{more} rows appended")
     return more
-
-
-def _append_rows(
-    config: RunConfig, clusters: Stage, before: dict[str, Any], index: Index, labels: pa.Table, progress: Progress, begun: float
-) -> None:
-    run, known = Folder(config.run_dir), len(labels)
-    progress.update(0, message="labelling", force=True)
-    new = np.arange(len(index.split)) >= known
-    parts = [name for name, rows in index.parts.items() if rows.start >= known]
-    added = _label(config, run / "corpus", index, new, Model.read(clusters.folder))
-    grouped = groups(run / "corpus", parts)
-    done = 0
-    for rows in cut_all(run / "corpus", grouped, added["fine"].to_numpy(), added["expert"].to_numpy(), run / "shards", before["counts"]["groups"]):
-        done += rows
-        progress.update(done, message="cutting shards")
-    labels = pa.concat_tables([labels, added])
-    for k in range(config.num_experts):
-        shard = stages.stage(config, f"shard-{k}")
-        old = require(shard.folder, "partition")
-        if old["inputs"]["parents"] != shard.parents:  # else this has been done
-            shard.publish(shard_counts(labels, k), time.monotonic() - begun, after=old)
-    schema.write_table(clusters.folder, schema.version_name(schema.LABELS, before["version"] + 1), added)
-    train = labels["expert"].to_numpy()[labels["split"].to_numpy() == "train"]
-    sizes = np.bincount(train, minlength=config.num_experts)
-    counts = {"rows": len(labels), "sizes": sizes.tolist(), "imbalance": float(sizes.max() * len(sizes) / sizes.sum())}
-    counts |= {"fine": before["counts"]["fine"], "groups": before["counts"]["groups"] + len(grouped)}
-    clusters.publish(counts, time.monotonic() - begun, after=before)
 
 
 def _check_inputs(stage: Stage) -> None:

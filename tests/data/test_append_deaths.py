@@ -172,11 +172,13 @@ def test_an_append_that_died_when_all_was_published(base: tuple[Callable[[str], 
     assert append.append_partition(one) == 23
 
 
-def test_an_append_may_be_given_up(base: tuple[Callable[[str], RunConfig], FolderSource], tmp_path: Path) -> None:
+@pytest.mark.parametrize("point", ["before near-duplicates", "before publishing"])
+def test_an_append_may_be_given_up(base: tuple[Callable[[str], RunConfig], FolderSource], tmp_path: Path, point: str) -> None:
     copy, source = base
     one, whole = copy("run"), copy("whole")
+    owner, name, when = POINTS[point]
     with pytest.MonkeyPatch.context() as patch:
-        dying(patch, duplicates, "join_near_duplicates", nth(0))
+        dying(patch, owner, name, when())
         with pytest.raises(Death):
             append.append_corpus(one, source)
     rows = [(f"{i}.png", png(i, (24, 20)), f"other {i}") for i in range(90, 95)]
