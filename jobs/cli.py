@@ -167,7 +167,7 @@ def print_cost(config: RunConfig) -> None:
     """Print what training would cost with this config, once the clusters are known; how it is estimated stands in ``clusters/report.html``."""
     run = Folder(config.run_dir)
     try:
-        sizes, encoders = run.read_json("clusters/clusters.json")["sizes"], run.read_json("encoders/encoders.json")
+        sizes, encoders = stages.cluster_sizes(config), run.read_json("encoders/encoders.json")
     except FileNotFoundError:
         return
     if len(sizes) != config.num_experts:

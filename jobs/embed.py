@@ -23,7 +23,7 @@ def action(config: RunConfig, args: argparse.Namespace) -> None:
     cli.connect()
     manifest = embed(config)
     counts = manifest["counts"]
-    splits = ", ".join(f"{n} {split}" for split, n in counts["splits"].items())
+    splits = ", ".join(f"{n} {split}" for split, n in counts["splits"].items() if n)
     print(f"{counts['rows']} rows ({splits}) in {config.run_dir}/corpus")
     print(
         f"{counts['groups']} groups of rows that look alike; {counts['near_duplicates']} rows look like one of another group, "

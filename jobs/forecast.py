@@ -24,7 +24,7 @@ def work(config: RunConfig, name: str) -> float:
     """About how much a training stage has to do, from its first image to its last, so that the longest can start first."""
     train, rows = _spec(config, name).train, 0
     if train.images is None:
-        sizes = stages.folder(config, "partition").read_json("clusters.json")["sizes"]
+        sizes = stages.cluster_sizes(config)
         rows = sizes[int(name.removeprefix("expert-"))] if name.startswith("expert-") else sum(sizes)
     return total_images(train, rows) * image_work(config, name)
 

@@ -27,6 +27,8 @@ import importlib.metadata
 import json
 import os
 import platform
+import posixpath
+import shlex
 import signal
 import socket
 import sys
@@ -41,6 +43,7 @@ import psutil
 from paris_ray.storage import Folder
 
 STARTED = "_started.json"
+APPENDING = "_append.json"
 MANIFEST = "_manifest.json"
 LOCK = "_lock.json"
 FORMAT = 1
@@ -185,6 +188,15 @@ def require(folder: Folder, made_by: str) -> dict[str, Any]:
     if manifest is None:
         raise FileNotFoundError(f"{folder.uri} has no {MANIFEST}: run the stage {made_by!r} first (python -m jobs.{made_by} --config …)")
     return manifest
+
+
+def refuse_half_appended(folder: Folder) -> None:
+    """Raise StaleError while an append to a folder, which leaves :data:`APPENDING` there until its new version is published, is not finished."""
+    if folder.exists(APPENDING):
+        source = folder.read_json(APPENDING).get("source")
+        again = f"python -m jobs.append --config {posixpath.dirname(folder.uri)}/config.yaml"
+        again += f" --source {shlex.quote(json.dumps(source))}" if source else ""
+        raise StaleError(f"{folder.uri} is half appended; when nobody does so now, finish it with the same command again: {again}")
 
 
 def previous(manifest: dict[str, Any]) -> list[str]:

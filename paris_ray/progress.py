@@ -6,6 +6,7 @@ import collections
 import math
 import sys
 import time
+from types import TracebackType
 
 from paris_ray.storage import Folder
 
@@ -19,6 +20,8 @@ WINDOW_SECONDS = 30.0
 
 class Progress:
     """Progress of one stage, in ``events/<stage>.json`` and on the console.
+
+    As a context manager it says that the stage has failed when an error leaves it.
 
     The file holds ``stage, state (starting | running | done | failed), done, total, unit, rate (units per second), eta (seconds or null), loss,
     message, updated (unix time)``. It is replaced atomically at most once a second; :meth:`update` costs about a microsecond in between. Progress
@@ -41,6 +44,13 @@ class Progress:
         self._written = self._printed = -math.inf
         self._history: collections.deque[tuple[float, int]] = collections.deque()
         self._write()
+
+    def __enter__(self) -> Progress:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if error is not None:
+            self.fail(f"{type(error).__name__}: {error}".splitlines()[0])
 
     def update(self, done: int, loss: float | None = None, message: str = "", force: bool = False) -> None:
         """Say how far the stage is.

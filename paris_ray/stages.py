@@ -160,3 +160,8 @@ def status(config: RunConfig, name: str) -> Status:
             return stage(config, "encoders").status()
         begun = published(folder(config, name))
         return Status("waiting", (str(error),), begun)
+
+
+def cluster_sizes(config: RunConfig) -> list[int]:
+    """Train rows of each expert, appended ones too. Raises FileNotFoundError before the clusters are published."""
+    return [int(size) for size in require(folder(config, "partition"), "partition")["counts"]["sizes"]]

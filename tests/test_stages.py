@@ -27,7 +27,7 @@ def make_all(one: RunConfig) -> None:
         stage = stages.stage(one, name)
         stage.begin()
         stage.folder.write_bytes("file", name.encode())
-        stage.publish()
+        stage.publish({"sizes": [3] * one.num_experts} if name == "partition" else None)
 
 
 def stale(one: RunConfig) -> set[str]:

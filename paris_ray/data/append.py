@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -18,23 +17,20 @@ from paris_ray import stages
 from paris_ray.config import RunConfig, Source
 from paris_ray.data import embed, schema
 from paris_ray.data.cut import cut_all, groups
-from paris_ray.data.fit import LABELS, Index, Model, label_others, random_experts
+from paris_ray.data.fit import Index, Model, label_others, random_experts
 from paris_ray.data.partition import shard_counts
 from paris_ray.data.sources import open_source
 from paris_ray.data.sources.base import listing
-from paris_ray.manifest import Stage, StaleError, require
+from paris_ray.manifest import APPENDING, Stage, StaleError, refuse_half_appended, require
 from paris_ray.progress import Progress
 from paris_ray.storage import Folder
-
-BEGUN = "_append.json"
-"""In ``RUN/corpus`` while rows are being added: from which source, and the number of its first part."""
 
 
 def append_corpus(config: RunConfig, source: Source) -> int:
     """Embed another source with the run's encoders, and publish a new version of ``RUN/corpus``. Needs a connection to Ray.
 
-    Rows that the corpus has already are refused; a row that looks like one of them gets its split. Running it again goes on where it was, and does
-    nothing once the source is in the corpus.
+    Rows that the corpus has already are refused; a row that looks like one of them gets its split, and none if it looks like several of different
+    splits. Running it again goes on where it was, and does nothing once the source is in the corpus.
 
     Args:
         config: of the run.
@@ -48,30 +44,40 @@ def append_corpus(config: RunConfig, source: Source) -> int:
         ConfigError: the source cannot be used.
         StaleError: the corpus was made from other inputs, or another source is half appended.
     """
-    begun, stage = time.monotonic(), stages.stage(config, "embed")
-    run, before = Folder(config.run_dir), require(stage.folder, "embed")
+    run, stage = Folder(config.run_dir), stages.stage(config, "embed")
+    before = require(stage.folder, "embed")
     _check_inputs(stage)
     other = config.model_copy(update={"data": config.data.model_copy(update={"source": source})})
     units = open_source(other.data).units(config.data.rows_per_part)
-    found: dict[str, Any] = {"source": source.model_dump(mode="json"), "listing": listing(units), "first": len(schema.parts(stage.folder))}
+    found = {"source": source.model_dump(mode="json"), "listing": listing(units)}
     done = before["counts"].get("appended", [])
+    half = stage.folder.read_json(APPENDING) if stage.folder.exists(APPENDING) else None
+    if half is not None and half["listing"] in done:  # it died when all was published
+        stage.folder.delete(APPENDING)
+        half = None
     if found["listing"] in done:
         return 0
-    if stage.folder.exists(BEGUN):
-        half = stage.folder.read_json(BEGUN)
-        if half["listing"] != found["listing"]:
-            raise StaleError(f"append: {stage.folder.uri} has half of {half['source']}; append that first, or put it back as it was")
-        found = half
-    else:
-        stage.folder.write_json(BEGUN, found)
-    progress = Progress(run / "events", "append", found["listing"]["rows"] or 0, "rows")
-    embed.encode(other, run, [dataclasses.replace(unit, number=unit.number + found["first"]) for unit in units], progress)
-    stage.folder.sweep()
-    counts = embed.finish(run, before["counts"]["rows"])
-    stage.publish({**counts, "appended": [*done, found["listing"]]}, time.monotonic() - begun, after=before)
-    stage.folder.delete(BEGUN)
-    more = int(counts["rows"]) - int(before["counts"]["rows"])
-    progress.finish(f"{more} rows embedded")
+    refuse_half_appended(run / "clusters")
+    begun = time.monotonic()
+    if half is None:
+        published = set(schema.parts(stage.folder))
+        for folder in (stage.folder, run / "rejected"):  # of an append that was given up
+            for name in set(schema.written(folder)) - published:
+                folder.delete(name)
+        stage.folder.write_json(APPENDING, found)
+    elif half["listing"] != found["listing"]:
+        raise StaleError(
+            f"append: {stage.folder.uri} has half of {half['source']}; append that first, as it was then, or delete {APPENDING} there to give it up"
+        )
+    first = schema.part_number(schema.parts(stage.folder)[-1]) + 1
+    with Progress(run / "events", "append", found["listing"]["rows"] or 0, "rows") as progress:
+        embed.encode(other, run, [dataclasses.replace(unit, number=unit.number + first) for unit in units], progress)
+        counts = embed.finish(run, before)
+        stage.publish({**counts, "appended": [*done, found["listing"]]}, time.monotonic() - begun, after=before)
+        stage.folder.delete(APPENDING)
+        more = int(counts["rows"]) - int(before["counts"]["rows"])
+        unused = counts["splits"]["unused"] - before["counts"]["splits"]["unused"]
+        progress.finish(f"{more} rows embedded" + (f", {unused} of them unused: they look like rows of several splits" if unused else ""))
     return more
 
 
@@ -85,43 +91,47 @@ def append_partition(config: RunConfig) -> int:
 
     Raises:
         FileNotFoundError: the run has no corpus or no clusters yet.
-        StaleError: the clusters are not of an earlier version of this corpus.
+        StaleError: the clusters are not of an earlier version of this corpus, or a source is half appended to it.
     """
-    begun, run = time.monotonic(), Folder(config.run_dir)
-    clusters = stages.stage(config, "partition")
+    run, clusters = Folder(config.run_dir), stages.stage(config, "partition")
     before = require(clusters.folder, "partition")
+    refuse_half_appended(run / "corpus")
     _check_inputs(clusters)
     index, known = Index.read(run / "corpus"), before["counts"]["rows"]
-    # A run that died may have written the labels already, but not that they are valid: the first ones are those of the version before.
-    labels = schema.read_table(clusters.folder, LABELS).slice(0, known)
+    labels = schema.read_labels(clusters.folder, ["id", "fine", "expert", "split"])
     if labels["id"] != index.ids.slice(0, known):
         raise StaleError(f"{run.uri}/corpus does not begin with the rows of {clusters.folder.uri}; appended rows are in part files of higher numbers")
     more = len(index.split) - known
     if not more:
+        clusters.folder.delete(APPENDING)
         return 0
-    progress = Progress(run / "events", "append", more, "rows")
-    progress.update(0, message="labelling", force=True)
-    new = np.arange(len(index.split)) >= known
-    parts = [name for name, rows in index.parts.items() if rows.start >= known]
-    added = _label(config, run / "corpus", index, new, Model.read(clusters.folder))
-    grouped = groups(run / "corpus", parts)
-    done = 0
-    for rows in cut_all(run / "corpus", grouped, added["fine"].to_numpy(), added["expert"].to_numpy(), run / "shards", before["counts"]["groups"]):
-        done += rows
-        progress.update(done, message="cutting shards")
-    labels = pa.concat_tables([labels, added])
-    for k in range(config.num_experts):
-        shard = stages.stage(config, f"shard-{k}")
-        old = require(shard.folder, "partition")
-        if old["inputs"]["parents"] != shard.parents:  # else this has been done
-            shard.publish(shard_counts(labels, k), time.monotonic() - begun, after=old)
-    schema.write_table(clusters.folder, LABELS, labels)
-    train = labels["expert"].to_numpy()[labels["split"].to_numpy() == "train"]
-    sizes = np.bincount(train, minlength=config.num_experts)
-    counts = {"rows": len(labels), "sizes": sizes.tolist(), "imbalance": float(sizes.max() * len(sizes) / sizes.sum())}
-    counts |= {"fine": before["counts"]["fine"], "groups": before["counts"]["groups"] + len(grouped)}
-    clusters.publish(counts, time.monotonic() - begun, after=before)
-    progress.finish(f"{more} rows appended")
+    begun = time.monotonic()
+    clusters.folder.write_json(APPENDING, {})
+    with Progress(run / "events", "append", more, "rows") as progress:
+        progress.update(0, message="labelling", force=True)
+        new = np.arange(len(index.split)) >= known
+        parts = [name for name, rows in index.parts.items() if rows.start >= known]
+        added = _label(config, run / "corpus", index, new, Model.read(clusters.folder))
+        grouped = groups(run / "corpus", parts)
+        done = 0
+        fine, expert = (added[name].to_numpy() for name in ("fine", "expert"))
+        for rows in cut_all(run / "corpus", grouped, fine, expert, run / "shards", before["counts"]["groups"]):
+            done += rows
+            progress.update(done, message="cutting shards")
+        labels = pa.concat_tables([labels, added.select(labels.column_names)])
+        for k in range(config.num_experts):
+            shard = stages.stage(config, f"shard-{k}")
+            old = require(shard.folder, "partition")
+            if old["inputs"]["parents"] != shard.parents:  # else this has been done
+                shard.publish(shard_counts(labels, k), time.monotonic() - begun, after=old)
+        schema.write_table(clusters.folder, schema.version_name(schema.LABELS, before["version"] + 1), added)
+        train = labels["expert"].to_numpy()[labels["split"].to_numpy() == "train"]
+        sizes = np.bincount(train, minlength=config.num_experts)
+        counts = {"rows": len(labels), "sizes": sizes.tolist(), "imbalance": float(sizes.max() * len(sizes) / sizes.sum())}
+        counts |= {"fine": before["counts"]["fine"], "groups": before["counts"]["groups"] + len(grouped)}
+        clusters.publish(counts, time.monotonic() - begun, after=before)
+        clusters.folder.delete(APPENDING)
+        progress.finish(f"{more} rows appended")
     return more
 
 
@@ -133,7 +143,7 @@ def _check_inputs(stage: Stage) -> None:
 
 
 def _label(config: RunConfig, corpus: Folder, index: Index, new: NDArray[np.bool_], model: Model) -> pa.Table:
-    """Rows of ``labels.parquet`` for the new rows."""
+    """Labels of the new rows."""
     first = int(new.argmax())
     given = random_experts(corpus, index, config.num_experts, config.seed) if config.partition.method == "random" else None
     fine, distance = np.empty(int(new.sum()), np.int32), np.empty(int(new.sum()), np.float32)

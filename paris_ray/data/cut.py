@@ -1,7 +1,8 @@
 """Cutting the corpus into one shard folder per expert, group of part files by group of part files. Torch-free.
 
 A group is read once and gives one file to each expert that has rows in it: no shuffle, no picture travels. A file that is there already is not
-written again, files appear whole, and equal rows give equal bytes; so a run that died goes on where it was.
+written again, files appear whole, and equal rows give equal bytes; so a run that died goes on where it was. A corpus in another order or in other
+files gives a shard the same rows, though in other files of it once there are several groups; who reads it puts them in the order of their ids.
 """
 
 from __future__ import annotations
@@ -11,11 +12,10 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from paris_ray.data import schema
-from paris_ray.data.splits import read_splits
+from paris_ray.data.splits import read_each
 from paris_ray.storage import Folder
 
 GROUP_BYTES = 512 << 20
@@ -25,9 +25,9 @@ GROUP_BYTES = 512 << 20
 def groups(corpus: Folder, parts: Collection[str]) -> list[list[str]]:
     """Consecutive ones of these part files, of at most :data:`GROUP_BYTES` together, at least one."""
     grouped: list[list[str]] = []
-    room = 0
+    wanted, room = set(parts), 0
     for entry in corpus.files():
-        if entry.name not in parts:
+        if entry.name not in wanted:
             continue
         if not grouped or entry.size > room:
             grouped.append([])
@@ -38,7 +38,7 @@ def groups(corpus: Folder, parts: Collection[str]) -> list[list[str]]:
 
 
 def cut(corpus: Folder, parts: list[str], index: int, fine: NDArray[np.int32], expert: NDArray[np.int32], shards: Folder) -> int:
-    """Write a group's rows into ``shards/expert=K/part-<index>.parquet``, in the order of their ids. Held-out rows go nowhere.
+    """Write a group's rows into ``shards/expert=K/part-<index>.parquet``, in the order of their ids: those of train and validation.
 
     Args:
         corpus: ``RUN/corpus``.
@@ -51,24 +51,24 @@ def cut(corpus: Folder, parts: list[str], index: int, fine: NDArray[np.int32], e
     Returns:
         rows read.
     """
-    text = "text" if "text" in pq.read_schema(corpus.open(parts[0])).names else "token_ids"
-    light = pa.concat_tables(schema.read_table(corpus, name, ["id"]) for name in parts)
-    if len(light) != len(fine):
-        raise ValueError(f"{corpus.uri}: group {index} has {len(light)} rows, its labels are {len(fine)}; run with --rebuild partition")
-    ids, split = light["id"].to_numpy(), np.concatenate(list(read_splits(corpus, parts).values()))
-    kept, names = split != schema.SPLITS.index("held_out"), np.array(schema.SPLITS, object)
+    found = list(read_each(corpus, ["id"], parts))
+    ids, split = np.concatenate([light["id"].to_numpy() for _, light, _ in found]), np.concatenate([codes for _, _, codes in found])
+    if len(ids) != len(fine):
+        raise ValueError(f"{corpus.uri}: group {index} has {len(ids)} rows, its labels are {len(fine)}; run with --rebuild partition")
+    kept, names = split <= schema.SPLITS.index("validation"), np.array(schema.SPLITS, object)
     name = schema.part_name(index)
     wanted = {int(k): np.flatnonzero(kept & (expert == k)) for k in np.unique(expert[kept])}
     missing = {k: rows for k, rows in wanted.items() if not (shards / f"expert={k}").exists(name)}
     if missing:
-        heavy = pa.concat_tables(schema.read_table(corpus, part, ["id", text, "text_len", "latent"]) for part in parts)
+        text = "text" if "text" in schema.column_names(corpus, parts[0]) else "token_ids"
+        heavy = pa.concat_tables(table for _, table, _ in schema.read_each(corpus, ["id", text, "text_len", "latent"], parts))
         for k, rows in missing.items():
             order = rows[np.argsort(ids[rows].astype(str), kind="stable")]
             chosen = heavy.take(pa.array(order)).combine_chunks()
             content = chosen.append_column(pa.field("fine", pa.int32()), pa.array(fine[order], pa.int32()))
             content = content.append_column(pa.field("split", pa.string()), pa.array(names[split[order]], pa.string()))
             schema.write_table(shards / f"expert={k}", name, content.replace_schema_metadata(None))
-    return len(light)
+    return len(ids)
 
 
 def cut_batch(batch: dict[str, NDArray[Any]], corpus: str, shards: str) -> dict[str, NDArray[Any]]:
@@ -95,8 +95,9 @@ def cut_all(
     """
     jobs: list[dict[str, Any]] = []
     start = 0
+    sizes = iter(schema.count_rows(corpus, [name for parts in grouped for name in parts]))
     for index, parts in enumerate(grouped, first):
-        rows = sum(pq.read_metadata(corpus.open(name)).num_rows for name in parts)
+        rows = sum(next(sizes) for _ in parts)
         here = slice(start, start + rows)
         jobs.append({"parts": "\n".join(parts), "index": index, "fine": fine[here].tobytes(), "expert": expert[here].tobytes()})
         start += rows

@@ -29,7 +29,7 @@ NEAR = pa.schema(
         ("row", pa.int32()),
     ]
 )
-"""Columns of :data:`NEAR_DUPLICATES`: a row, its group, the split of its component, the component's first row, and where the row lies."""
+"""Columns of the file of :data:`NEAR_DUPLICATES`: a row, its group, the split of its component, the component's first row, and where the row lies."""
 
 _ID = np.dtype("S16")
 
@@ -65,9 +65,9 @@ class Rows:
 
 
 def read_rows(corpus: Folder) -> Rows:
-    """Read what is needed of all rows."""
+    """Read what is needed of all rows, published or not."""
     pieces: list[tuple[str, NDArray[np.bytes_], NDArray[np.uint64], NDArray[np.uint64], NDArray[np.int8]]] = []
-    for name, content, _ in schema.read_each(corpus, ["id", "phash", "group", "split"]):
+    for name, content, _ in schema.read_each(corpus, ["id", "phash", "group", "split"], schema.written(corpus)):
         ids = np.frombuffer(bytes.fromhex("".join(content["id"].to_pylist())), _ID)
         groups = np.array([_short(group) for group in content["group"].to_pylist()], np.uint64)
         pieces.append((name, ids, content["phash"].to_numpy().view(np.uint64), groups, split_codes(content["split"])))
@@ -110,16 +110,18 @@ def drop(run: Folder, name: str, kept: NDArray[np.bool_]) -> None:
                 start += len(table)
 
 
-def join_near_duplicates(corpus: Folder, rows: Rows, settled: int = 0) -> dict[str, int]:
-    """Find rows that look like rows of another group, give each such component one split, and write :data:`NEAR_DUPLICATES`.
+def join_near_duplicates(corpus: Folder, rows: Rows, settled: int = 0, version: int = 1) -> dict[str, int]:
+    """Find rows that look like rows of another group, give each such component one split, and write the file of :data:`NEAR_DUPLICATES`.
 
     A component is in ``train`` if one of its rows is: the codec and the clusters are fitted to rows drawn as ``train``, and no row that looks like
-    one of these may stand for unseen ones. Else it is in ``validation`` if one of its rows is.
+    one of these may stand for unseen ones. Else it is in ``validation`` if one of its rows is. Settled rows that do not look like each other may come
+    together by a later row that looks like both. Where they are of several splits, that row and all later ones of the component are ``unused``.
 
     Args:
         corpus: ``RUN/corpus``.
         rows: all of it.
         settled: so many first rows, with the splits they have now, have been clustered and trained on: rows that came later follow them.
+        version: of the corpus that these rows will be.
 
     Returns:
         counts: ``groups`` of the corpus, ``near_duplicates`` (rows listed), ``split_changed`` (of them), ``unchecked`` hashes.
@@ -135,33 +137,36 @@ def join_near_duplicates(corpus: Folder, rows: Rows, settled: int = 0) -> dict[s
     at = np.flatnonzero(shared[node])
     groups = len(np.unique(rows.groups))
     mine = component[node[at]]
-    split, first = np.full(len(component), len(schema.SPLITS), np.int8), np.zeros(len(component), np.int64)
+    split, last = (np.full(len(component), none, np.int8) for none in (len(schema.SPLITS), -1))
+    first = np.zeros(len(component), np.int64)
     old = at < settled
     np.minimum.at(split, mine[old], rows.splits[at[old]])
+    np.maximum.at(last, mine[old], rows.splits[at[old]])
+    split[last > split] = schema.SPLITS.index("unused")
     led = split[mine] < len(schema.SPLITS)
     np.minimum.at(split, mine[~led], rows.splits[at[~led]])
     chosen = np.where(old, rows.splits[at], split[mine])
     by_id = at[np.lexsort((rows.ids[at], ~old))]
     first[component[node[by_id[::-1]]]] = by_id[::-1]  # the last one written is the smallest id, of settled rows if there are any
     starts = np.cumsum(rows.sizes) - rows.sizes
-    with schema.PartWriter(corpus, NEAR_DUPLICATES, NEAR) as writer:
-        for number, name in enumerate(rows.names):
-            here = at[slice(*np.searchsorted(at, [starts[number], starts[number] + rows.sizes[number]]))]
-            if len(here):
-                own = component[node[here]]
-                writer.write(
-                    pa.table(
-                        {
-                            "id": [name_of(row) for row in rows.ids[here]],
-                            "group": schema.read_table(corpus, name, ["group"])["group"].take(pa.array(here - starts[number])),
-                            "split": [schema.SPLITS[code] for code in chosen[np.searchsorted(at, here)]],
-                            "of": [name_of(row) for row in rows.ids[first[own]]],
-                            "part": np.full(len(here), _number(name), np.int32),
-                            "row": (here - starts[number]).astype(np.int32),
-                        },
-                        NEAR,
-                    )
+    with schema.PartWriter(corpus, schema.version_name(NEAR_DUPLICATES, version), NEAR) as writer:
+        spans = {name: (low, slice(*np.searchsorted(at, [low, low + n]))) for name, low, n in zip(rows.names, starts, rows.sizes, strict=True)}
+        for name, content, _ in schema.read_each(corpus, ["group"], [name for name, (_, span) in spans.items() if span.stop > span.start]):
+            low, span = spans[name]
+            here, row = at[span], at[span] - low
+            writer.write(
+                pa.table(
+                    {
+                        "id": [name_of(one) for one in rows.ids[here]],
+                        "group": content["group"].take(pa.array(row)),
+                        "split": [schema.SPLITS[code] for code in chosen[span]],
+                        "of": [name_of(one) for one in rows.ids[first[component[node[here]]]]],
+                        "part": np.full(len(here), schema.part_number(name), np.int32),
+                        "row": row.astype(np.int32),
+                    },
+                    NEAR,
                 )
+            )
     changed = int((chosen != rows.splits[at]).sum())
     rows.splits[at] = chosen
     return {"groups": groups, "near_duplicates": len(at), "split_changed": changed, "unchecked": unchecked}
@@ -170,7 +175,3 @@ def join_near_duplicates(corpus: Folder, rows: Rows, settled: int = 0) -> dict[s
 def name_of(identity: bytes) -> str:
     """An id as it is written: 32 hex digits."""
     return bytes(identity).ljust(_ID.itemsize, b"\0").hex()
-
-
-def _number(name: str) -> int:
-    return int(name.removeprefix("part-").removesuffix(".parquet"))

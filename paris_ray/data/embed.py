@@ -29,7 +29,7 @@ from paris_ray.data.part import EncodePart, SumPart, unit_table
 from paris_ray.data.sources import open_source
 from paris_ray.data.sources.base import Unit, listing
 from paris_ray.data.splits import read_splits
-from paris_ray.manifest import StaleError
+from paris_ray.manifest import Stage, StaleError, refuse_half_appended
 from paris_ray.progress import Progress
 from paris_ray.storage import Folder
 
@@ -42,23 +42,20 @@ def embed(config: RunConfig) -> dict[str, Any]:
 
     Raises:
         ConfigError: the source or an encoder cannot be used, or no row survives.
-        StaleError: what is there was made from other inputs.
+        StaleError: what is there was made from other inputs, or an append was cut off.
     """
-    progress = Progress(Folder(config.run_dir) / "events", "embed", 0, "rows")
-    try:
+    with Progress(Folder(config.run_dir) / "events", "embed", 0, "rows") as progress:
         manifest = _embed(config, progress)
-    except BaseException as error:
-        progress.fail(f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}")
-        raise
-    counts = manifest["counts"]
-    progress.total = counts["rows"] + counts["rejected"]
-    progress.update(progress.total)
-    progress.finish(f"{counts['rows']} rows, {counts['rejected']} rejected")
+        counts = manifest["counts"]
+        progress.total = counts["rows"] + counts["rejected"]
+        progress.update(progress.total)
+        progress.finish(f"{counts['rows']} rows, {counts['rejected']} rejected")
     return manifest
 
 
 def _embed(config: RunConfig, progress: Progress) -> dict[str, Any]:
     run = Folder(config.run_dir)
+    refuse_half_appended(run / "corpus")
     first, began = stages.stage(config, "encoders"), time.monotonic()
     fitted = first.begin()
     if fitted.state == "valid" and (done := stages.status(config, "embed")).state == "valid" and done.manifest is not None:
@@ -83,7 +80,6 @@ def _embed(config: RunConfig, progress: Progress) -> dict[str, Any]:
     if state.state == "absent":
         (run / "rejected").delete_all()
     encode(config, run, units, progress)
-    (run / "corpus").sweep()  # of workers that were killed
     progress.update(progress.done, message="looking for duplicates", force=True)
     counts = finish(run)
     if not counts["splits"]["train"]:
@@ -188,7 +184,7 @@ def encode(config: RunConfig, run: Folder, units: list[Unit], progress: Progress
     import ray.data
 
     data = config.data
-    there = set(schema.parts(run / "corpus"))
+    there = set(schema.written(run / "corpus"))
     todo = [unit for unit in units if schema.part_name(unit.number) not in there]
     listed = [read_listed(run / "corpus", unit) for unit in units if schema.part_name(unit.number) in there]
     done, parts = sum(listed), len(listed)
@@ -224,33 +220,39 @@ def read_listed(corpus: Folder, unit: Unit) -> int:
         return schema.notes(content)["listed"]
 
 
-def finish(run: Folder, settled: int = 0) -> dict[str, Any]:
-    """Drop rows that are there twice, give near-duplicates one split, and count everything; done again it finds nothing more.
+def finish(run: Folder, before: dict[str, Any] | None = None) -> dict[str, Any]:
+    """Drop rows that are there twice, give near-duplicates one split, count everything and publish ``RUN/rejected``.
 
-    What is counted is read back from the files, so that it is true after any number of resumptions.
+    Done again it finds nothing more. What is counted is read back from the files, so that it is true after any number of resumptions.
 
     Args:
         run: the run directory.
-        settled: so many first rows stay as they are, in the splits they have.
+        before: the manifest of the corpus while it gets more rows. Those that it counts stay as they are, in the splits they have.
+
+    Returns:
+        what the manifest of the corpus says of its rows.
 
     Raises:
         RuntimeError: rows were lost or doubled.
     """
     corpus, rejected = run / "corpus", run / "rejected"
+    for folder in (corpus, rejected):
+        folder.sweep()  # of workers that were killed
     rows = duplicates.read_rows(corpus)
+    settled, version = (0, 1) if before is None else (int(before["counts"]["rows"]), int(before["version"]) + 1)
     if settled:
-        rows.splits[:settled] = np.concatenate(list(read_splits(corpus).values()))[:settled]
+        rows.splits[:settled] = np.concatenate(list(read_splits(corpus).values()))
     kept = duplicates.first_of_equals(rows.ids)
     _in_tasks(duplicates.drop, [(run, name, keep) for name, keep in rows.by_part(kept).items() if not keep.all()])
     rows = rows.keep(kept)
-    near = duplicates.join_near_duplicates(corpus, rows, settled)
+    near = duplicates.join_near_duplicates(corpus, rows, settled, version)
     splits = np.bincount(rows.splits, minlength=len(schema.SPLITS))
     cut, listed = 0, 0
-    for _, content, notes in schema.read_each(corpus, ["caption_cut"]):
+    for _, content, notes in schema.read_each(corpus, ["caption_cut"], schema.written(corpus)):
         cut += int(pc.sum(content["caption_cut"]).as_py() or 0)
         listed += notes["listed"]
     reasons: collections.Counter[str] = collections.Counter()
-    for _, content, _ in schema.read_each(rejected, ["reason"]):
+    for _, content, _ in schema.read_each(rejected, ["reason"], schema.written(rejected)):
         reasons.update(reason.split(":", 1)[0] for reason in content["reason"].to_pylist())
     counts: dict[str, Any] = {
         "listed": listed,
@@ -266,6 +268,7 @@ def finish(run: Folder, settled: int = 0) -> dict[str, Any]:
             f"{run.uri}: {counts['rows']} rows in corpus/ and {counts['rejected']} in rejected/ are not the {listed} that were read; "
             "something else has written there: pass --rebuild embed"
         )
+    Stage("rejected", rejected, {}, {}).publish({"rows": counts["rejected"]})
     return counts
 
 

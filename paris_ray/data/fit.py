@@ -27,7 +27,7 @@ from paris_ray.data.balance import coarse_clusters
 from paris_ray.data.kmeans import Fit, Keys, Labels, Rows, State, inertia_of, lloyd, means, start
 from paris_ray.data.nearest import F32
 from paris_ray.data.remote_rows import Piece, RemoteRows, load
-from paris_ray.data.splits import read_splits
+from paris_ray.data.splits import read_each
 from paris_ray.manifest import Stage, fingerprint
 from paris_ray.progress import Progress, clock
 from paris_ray.storage import Folder
@@ -41,7 +41,7 @@ SAVE_SECONDS = 30.0
 PIECES_AT_ONCE = 64
 """Part files whose validation and held-out rows one task labels."""
 
-LABELS, CENTROIDS, CLUSTERS = "labels.parquet", "centroids.safetensors", "clusters.json"
+CENTROIDS, CLUSTERS = "centroids.safetensors", "clusters.json"
 
 
 @dataclass(frozen=True)
@@ -63,13 +63,14 @@ class Index:
         """From ``RUN/corpus``."""
         parts: dict[str, slice] = {}
         ids: list[pa.Array] = []
-        splits = read_splits(corpus)
+        splits: list[NDArray[np.int8]] = []
         first = 0
-        for part, codes in splits.items():
-            ids += schema.read_table(corpus, part, ["id"])["id"].chunks
+        for part, light, codes in read_each(corpus, ["id"]):
+            ids += light["id"].chunks
+            splits.append(codes)
             parts[part] = slice(first, first + len(codes))
             first += len(codes)
-        return cls(parts, pa.chunked_array(ids, pa.string()), np.concatenate(list(splits.values())))
+        return cls(parts, pa.chunked_array(ids, pa.string()), np.concatenate(splits))
 
     def pieces(self, wanted: NDArray[np.bool_]) -> list[Piece]:
         """The rows for which ``wanted`` (N,) is true."""
@@ -103,7 +104,7 @@ class Model:
 
 
 def fit_clusters(config: RunConfig, corpus: Folder, stage: Stage, progress: Progress) -> None:
-    """Write ``centroids.safetensors``, ``clusters.json`` and, last, ``labels.parquet`` into the stage's folder.
+    """Write ``centroids.safetensors``, ``clusters.json`` and, last, the labels into the stage's folder.
 
     Raises:
         ConfigError: the corpus is too small for the number of clusters, the backend is not installed, or the cap on an expert's share cannot be held.
@@ -151,7 +152,8 @@ def fit_clusters(config: RunConfig, corpus: Folder, stage: Stage, progress: Prog
         },
     )
     split = pa.DictionaryArray.from_arrays(pa.array(index.split), pa.array(schema.SPLITS)).cast(pa.string())
-    schema.write_table(out, LABELS, pa.table({"id": index.ids, "fine": fine, "expert": expert, "distance": distance, "split": split}))
+    labels = pa.table({"id": index.ids, "fine": fine, "expert": expert, "distance": distance, "split": split})
+    schema.write_table(out, schema.version_name(schema.LABELS, 1), labels)
     out.delete(_saved(stage))
 
 
@@ -239,9 +241,8 @@ def _saved(stage: Stage) -> str:
 def random_experts(corpus: Folder, index: Index, experts: int, seed: int) -> Labels:
     """Expert of each row by hash of its near-duplicate group: equal shares are expected."""
     labels = np.empty(len(index.split), np.int32)
-    for name, here in index.parts.items():
-        groups = schema.read_table(corpus, name, ["group"])["group"].to_pylist()
-        labels[here] = [rng.key(seed, "random-partition", group) % experts for group in groups]
+    for name, content, _ in schema.read_each(corpus, ["group"], index.parts):
+        labels[index.parts[name]] = [rng.key(seed, "random-partition", group) % experts for group in content["group"].to_pylist()]
     return labels
 
 

@@ -1,6 +1,7 @@
 """The corpus → clusters and one shard per expert: two-level k-means over the semantic embeddings (arXiv 2510.03434, 2501.05450). Torch-free.
 
-Labels are computed once, from the float16 embeddings as stored, and everything later reads them from ``clusters/labels.parquet``.
+Labels are computed once, from the float16 embeddings as stored, and everything later reads them from ``clusters/labels.parquet`` and, of rows that
+were appended, ``clusters/labels-<version>.parquet``.
 """
 
 from __future__ import annotations
@@ -17,9 +18,9 @@ from paris_ray.config import RunConfig
 from paris_ray.data import schema
 from paris_ray.data.cluster_report import draw_sheets, write_report
 from paris_ray.data.cut import cut_all, groups
-from paris_ray.data.fit import CLUSTERS, LABELS, fit_clusters
+from paris_ray.data.fit import CLUSTERS, fit_clusters
 from paris_ray.data.splits import split_codes
-from paris_ray.manifest import Stage, StaleError
+from paris_ray.manifest import Stage, StaleError, refuse_half_appended
 from paris_ray.progress import Progress
 from paris_ray.storage import Folder
 
@@ -34,20 +35,20 @@ def partition(config: RunConfig) -> None:
     Raises:
         FileNotFoundError: the corpus is not there yet.
         ConfigError: the corpus is too small for the number of clusters, or the cap on an expert's share cannot be held.
-        StaleError: the folders hold something made from other inputs.
+        StaleError: the folders hold something made from other inputs, or an append was cut off.
     """
     begun = time.monotonic()
-    clusters = stages.stage(config, "partition")
+    clusters, run = stages.stage(config, "partition"), Folder(config.run_dir)
+    for folder in (run / "corpus", clusters.folder):
+        refuse_half_appended(folder)
     shards = [stages.stage(config, f"shard-{k}") for k in range(config.num_experts)]
     found = [stage.begin() for stage in (clusters, *shards)]
     if all(status.state == "valid" for status in found):
         return
-    run = Folder(config.run_dir)
-    progress = Progress(run / "events", "partition", 0, "rows")
-    try:
-        if not clusters.folder.exists(LABELS):  # the last file of the fit
+    with Progress(run / "events", "partition", 0, "rows") as progress:
+        if not schema.versions(clusters.folder, schema.LABELS):  # the last file of the fit
             fit_clusters(config, run / "corpus", clusters, progress)
-        labels = schema.read_table(clusters.folder, LABELS, ["id", "fine", "expert", "split"])
+        labels = schema.read_labels(clusters.folder, ["id", "fine", "expert", "split"])
         progress.total = len(labels)
         sheets = draw_sheets(config) if found[0].state != "valid" else None
         grouped = groups(run / "corpus", schema.parts(run / "corpus"))
@@ -58,10 +59,7 @@ def partition(config: RunConfig) -> None:
             counts = {name: summary[name] for name in ("sizes", "imbalance")}
             counts |= {"rows": len(labels), "fine": len(summary["fine_sizes"]), "groups": len(grouped)}
             clusters.publish(counts, time.monotonic() - begun)
-    except BaseException as error:
-        progress.fail(f"{type(error).__name__}: {error}".splitlines()[0])
-        raise
-    progress.finish(f"{config.num_experts} shards, report at {clusters.folder.uri}/report.html")
+        progress.finish(f"{config.num_experts} shards, report at {clusters.folder.uri}/report.html")
 
 
 def _cut(run: Folder, grouped: list[list[str]], labels: pa.Table, shards: list[Stage], progress: Progress, begun: float) -> None:
@@ -88,7 +86,7 @@ def shard_counts(labels: pa.Table, k: int) -> dict[str, Any]:
     """What the manifest of a shard says of its rows: how many, and ``labels``, a fingerprint of their ids and fine clusters."""
     fine, split, mine = labels["fine"].to_numpy(), split_codes(labels["split"]), labels["expert"].to_numpy() == k
     counts = {name: int((mine & (split == schema.SPLITS.index(name))).sum()) for name in ("train", "validation")}
-    mine &= split != schema.SPLITS.index("held_out")
+    mine &= split <= schema.SPLITS.index("validation")
     own = labels["id"].filter(pa.array(mine)).combine_chunks()
     order = pc.sort_indices(own)
     digest = hashlib.sha256(fine[mine][order.to_numpy()].tobytes())

@@ -3,29 +3,43 @@
 from __future__ import annotations
 
 import collections
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from types import TracebackType
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
+from paris_ray.manifest import published
 from paris_ray.storage import Folder
 
-SPLITS = ("train", "validation", "held_out")
+T = TypeVar("T")
+U = TypeVar("U")
+
+SPLITS = ("train", "validation", "held_out", "unused")
+"""The first three are drawn. ``unused`` are appended rows that look like earlier ones of several splits: they are in no shard, and nothing asks for
+them."""
 
 READ_AHEAD = 8
+
+LABELS = "labels"
+"""Stem of the files of ``RUN/clusters`` with the label of every row: each version adds one, of the rows that it adds."""
 
 REJECTED = pa.schema([("source", pa.string()), ("reason", pa.string())])
 """Rows that were refused, and why: ``kind: detail``."""
 
 
 def part_name(index: int) -> str:
-    """File name of a part; names sort in the order of their rows."""
-    return f"part-{index:05d}.parquet"
+    """File name of a part; names sort in the order of their rows, up to ten million of them."""
+    return f"part-{index:07d}.parquet"
+
+
+def part_number(name: str) -> int:
+    """The number in a part's file name."""
+    return int(name.removeprefix("part-").removesuffix(".parquet"))
 
 
 def _text(text: Mapping[str, Any], store_text: str) -> pa.Field:
@@ -160,9 +174,41 @@ def notes(content: pq.ParquetFile) -> dict[str, int]:
     return {key.decode(): int(value) for key, value in (content.metadata.metadata or {}).items() if value.isdigit()}
 
 
+def written(folder: Folder) -> list[str]:
+    """Names of the part files that are directly in a folder, published or not, in the order of their rows: for the stage that writes them."""
+    return _parts(entry.name for entry in folder.files())
+
+
 def parts(folder: Folder) -> list[str]:
-    """Names of the part files directly in a folder, in the order of their rows."""
-    return [entry.name for entry in folder.files() if entry.name.startswith("part-") and entry.name.endswith(".parquet")]
+    """Names of a folder's part files for all who read it, in the order of their rows.
+
+    Those that its manifest lists: what lies beside them is of an append that is not finished. All that are there, while there is no manifest.
+    """
+    manifest = published(folder)
+    return written(folder) if manifest is None else _parts(file["name"] for file in manifest["files"])
+
+
+def version_name(stem: str, version: int) -> str:
+    """Name of the Parquet file that a version of a folder adds to those of its stem: no published file is changed by a later version."""
+    return f"{stem}.parquet" if version == 1 else f"{stem}-{version:06d}.parquet"
+
+
+def versions(folder: Folder, stem: str) -> list[str]:
+    """The published files of a stem, as :func:`parts` knows them, those of the first version first."""
+    manifest = published(folder)
+    names = [entry.name for entry in folder.files()] if manifest is None else [file["name"] for file in manifest["files"]]
+    first = version_name(stem, 1)
+    return sorted((name for name in names if name == first or name.startswith(f"{stem}-")), key=lambda name: (name != first, name))
+
+
+def _parts(names: Iterable[str]) -> list[str]:
+    return [name for name in names if name.startswith("part-") and name.endswith(".parquet")]
+
+
+def column_names(folder: Folder, name: str) -> list[str]:
+    """Names of a file's columns."""
+    with folder.open(name) as source, pq.ParquetFile(source) as content:
+        return list(content.schema_arrow.names)
 
 
 def read_table(folder: Folder, name: str, columns: Sequence[str] | None = None) -> pa.Table:
@@ -171,21 +217,48 @@ def read_table(folder: Folder, name: str, columns: Sequence[str] | None = None) 
         return pq.read_table(source, columns=list(columns) if columns is not None else None)
 
 
-def read_each(folder: Folder, columns: Sequence[str]) -> Iterator[tuple[str, pa.Table, dict[str, int]]]:
-    """Some columns of each part file in the order of their names, a few files read ahead: name, columns, and the notes of its writer."""
+def ahead(read: Callable[[T], U], items: Iterable[T]) -> Iterator[U]:
+    """``map(read, items)``, a few items read ahead: an object store takes its time to answer."""
+    waiting: collections.deque[Future[U]] = collections.deque()
+    with ThreadPoolExecutor(READ_AHEAD) as pool:
+        for item in items:
+            waiting.append(pool.submit(read, item))
+            if len(waiting) > READ_AHEAD:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+
+
+def read_each(folder: Folder, columns: Sequence[str], names: Iterable[str] | None = None) -> Iterator[tuple[str, pa.Table, dict[str, int]]]:
+    """Some columns of part files (all of :func:`parts` by default), a few files read ahead: name, columns, and the notes of its writer."""
 
     def read(name: str) -> tuple[str, pa.Table, dict[str, int]]:
         with folder.open(name) as source, pq.ParquetFile(source) as content:
             return name, content.read(columns=list(columns), use_threads=False), notes(content)
 
-    ahead: collections.deque[Future[tuple[str, pa.Table, dict[str, int]]]] = collections.deque()
-    with ThreadPoolExecutor(READ_AHEAD) as pool:
-        for name in parts(folder):
-            ahead.append(pool.submit(read, name))
-            if len(ahead) > READ_AHEAD:
-                yield ahead.popleft().result()
-        while ahead:
-            yield ahead.popleft().result()
+    return ahead(read, parts(folder) if names is None else names)
+
+
+def count_rows(folder: Folder, names: Iterable[str]) -> list[int]:
+    """Rows of each of these files."""
+
+    def count(name: str) -> int:
+        with folder.open(name) as source, pq.ParquetFile(source) as content:
+            return int(content.metadata.num_rows)
+
+    return list(ahead(count, names))
+
+
+def read_labels(clusters: Folder, columns: Sequence[str]) -> pa.Table:
+    """Columns ``id``, ``fine``, ``expert``, ``distance`` (squared, to the expert's centroid) or ``split`` of every row, in the corpus' order.
+
+    Raises:
+        FileNotFoundError: there are no labels yet.
+    """
+    names = versions(clusters, LABELS)
+    if not names:
+        raise FileNotFoundError(f"{clusters.uri} has no {version_name(LABELS, 1)}; run the stage 'partition' first")
+    return pa.concat_tables(read_table(clusters, name, columns) for name in names)
 
 
 def to_numpy(column: pa.ChunkedArray) -> NDArray[Any]:
@@ -200,7 +273,7 @@ def to_numpy(column: pa.ChunkedArray) -> NDArray[Any]:
 
 
 def read_columns(folder: Folder, columns: Sequence[str]) -> dict[str, NDArray[Any]]:
-    """Columns over all part files of a folder, in the order of the files' names.
+    """Columns over all part files of a folder (:func:`parts`), in their order.
 
     Args:
         folder: ``RUN/corpus`` or ``RUN/shards/expert=K``.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Collection
+from collections.abc import Collection, Iterator, Sequence
 
 import numpy as np
 import pyarrow as pa
@@ -15,8 +15,9 @@ from paris_ray.config import SplitConfig
 from paris_ray.data import schema
 from paris_ray.storage import Folder
 
-NEAR_DUPLICATES = "near_duplicates.parquet"
-"""In ``RUN/corpus``: rows that look like rows of another group, and the split that all of these have (:mod:`paris_ray.data.duplicates`)."""
+NEAR_DUPLICATES = "near_duplicates"
+"""Stem of a file in ``RUN/corpus`` (each version has its own): rows that look like rows of another group, and the split that all of these have
+(:mod:`paris_ray.data.duplicates`)."""
 
 
 def row_id(content: str, caption: str) -> str:
@@ -46,25 +47,31 @@ def split_of(split: SplitConfig, seed: int, group: str, identity: str) -> str:
     return "validation" if draw < split.held_out_rows + split.validation_rows else "train"
 
 
-def read_splits(corpus: Folder, parts: Collection[str] | None = None) -> dict[str, NDArray[np.int8]]:
-    """The split of each row, by part file, in the files' order; near-duplicates have the one that all of them have. A byte a row.
+def read_each(corpus: Folder, columns: Sequence[str], parts: Collection[str] | None = None) -> Iterator[tuple[str, pa.Table, NDArray[np.int8]]]:
+    """Some columns of each part file, and the split of each row: near-duplicates have the one that all of them have.
 
     Args:
         corpus: ``RUN/corpus``.
+        columns: names.
         parts: names of part files; all by default.
 
-    Returns:
-        indices into :data:`paris_ray.data.schema.SPLITS`.
+    Yields:
+        a file's name, its columns, and indices into :data:`paris_ray.data.schema.SPLITS`.
     """
-    names = schema.parts(corpus) if parts is None else parts
-    found = {name: split_codes(schema.read_table(corpus, name, ["split"])["split"]) for name in names}
-    if corpus.exists(NEAR_DUPLICATES):
-        changed = schema.read_table(corpus, NEAR_DUPLICATES, ["part", "row", "split"])
-        number, rows, codes = changed["part"].to_numpy(), changed["row"].to_numpy(), split_codes(changed["split"])
-        for one in np.unique(number):
-            if (name := schema.part_name(int(one))) in found:
-                found[name][rows[number == one]] = codes[number == one]
-    return found
+    changed = _near_duplicates(corpus, ["part", "row", "split"])
+    if changed is not None:
+        number, rows, given = changed["part"].to_numpy(), changed["row"].to_numpy(), split_codes(changed["split"])
+    for name, content, _ in schema.read_each(corpus, [*columns, "split"], parts):
+        codes = split_codes(content["split"])
+        if changed is not None:
+            own = slice(*np.searchsorted(number, [schema.part_number(name), schema.part_number(name) + 1]))
+            codes[rows[own]] = given[own]
+        yield name, content.select(list(columns)), codes
+
+
+def read_splits(corpus: Folder, parts: Collection[str] | None = None) -> dict[str, NDArray[np.int8]]:
+    """The split of each row, by part file; arguments as in :func:`read_each`. A byte a row."""
+    return {name: codes for name, _, codes in read_each(corpus, [], parts)}
 
 
 def split_codes(column: pa.ChunkedArray) -> NDArray[np.int8]:
@@ -74,7 +81,10 @@ def split_codes(column: pa.ChunkedArray) -> NDArray[np.int8]:
 
 def read_copies(corpus: Folder) -> set[str]:
     """Ids of rows that look like a row of another group which stands for them all."""
-    if not corpus.exists(NEAR_DUPLICATES):
-        return set()
-    listed = schema.read_table(corpus, NEAR_DUPLICATES, ["id", "of"])
-    return set(listed["id"].filter(pc.not_equal(listed["id"], listed["of"])).to_pylist())
+    listed = _near_duplicates(corpus, ["id", "of"])
+    return set() if listed is None else set(listed["id"].filter(pc.not_equal(listed["id"], listed["of"])).to_pylist())
+
+
+def _near_duplicates(corpus: Folder, columns: Sequence[str]) -> pa.Table | None:
+    names = schema.versions(corpus, NEAR_DUPLICATES)
+    return schema.read_table(corpus, names[-1], columns) if names else None

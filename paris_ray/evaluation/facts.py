@@ -13,8 +13,8 @@ from numpy.typing import NDArray
 from paris_ray import stages
 from paris_ray.config import RunConfig
 from paris_ray.data.report.terms import terms
-from paris_ray.data.schema import read_columns
-from paris_ray.evaluation.protocol import Decode, read_file, read_latents
+from paris_ray.data.schema import read_columns, read_labels
+from paris_ray.evaluation.protocol import Decode, read_latents
 from paris_ray.manifest import published
 from paris_ray.storage import Folder
 
@@ -82,13 +82,16 @@ class Facts:
     @functools.cached_property
     def labels(self) -> dict[str, int] | None:
         """The expert of each row, by id."""
-        found = _or_none(lambda: read_file(self.run / "clusters", "labels.parquet", ["id", "expert"]))
-        return None if found is None else dict(zip(found["id"].tolist(), found["expert"].tolist(), strict=True))
+        found = _or_none(lambda: read_labels(self.run / "clusters", ["id", "expert"]))
+        return None if found is None else dict(zip(found["id"].to_pylist(), found["expert"].to_pylist(), strict=True))
 
     @functools.cached_property
     def clusters(self) -> dict[str, Any] | None:
-        """``clusters.json``."""
-        return _or_none(lambda: dict((self.run / "clusters").read_json("clusters.json")))
+        """``clusters.json``, with the ``sizes`` of today and the ``version`` that they are of."""
+        if "partition" not in self.manifests:
+            return None
+        manifest = self.manifests["partition"]
+        return {**(self.run / "clusters").read_json("clusters.json"), "sizes": manifest["counts"]["sizes"], "version": manifest["version"]}
 
     def contact_sheet(self, k: int) -> bytes | None:
         """The contact sheet of a cluster, a PNG."""
@@ -99,8 +102,9 @@ class Facts:
         """Words that set each cluster's captions apart."""
         if self.corpus is None or self.labels is None:
             return [[] for _ in range(self.config.num_experts)]
-        expert = np.array([self.labels[name] for name in self.corpus["id"].tolist()], np.int32)
-        found = terms(self.corpus["caption"].tolist(), expert, self.config.num_experts, 8)
+        known = [(caption, self.labels[name]) for name, caption in zip(self.corpus["id"], self.corpus["caption"], strict=True) if name in self.labels]
+        expert = np.array([label for _, label in known], np.int32)
+        found = terms([caption for caption, _ in known], expert, self.config.num_experts, 8)
         return [[word for word, _ in words] for words in found]
 
     # -- training, model, evaluation ----------------------------------------------------------------------------------------

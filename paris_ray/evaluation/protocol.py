@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from paris_ray import rng
 from paris_ray.config import RunConfig
-from paris_ray.data.schema import SPLITS, parts, read_columns, read_table, to_numpy
+from paris_ray.data.schema import SPLITS, parts, read_columns, read_labels, read_table, to_numpy
 from paris_ray.data.splits import read_copies, read_splits
 from paris_ray.evaluation import metrics
 from paris_ray.storage import Folder
@@ -39,7 +39,7 @@ class Corpus:
         ids: (M,) str.
         captions: (M,) str.
         groups: (M,) str.
-        splits: (M,) ``train``, ``validation`` or ``held_out``.
+        splits: (M,) of :data:`paris_ray.data.schema.SPLITS`.
         duplicates: (M,) bool, true for near-duplicates of another row.
         embeddings: (M, D) float16.
         clusters: (M,) the expert whose cluster the row is in.
@@ -88,12 +88,13 @@ def read_corpus(config: RunConfig) -> Corpus:
     run = Folder(config.run_dir)
     columns = read_columns(run / "corpus", ["id", "caption", "group", "embedding"])
     splits, copies = np.concatenate(list(read_splits(run / "corpus").values())), read_copies(run / "corpus")
-    labels = read_file(run / "clusters", "labels.parquet", ["id", "expert"])
-    expert = dict(zip(labels["id"].tolist(), labels["expert"].tolist(), strict=True))
+    labels = read_labels(run / "clusters", ["id", "expert"])
+    expert = dict(zip(labels["id"].to_pylist(), labels["expert"].to_pylist(), strict=True))
     unlabelled = [name for name in columns["id"].tolist() if name not in expert]
     if unlabelled:
         raise ValueError(
-            f"{run.uri}/clusters/labels.parquet lacks {len(unlabelled)} rows of the corpus, such as {unlabelled[0]!r}; run partition again"
+            f"{run.uri}/clusters has no label for {len(unlabelled)} rows of the corpus, such as {unlabelled[0]!r}; "
+            "if they were appended, run python -m jobs.append, else partition again"
         )
     return Corpus(
         run / "corpus",
@@ -107,12 +108,6 @@ def read_corpus(config: RunConfig) -> Corpus:
     )
 
 
-def read_file(folder: Folder, name: str, columns: Sequence[str]) -> dict[str, NDArray[Any]]:
-    """Some columns of one Parquet file."""
-    content = read_table(folder, name, columns)
-    return {column: to_numpy(content.column(column)) for column in columns}
-
-
 def read_latents(folder: Folder, ids: Sequence[str]) -> NDArray[np.float32]:
     """Latents of some rows of a corpus, in the order of ``ids``. Raises KeyError for an unknown id."""
     wanted = set(ids)
@@ -120,10 +115,11 @@ def read_latents(folder: Folder, ids: Sequence[str]) -> NDArray[np.float32]:
     for part in parts(folder):
         if not wanted - found.keys():
             break
-        columns = read_file(folder, part, ["id", "latent"])
-        for row, name in enumerate(columns["id"].tolist()):
+        content = read_table(folder, part, ["id", "latent"])
+        latents = to_numpy(content["latent"])
+        for row, name in enumerate(content["id"].to_pylist()):
             if name in wanted:
-                found[name] = np.asarray(columns["latent"][row], np.float32)
+                found[name] = latents[row].astype(np.float32)
     return np.stack([found[name] for name in ids])
 
 

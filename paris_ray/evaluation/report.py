@@ -148,6 +148,8 @@ def clusters_section(facts: Facts) -> str:
         f"{min(sizes) / total:.0%}; an equal share would be {1 / len(sizes):.0%}. Below each sheet, the words that set its captions apart. "
         f"{blocks.CODEC_NOTE} The clusters' own page, clusters/report.html, has a map and what training was estimated to cost."
     )
+    if clusters["version"] > 1:
+        said += f" Rows were appended since: sizes are of version {clusters['version']} of the clusters, sheets and their own page of version 1."
     return blocks.paragraph(said) + charts.share_bar(sizes, "Shares of the training rows") + f'<div class="cards">{"".join(cards)}</div>'
 
 

@@ -97,7 +97,7 @@ def _published(folder: Folder, name: str, stage: str) -> str:
 
 def _info(config: RunConfig, model: Folder, checksums: dict[str, str]) -> dict[str, Any]:
     run = Folder(config.run_dir)
-    encoders, sizes = (run / "encoders").read_json("encoders.json"), (run / "clusters").read_json("clusters.json")["sizes"]
+    encoders, sizes = (run / "encoders").read_json("encoders.json"), stages.cluster_sizes(config)
     experts = []
     for k in range(config.num_experts):
         own = model.read_json(f"expert_{k}/config.json")

@@ -13,6 +13,7 @@ from torch import Tensor
 from paris_ray.config import ConfigError
 from paris_ray.data.encoders import FILE, NULL_TEXT, pool
 from paris_ray.data.schema import read_columns
+from paris_ray.manifest import StaleError, require
 from paris_ray.storage import Folder
 from paris_ray.training.checkpoint import read_tensors
 
@@ -57,9 +58,18 @@ def read_rows(run: Folder, experts: Sequence[int], store_text: str) -> tuple[Row
 
     Raises:
         ConfigError: there is no row to train on.
+        StaleError: the shards are of different versions of the corpus, or a shard does not hold what its manifest counts.
     """
     text_column = "text" if store_text == "states" else "token_ids"
-    parts = [read_columns(run / "shards" / f"expert={k}", ["id", text_column, "text_len", "latent", "split"]) for k in experts]
+    folders = [run / "shards" / f"expert={k}" for k in experts]
+    manifests = [require(folder, "partition") for folder in folders]
+    if any(manifest["inputs"]["parents"] != manifests[0]["inputs"]["parents"] for manifest in manifests):
+        raise StaleError(f"{run.uri}/shards are of different versions of the corpus: an append was cut off; finish it with python -m jobs.append")
+    parts = [read_columns(folder, ["id", text_column, "text_len", "latent", "split"]) for folder in folders]
+    for folder, manifest, part in zip(folders, manifests, parts, strict=True):
+        found, counted = len(part["id"]), manifest["counts"]["rows"]
+        if found != counted:
+            raise StaleError(f"{folder.uri} holds {found} rows, its manifest counts {counted}; copy it anew, or pass --rebuild partition")
     labels = np.repeat(np.asarray(experts, np.int64), [len(part["id"]) for part in parts])
     columns = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
     order = np.argsort(columns["id"].astype(str), kind="stable")

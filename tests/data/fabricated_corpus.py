@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -81,6 +82,14 @@ def make_corpus(
     write_parts(run, columns(store_text, distinct), order, per_part)
     embed.publish()
     return one
+
+
+def publish_more(one: RunConfig, rows: Iterable[int], first: int) -> None:
+    """Further rows in the corpus, as a new version of it."""
+    run = Folder(one.run_dir)
+    write_parts(run, columns("states", True), np.array(list(rows)), 25, first)
+    embed = stages.stage(one, "embed")
+    embed.publish(after=embed.status().manifest)
 
 
 def without_pictures(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,6 +6,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
 import pytest
 
 from jobs import append as append_job
@@ -13,24 +15,18 @@ from paris_ray import config as configs
 from paris_ray import stages
 from paris_ray.config import RunConfig
 from paris_ray.data import append, embed, partition, schema
+from paris_ray.data.duplicates import NEAR
 from paris_ray.data.fit import Model
 from paris_ray.manifest import StaleError
 from paris_ray.storage import Folder
+from paris_ray.training.shard import read_rows
 
-from .fabricated_corpus import columns, make_corpus, shard_bytes, without_pictures, write_parts
+from .fabricated_corpus import columns, make_corpus, publish_more, without_pictures, write_parts
 
 
 @pytest.fixture(autouse=True)
 def _no_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
     without_pictures(monkeypatch)
-
-
-def publish_more(one: RunConfig, rows: range, first: int) -> None:
-    """Further rows in the corpus, as a new version of it."""
-    run = Folder(one.run_dir)
-    write_parts(run, columns("states", True), np.array(rows), 25, first)
-    embed = stages.stage(one, "embed")
-    embed.publish(after=embed.status().manifest)
 
 
 def manifests(one: RunConfig) -> dict[str, dict[str, Any]]:
@@ -47,8 +43,8 @@ def test_rows_are_appended_and_nothing_else_changes(tmp_path: Path, method: str)
     expert.begin()
     expert.folder.write_bytes("weights", b"trained")
     expert.publish()
-    before, files = manifests(one), {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file() and "labels" not in p.name and p.name[0] != "_"}
-    old = schema.read_table(run / "clusters", "labels.parquet")
+    before, files = manifests(one), {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file() and p.name[0] != "_"}
+    old = schema.read_labels(run / "clusters", ["id", "fine", "expert", "distance", "split"])
 
     publish_more(one, range(240, 270), 4)
     assert stages.status(one, "partition").notes == ("made from version 1 of 2 of corpus",)
@@ -59,7 +55,7 @@ def test_rows_are_appended_and_nothing_else_changes(tmp_path: Path, method: str)
 
     kept = {p: p.read_bytes() for p in files if p.parent.name != "events"}
     assert kept == {p: content for p, content in files.items() if p in kept}
-    labels = schema.read_table(run / "clusters", "labels.parquet")
+    labels = schema.read_labels(run / "clusters", ["id", "fine", "expert", "distance", "split"])
     assert labels.slice(0, 240).equals(old)
     corpus = schema.read_columns(run / "corpus", ["id", "split", "embedding", "latent", "group"])
     assert labels["id"].to_pylist() == corpus["id"].tolist()
@@ -92,35 +88,30 @@ def test_rows_are_appended_and_nothing_else_changes(tmp_path: Path, method: str)
         assert manifest["previous"][0] == before[name]["fingerprint"]
     assert after["partition"]["counts"]["rows"] == 300
     assert after["partition"]["counts"]["sizes"] == np.bincount(own[corpus["split"] == "train"]).tolist()
+    assert stages.cluster_sizes(one) == after["partition"]["counts"]["sizes"] != (run / "clusters").read_json("clusters.json")["sizes"]
     assert stages.status(one, "expert-1").state == "valid"
     assert stages.status(one, "expert-1").notes == ("made from version 1 of 3 of shard",)
     assert all(stages.status(one, name).notes == () for name in after)
 
 
-def test_an_append_that_died_goes_on_to_the_same_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    runs = []
-    for name in ("whole", "run"):
-        runs.append(make_corpus(tmp_path / name))
-        partition.partition(runs[-1])
-        publish_more(runs[-1], range(240, 300), 4)
-    append.append_partition(runs[0])
-    publish = stages.Stage.publish
-    for last in ("shard-1", "partition"):  # in the middle of the shards, and after the labels
-
-        def dies(self: stages.Stage, *args: Any, last: str = last, **named: Any) -> Any:
-            if self.name == last:
-                raise OSError("disk full")
-            return publish(self, *args, **named)
-
-        monkeypatch.setattr(stages.Stage, "publish", dies)
-        with pytest.raises(OSError, match="disk full"):
-            append.append_partition(runs[1])
-    monkeypatch.setattr(stages.Stage, "publish", publish)
-    assert append.append_partition(runs[1]) == 60
-    assert shard_bytes(tmp_path / "run") == shard_bytes(tmp_path / "whole")
-    for name, manifest in manifests(runs[0]).items():
-        assert manifests(runs[1])[name]["fingerprint"] == manifest["fingerprint"]
-        assert manifests(runs[1])[name]["version"] == manifest["version"] == 2
+def test_unused_rows_are_labelled_and_in_no_shard(tmp_path: Path) -> None:
+    one = make_corpus(tmp_path)
+    partition.partition(one)
+    run, ids = Folder(tmp_path), columns("states", True)["id"]
+    new = ids[[240, 251]]
+    near = {"id": new, "group": ["a", "b"], "split": ["unused", "unused"], "of": new, "part": [4, 4], "row": [0, 11]}
+    schema.write_table(run / "corpus", "near_duplicates-000002.parquet", pa.table(near, NEAR))
+    publish_more(one, range(240, 270), 4)
+    append.append_partition(one)
+    labels = schema.read_labels(run / "clusters", ["id", "fine", "expert", "split"])
+    unused = pc.equal(labels["split"], "unused")
+    assert set(labels["id"].filter(unused).to_pylist()) == set(new)
+    assert all(partition.shard_counts(labels, k) == partition.shard_counts(labels.filter(pc.invert(unused)), k) for k in range(3))
+    shards = [schema.read_columns(run / "shards" / f"expert={k}", ["id", "split"]) for k in range(3)]
+    assert set(new).isdisjoint(np.concatenate([shard["id"] for shard in shards]))
+    assert {split for shard in shards for split in shard["split"]} == {"train", "validation"}
+    found = read_rows(run, range(3), "states")  # and counts are those of the files
+    assert sum(map(len, found)) == sum(len(shard["id"]) for shard in shards)
 
 
 def test_another_corpus_is_not_appended(tmp_path: Path) -> None:
@@ -155,7 +146,7 @@ def test_pictures_are_appended_by_the_job(tmp_path: Path, ray_local: None, capsy
     rows = schema.read_columns(run / "corpus", ["id", "caption", "split"])
     assert len(set(rows["id"])) == len(rows["id"]) == 48
     assert all("orange" in caption for caption in rows["caption"][32:])
-    assert schema.read_table(run / "clusters", "labels.parquet")["id"].to_pylist() == rows["id"].tolist()
+    assert schema.read_labels(run / "clusters", ["id"])["id"].to_pylist() == rows["id"].tolist()
     shards = [schema.read_columns(run / "shards" / f"expert={k}", ["id"])["id"] for k in range(3)]
     assert sorted(np.concatenate(shards)) == sorted(rows["id"][rows["split"] != "held_out"])
     assert all(manifest["version"] == 2 for manifest in manifests(one).values())

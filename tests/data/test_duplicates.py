@@ -66,7 +66,7 @@ def test_near_duplicates_against_all_pairs(tmp_path, own_groups, seed):
         split = min((rows[i]["split"] for i in m), key=schema.SPLITS.index)
         first = min(rows[i]["id"] for i in m)
         wanted |= {rows[i]["id"]: (rows[i]["group"], split, first) for i in m}
-    table = schema.read_table(run / "corpus", NEAR_DUPLICATES)
+    table = schema.read_table(run / "corpus", f"{NEAR_DUPLICATES}.parquet")
     found = {row["id"]: (row["group"], row["split"], row["of"]) for row in table.to_pylist()}
     assert found == wanted
     assert len(table) == len(found) == counts["near_duplicates"] > 30
@@ -84,7 +84,7 @@ def test_near_duplicates_against_all_pairs(tmp_path, own_groups, seed):
     other = Folder(tmp_path / "other")
     write_corpus(other, [rows[i] for i in order], [75, 75])
     assert duplicates.join_near_duplicates(other / "corpus", duplicates.read_rows(other / "corpus")) == counts
-    again = schema.read_table(other / "corpus", NEAR_DUPLICATES).to_pylist()
+    again = schema.read_table(other / "corpus", f"{NEAR_DUPLICATES}.parquet").to_pylist()
     assert {row["id"]: (row["group"], row["split"], row["of"]) for row in again} == wanted
 
 
@@ -125,6 +125,32 @@ def test_rows_that_come_later_follow_those_that_are_settled(tmp_path):
     # One that is settled stands for all, whatever the ids of the others; else the smallest id does.
     assert name(87) < name(88) or name(86) < name(88)
     assert read_copies(run / "corpus") == {max(name(90), name(89)), name(87), name(86), max(name(85), name(84))}
+
+
+def test_later_rows_that_look_like_settled_ones_of_several_splits_are_unused(tmp_path):
+    base, run = 0x0F0F_1234_5678_9ABC, Folder(tmp_path)
+    far = ~base % 2**64 >> 1
+    # Two that differ in six bits, one of validation far away; then: half-way between the two, like that one, like the first only, like the third.
+    looks = [base, base ^ 0b111111, far, base ^ 0b111, base ^ 0b111 ^ 1 << 20, base ^ 1 << 40, far ^ 1]
+    splits = ["train", "held_out", "validation", "train", "validation", "held_out", "train"]
+    rows = [
+        {"id": name(i), "phash": int(np.uint64(look).view(np.int64)), "group": str(i), "split": split, "source": str(i)}
+        for i, (look, split) in enumerate(zip(looks, splits, strict=True))
+    ]
+    write_corpus(run, rows, [3, 4])
+    held = duplicates.read_rows(run / "corpus")
+    counts = duplicates.join_near_duplicates(run / "corpus", held, settled=3)
+    wanted = ["train", "held_out", "validation", "unused", "unused", "unused", "validation"]
+    assert [schema.SPLITS[code] for codes in read_splits(run / "corpus").values() for code in codes] == wanted
+    assert [schema.SPLITS[code] for code in held.splits] == wanted
+    assert counts["split_changed"] == 4
+    # And so is one that comes later still, and looks like an unused one.
+    rows.append({"id": name(7), "phash": int(np.uint64(base ^ 0b111 ^ 0b11 << 20).view(np.int64)), "group": "7", "split": "train", "source": "7"})
+    write_corpus(run, rows, [3, 4, 1])
+    held = duplicates.read_rows(run / "corpus")
+    held.splits[:7] = [schema.SPLITS.index(split) for split in wanted]
+    duplicates.join_near_duplicates(run / "corpus", held, settled=7)
+    assert [schema.SPLITS[code] for code in held.splits] == [*wanted, "unused"]
 
 
 def test_a_corpus_without_near_duplicates(tmp_path):

@@ -103,8 +103,8 @@ def test_done_is_skipped_and_a_lost_part_is_made_again_the_same(made, tmp_path, 
     monkeypatch.undo()
     # As after a crash: no manifest, one part missing, another upload unfinished.
     (copy / "corpus/_manifest.json").unlink()
-    (copy / "corpus/part-00002.parquet").unlink()
-    (copy / "corpus/.tmp-0-part-00002.parquet").write_bytes(b"half")
+    (copy / "corpus" / schema.part_name(2)).unlink()
+    (copy / f"corpus/.tmp-0-{schema.part_name(2)}").write_bytes(b"half")
     stamps = {path.name: path.stat().st_mtime_ns for path in (copy / "corpus").glob("part-*")}
     again = stage.embed(run_config(copy))
     assert again["fingerprint"] == manifest["fingerprint"]

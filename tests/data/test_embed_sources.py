@@ -1,5 +1,6 @@
 """The stage over every kind of source, in this process."""
 
+import hashlib
 import json
 import shutil
 
@@ -13,7 +14,7 @@ from paris_ray.config import ConfigError
 from paris_ray.data import embed as stage
 from paris_ray.data import schema
 from paris_ray.data.codec import PatchSums
-from paris_ray.manifest import StaleError
+from paris_ray.manifest import StaleError, published
 from paris_ray.storage import Folder
 
 from .corpora import WRITERS, contents
@@ -55,7 +56,7 @@ def test_the_same_rows_from_every_kind_of_source_are_the_same_corpus(tmp_path):
         counts[kind] = manifest["counts"]
     first = corpora["folder"]
     assert len(set(first["id"])) == 25
-    assert set(first["split"]) == set(schema.SPLITS)
+    assert set(first["split"]) == set(schema.SPLITS[:3])
     for kind in WRITERS:
         assert counts[kind] == counts["folder"]
         assert fitted[kind] == fitted["folder"]
@@ -101,7 +102,7 @@ def test_duplicates_of_a_folder_that_grows(tmp_path):
     config = run_config(tmp_path / "run", "folder", images)
     counts = stage.embed(config)["counts"]
     assert (counts["rows"], counts["rejected"], counts["reasons"]) == (24 + 1, 4, {"not an image": 2, "duplicate": 2})
-    rejected = {row["source"]: row["reason"] for path in (tmp_path / "run/rejected").glob("*") for row in pq.read_table(path).to_pylist()}
+    rejected = {row["source"]: row["reason"] for path in (tmp_path / "run/rejected").glob("part-*") for row in pq.read_table(path).to_pylist()}
     made = schema.read_columns(Folder(tmp_path / "run/corpus"), ["id", "source", "group", "token_ids", "split"])
     by_source = dict(zip(made["source"], made["id"], strict=True))
     assert rejected["z1.png"] == rejected["z2.png"] == f"duplicate: of {by_source['n03.png']}"
@@ -111,10 +112,15 @@ def test_duplicates_of_a_folder_that_grows(tmp_path):
     assert made["token_ids"].dtype == np.int32
     # The same after a crash that lost the parts with the duplicates and the rejects of another.
     before = contents(tmp_path / "run/corpus"), contents(tmp_path / "run/rejected")
-    for name in ("corpus/_manifest.json", "corpus/part-00003.parquet", "corpus/part-00000.parquet", "rejected/part-00000.parquet"):
+    lost = [f"corpus/{schema.part_name(3)}", f"corpus/{schema.part_name(0)}", f"rejected/{schema.part_name(0)}"]
+    for name in ("corpus/_manifest.json", *lost):
         (tmp_path / "run" / name).unlink()
+    for folder in ("corpus", "rejected"):
+        (tmp_path / "run" / folder / f".tmp-0-{schema.part_name(0)}").write_bytes(b"half")
     assert stage.embed(config)["counts"] == counts
     assert (contents(tmp_path / "run/corpus"), contents(tmp_path / "run/rejected")) == before
+    listed = {file["name"]: file["sha256"] for file in published(Folder(tmp_path / "run/rejected"))["files"]}
+    assert listed == {name: hashlib.sha256(content).hexdigest() for name, content in before[1].items()}
     # A folder that has grown under a run that is not done is not mixed into it.
     (tmp_path / "run/corpus/_manifest.json").unlink()
     shutil.copy(images / "n04.png", images / "new.png")

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+import torch
 
 from paris_ray import config as configs
 from paris_ray import stages
@@ -19,6 +20,7 @@ from paris_ray.data.kmeans import Rows, kmeans
 from paris_ray.data.remote_rows import RemoteRows, load, ranges
 from paris_ray.manifest import StaleError
 from paris_ray.storage import Folder
+from paris_ray.training.shard import read_rows
 
 from .fabricated_corpus import ENCODERS, WIDTH, make_corpus, shard_bytes, without_pictures
 
@@ -62,7 +64,7 @@ def test_labels_and_shards_hold_what_they_should(tmp_path: Path, store_text: str
     for k in range(3):
         folder = run / "shards" / f"expert={k}"
         shard = schema.read_columns(folder, ["id", "split", "fine", "latent", "text_len", text])
-        assert pq.read_schema(tmp_path / f"shards/expert={k}/part-00000.parquet").equals(schema.shard_schema(ENCODERS, store_text))
+        assert pq.read_schema(tmp_path / f"shards/expert={k}/{schema.part_name(0)}").equals(schema.shard_schema(ENCODERS, store_text))
         assert len(folder.files()) == 3  # one part, _started, _manifest
         ids = shard["id"].tolist()
         assert ids == sorted(ids)
@@ -100,6 +102,36 @@ def test_a_second_run_does_nothing_and_another_folder_gives_the_same_bytes(tmp_p
     assert stages.stage(a, "partition").status().manifest["fingerprint"] == stages.stage(b, "partition").status().manifest["fingerprint"]  # type: ignore[index]
 
 
+def test_cut_in_several_groups_a_corpus_in_another_order_gives_shards_of_the_same_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def cut_here(corpus: Folder, grouped: list[list[str]], fine: np.ndarray, expert: np.ndarray, shards: Folder, first: int) -> Any:
+        start = 0
+        for index, parts in enumerate(grouped, first):  # as Ray Data does it elsewhere
+            here = slice(start, start + sum(schema.count_rows(corpus, parts)))
+            yield cut.cut(corpus, parts, index, fine[here], expert[here], shards)
+            start = here.stop
+
+    monkeypatch.setattr(cut, "GROUP_BYTES", 30_000)
+    monkeypatch.setattr(partition, "cut_all", cut_here)
+    a, b = make_corpus(tmp_path / "a"), make_corpus(tmp_path / "b", per_part=31, shuffled=True)
+    for one in (a, b):
+        partition.partition(one)
+    for k in range(3):
+        found = [Folder(tmp_path / run / "shards" / f"expert={k}") for run in ("a", "b")]
+        assert all(len(schema.parts(shard)) > 1 for shard in found)
+        columns = ["id", "text", "text_len", "latent", "fine", "split"]
+        one, other = (schema.read_columns(shard, columns) for shard in found)
+        assert one["id"].tolist() != other["id"].tolist()  # files hold what their group holds
+        orders = [np.argsort(rows["id"].astype(str)) for rows in (one, other)]
+        assert all((one[name][orders[0]] == other[name][orders[1]]).all() for name in columns)
+        # And training reads them in the order of their ids.
+        for mine, others in zip(*(read_rows(Folder(tmp_path / run), [k], "states") for run in ("a", "b")), strict=True):
+            assert mine.ids == others.ids
+            assert torch.equal(mine.latents, others.latents)
+            assert torch.equal(mine.text, others.text)
+        labels = [stages.stage(one, f"shard-{k}").status().manifest["counts"] for one in (a, b)]  # type: ignore[index]
+        assert labels[0] == labels[1]
+
+
 @pytest.mark.parametrize("method", ["kmeans", "random"])
 def test_a_corpus_in_another_order_and_in_other_files_gives_the_same_shards(tmp_path: Path, method: str) -> None:
     sets = (f"partition.method={method}",)
@@ -111,6 +143,26 @@ def test_a_corpus_in_another_order_and_in_other_files_gives_the_same_shards(tmp_
     a, b = (schema.read_table(Folder(tmp_path / run) / "clusters", "labels.parquet") for run in ("a", "b"))
     assert a["id"] != b["id"]
     assert a.sort_by("id").equals(b.sort_by("id"))
+
+
+def test_of_the_corpus_each_file_is_opened_once_and_closed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    one = make_corpus(tmp_path)
+    corpus, opened = Folder(tmp_path) / "corpus", []
+
+    def opening(folder: Folder, name: str) -> Any:
+        file = open_(folder, name)
+        if name.startswith("part-"):
+            opened.append((name, file))
+        return file
+
+    open_ = Folder.open
+    monkeypatch.setattr(Folder, "open", opening)
+    index = fit.Index.read(corpus)
+    fit.random_experts(corpus, index, 3, one.seed)
+    schema.count_rows(corpus, index.parts)
+    assert [name for name, _ in sorted(opened, key=lambda pair: pair[0])] == [name for name in schema.parts(corpus) for _ in range(3)]
+    list(cut_all(corpus, [schema.parts(corpus)], np.zeros(240, np.int32), np.zeros(240, np.int32), Folder(tmp_path) / "cut", 0))
+    assert all(file.closed for _, file in opened)
 
 
 def test_the_random_control_deals_out_groups_in_equal_shares(tmp_path: Path) -> None:
@@ -210,7 +262,7 @@ def test_past_the_drivers_memory_actors_give_the_same_bits(tmp_path: Path, ray_l
         embedding = g.standard_normal((rows, 6)).astype(np.float16)
         kind = schema.corpus_schema({**ENCODERS, "embedding": {"width": 6}}, "states").field("embedding")
         schema.write_table(corpus, schema.part_name(i), schema.table(schema.pa.schema([kind]), {"embedding": embedding}))
-    pieces = [("part-00000.parquet", np.arange(4000)), ("part-00001.parquet", np.arange(n - 4000))]
+    pieces = [(schema.part_name(0), np.arange(4000)), (schema.part_name(1), np.arange(n - 4000))]
     keys = g.permutation(n).astype(np.int32)
     here = Rows(*load(corpus, pieces, 6, "cosine", n), keys)
     there = RemoteRows(corpus, pieces, keys, 6, "cosine", "numpy", 2000 * 6 * 2, lambda _: None)

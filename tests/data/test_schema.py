@@ -48,10 +48,17 @@ def test_round_trip_over_parts_in_name_order(tmp_path, store_text):
     assert found["latent"].dtype == np.float16
 
 
+def test_names_of_very_many_parts_are_in_the_order_of_their_rows():
+    numbers = [0, 9, 10, 20_000, 99_999, 100_000, 9_999_999]
+    names = [schema.part_name(number) for number in numbers]
+    assert sorted(names) == names
+    assert [schema.part_number(name) for name in names] == numbers
+
+
 def test_files_need_nothing_but_pyarrow(tmp_path):
     content = rows(3)
-    schema.write_table(Folder(tmp_path), "part-00000.parquet", schema.table(schema.corpus_schema(META, "states"), content))
-    table = pq.read_table(tmp_path / "part-00000.parquet")
+    schema.write_table(Folder(tmp_path), "part-0000000.parquet", schema.table(schema.corpus_schema(META, "states"), content))
+    table = pq.read_table(tmp_path / "part-0000000.parquet")
     assert table.schema.field("latent").type == pa.fixed_shape_tensor(pa.float16(), (3, 2, 2))
     values = table["latent"].combine_chunks().storage.flatten().to_numpy()  # as any Arrow reader sees it
     assert (values == content["latent"].reshape(-1)).all()

@@ -113,7 +113,7 @@ def write_data(config):
         (run / "clusters").write_bytes(f"contact-{k}.png", png(np.full((16, 48, 3), 80 * k, np.uint8)))
     for k in range(3):
         publish(config, f"shard-{k}", {}, 0.1)
-    publish(config, "partition", {}, 3.0)
+    publish(config, "partition", {"sizes": [8, 6, 4]}, 3.0)
 
 
 def write_training(config):

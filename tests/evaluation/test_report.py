@@ -8,6 +8,8 @@ from html.parser import HTMLParser
 import fabricated
 import pytest
 
+from paris_ray import stages
+from paris_ray.data import schema
 from paris_ray.evaluation.asking import Endpoint
 from paris_ray.evaluation.evaluate import evaluate
 from paris_ray.evaluation.report import write_report
@@ -135,6 +137,26 @@ def test_lost_rejects_do_not_look_like_none(tmp_path, stand_ins):
     _, page = read(config)
     assert "No row was refused" not in page.text
     assert "RUN/rejected is not whole" in page.text
+
+
+def test_clusters_are_as_large_as_they_are_after_an_append(tmp_path, stand_ins):
+    config = fabricated.run_config(tmp_path / "run")
+    fabricated.write_data(config)
+    _, page = read(config)
+    assert "expert 0 8 rows, 44%" in page.text
+    assert "appended" not in page.text
+    run = Folder(config.run_dir)
+    more = schema.read_table(run / "corpus", schema.part_name(1)).slice(0, 2)
+    more = more.set_column(0, more.schema.field("id"), [["new 0", "new 1"]])
+    schema.write_table(run / "corpus", schema.part_name(2), more)
+    stage = stages.stage(config, "embed")
+    stage.publish({"rows": 38, "rejected": 3}, after=stage.status().manifest)
+    read(config)  # while the clusters do not know them yet
+    stage = stages.stage(config, "partition")
+    stage.publish({"sizes": [10, 6, 4]}, after=stage.status().manifest)
+    _, page = read(config)
+    assert "expert 0 10 rows, 50%" in page.text
+    assert "sizes are of version 2 of the clusters" in page.text
 
 
 def test_one_expert_of_three(tmp_path, stand_ins):

@@ -52,9 +52,7 @@ def config(tmp_path, encoders):
     run = tmp_path / "run"
     shutil.copytree(encoders, run / "encoders")
     publish(config, "encoders")
-    (run / "clusters").mkdir()
-    (run / "clusters" / "clusters.json").write_text(json.dumps({"sizes": [30, 40, 50]}))
-    publish(config, "partition")
+    publish(config, "partition", {"sizes": [30, 40, 50]})
     for k, spec in enumerate(config.experts):
         shape = spec.model.model_dump(include={"hidden_size", "num_layers", "num_heads"})
         module = tiny_model.random_weights(DiT(SIZE, in_channels=CHANNELS, out_channels=CHANNELS, text_embed_dim=384, **shape), k)

@@ -25,9 +25,8 @@ def publish(config: RunConfig, name: str, content: str = "made up", counts: dict
         if stage.begin().state == "valid":
             continue
         stage.folder.write_bytes("file.txt", f"{content} {part}".encode())
-        if part == "partition":
-            stage.folder.write_json("clusters.json", {"sizes": [10 * (k + 1) for k in range(config.num_experts)]})
-        stage.publish(counts or {"rows": 3})
+        sizes = {"sizes": [10 * (k + 1) for k in range(config.num_experts)]} if part == "partition" else {}
+        stage.publish({**(counts or {"rows": 3}), **sizes})
 
 
 class FakeClient:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 
 import numpy as np
+import pyarrow as pa
 import torch
 from safetensors.torch import save_file
 
@@ -12,7 +13,7 @@ from paris_ray import config as configs
 from paris_ray.config import RunConfig
 from paris_ray.data import schema
 from paris_ray.manifest import Stage
-from paris_ray.stages import config_part, folder
+from paris_ray.stages import config_part
 from paris_ray.storage import Folder
 
 T, WIDTH, CHANNELS, SIDE = 6, 16, 12, 8
@@ -45,12 +46,15 @@ def rows_of(k: int, n: int = ROWS) -> dict:
     }
 
 
-def write_shard(run: Folder, k: int, rows: dict, cuts: tuple[int, ...] = ()) -> None:
-    """One shard's Parquet files, cut after the given rows."""
+def write_shard(run: Folder, k: int, rows: dict, cuts: tuple[int, ...] = (), kind: pa.Schema | None = None, config: RunConfig | None = None) -> None:
+    """One shard's Parquet files, cut after the given rows, and its manifest."""
+    shard = run / "shards" / f"expert={k}"
     edges = [0, *cuts, len(rows["id"])]
     for part, (a, b) in enumerate(itertools.pairwise(edges)):
-        table = schema.table(schema.shard_schema(encoders(), "states"), {name: column[a:b] for name, column in rows.items()})
-        schema.write_table(run / "shards" / f"expert={k}", schema.part_name(part), table)
+        table = schema.table(kind or schema.shard_schema(encoders(), "states"), {name: column[a:b] for name, column in rows.items()})
+        schema.write_table(shard, schema.part_name(part), table)
+    name = f"shard-{k}"
+    Stage(name, shard, config_part(config, name) if config else {}, {}).publish({"rows": len(rows["id"])})
 
 
 def make_config(path, **sets) -> RunConfig:
@@ -73,8 +77,7 @@ def make_run(path, experts=range(EXPERTS), **sets) -> RunConfig:
     save_file(null, (run / "encoders").local_copy("null_text.safetensors"))
     Stage("encoders", run / "encoders", config_part(config, "encoders"), {}).publish()
     for k in experts:
-        write_shard(run, k, rows_of(k))
-        Stage(f"shard-{k}", folder(config, f"shard-{k}"), config_part(config, f"shard-{k}"), {}).publish()
+        write_shard(run, k, rows_of(k), config=config)
     return config
 
 

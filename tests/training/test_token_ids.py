@@ -45,7 +45,7 @@ def make_task(path, stage, store, encoder, **sets):
         rows = {**fake.rows_of(k), "text_len": lengths}
         del rows["text"]
         rows |= {"text": states.astype(np.float16)} if store == "states" else {"token_ids": ids}
-        schema.write_table(run / "shards" / f"expert={k}", schema.part_name(0), schema.table(schema.shard_schema(meta, store), rows))
+        fake.write_shard(run, k, rows, kind=schema.shard_schema(meta, store))
     task = _task(config, stage, CPU)
     g = torch.Generator().manual_seed(0)
     with torch.no_grad():  # the initial weights ignore the text

@@ -120,7 +120,7 @@ def look(run: Folder, sizes: Sequence[int], shown: int, sampled: int) -> Members
         sampled: rows in the sample, of all experts together.
     """
     corpus = run / "corpus"
-    labels = schema.read_table(run / "clusters", "labels.parquet", ["expert", "split", "distance"])
+    labels = schema.read_labels(run / "clusters", ["expert", "split", "distance"])
     expert, distance = labels["expert"].to_numpy(), labels["distance"].to_numpy()
     train = pc.equal(labels["split"], "train").to_numpy()
     del labels
@@ -131,9 +131,12 @@ def look(run: Folder, sizes: Sequence[int], shown: int, sampled: int) -> Members
     captions: list[str] = []
     caption_expert: list[NDArray[np.int32]] = []
     first = 0
-    for i, name in enumerate(schema.parts(corpus)):
-        with_captions = i % every == 0
-        table = schema.read_table(corpus, name, ["id", "group", *(["caption"] if with_captions else [])])
+
+    def read(numbered: tuple[int, str]) -> tuple[str, pa.Table]:
+        i, name = numbered
+        return name, schema.read_table(corpus, name, ["id", "group", *(["caption"] if i % every == 0 else [])])
+
+    for name, table in schema.ahead(read, enumerate(schema.parts(corpus))):
         own = slice(first, first + len(table))
         for k in range(len(sizes)):
             at = np.flatnonzero(train[own] & (expert[own] == k))
@@ -144,7 +147,7 @@ def look(run: Folder, sizes: Sequence[int], shown: int, sampled: int) -> Members
             near[k].add(values, first + at, groups)
             far[k].add(-values, first + at, groups)
             samples[k].add(light["id"].to_pylist(), first + at)
-        if with_captions:
+        if "caption" in table.column_names:
             captions += table["caption"].to_pylist()
             caption_expert.append(expert[own])
         parts.append((name, len(table)))

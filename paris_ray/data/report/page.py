@@ -53,11 +53,11 @@ def render(report: dict[str, Any], where: Map, sheets: Sequence[bytes], attribut
         *([("k-means", "How k-means went", _curves(report))] if report["method"] == "kmeans" else []),
         ("experts", "What each expert will see", _experts(report, sheets)),
     ]
-    splits = ", ".join(f"{number(report['splits'][split])} {split.replace('_', '-')}" for split in schema.SPLITS)
+    splits = ", ".join(f"{number(report['splits'][split])} {split.replace('_', '-')}" for split in schema.SPLITS if report["splits"].get(split))
     made = (
         f"over {len(report['fine_sizes'])} fine clusters, {report['metric']} k-means" if report["method"] == "kmeans" else "at random, as a control"
     )
-    lead = f"{experts} experts {made}. Rows: {splits}."
+    lead = f"{experts} experts {made}. Rows: {splits}. This page is of version 1 of the clusters: rows that are appended later are not on it."
     warnings = "".join(blocks.paragraph(line, "warn") for line in report["warnings"])
     credit = f"<footer><p><small>{escape(attribution)}</small></p></footer>" if attribution else ""
     title = f"Clusters of {report['name']}"
