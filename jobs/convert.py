@@ -97,7 +97,10 @@ def write(tensors: dict[str, Tensor], path: str) -> None:
         seen.add(memory.data_ptr())
     partial = f"{path}.{os.getpid()}.partial"
     try:
+        with open(partial, "wb") as file:
+            readable = os.fstat(file.fileno()).st_mode
         save_file(apart, partial, metadata={"format": "pt"})
+        os.chmod(partial, readable)  # safetensors writes for the owner alone
         os.replace(partial, path)
     finally:
         if os.path.exists(partial):

@@ -134,6 +134,20 @@ def routing_weights(logits: Tensor, routing: Routing, available: Tensor, experts
     return kept / kept.sum(-1, keepdim=True)
 
 
+def reweighted(logits: Tensor, chosen: Tensor) -> Tensor:
+    """Weights at a later velocity of a step: of the experts that the step has chosen, from the logits there. Solvers keep their order by it.
+
+    Args:
+        logits: (N, K).
+        chosen: weights at the step's beginning, (N, K); zero is not chosen.
+
+    Returns:
+        (N, K), rows sum to 1, float32 or wider.
+    """
+    wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    return torch.softmax(wide.masked_fill(chosen == 0, -torch.inf), dim=-1)
+
+
 def one_expert(experts: Sequence[int], available: Tensor) -> Tensor:
     """Weights of rows that have one expert each: N indices → (N, K) float32. Raises ValueError of one that is not there."""
     weights = torch.zeros(len(experts), len(available))

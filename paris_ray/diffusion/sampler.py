@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -78,43 +79,50 @@ def sample(
     solver: str = "euler",
     callback: Callable[[int, Tensor, float], None] | None = None,
     cancelled: Callable[[], bool] | None = None,
-    route: Callable[[Tensor, Tensor], Any] | None = None,
+    route: Callable[[Tensor, Tensor, Any], Any] | None = None,
 ) -> Tensor:
     """Integrate from noise to data.
 
     Args:
-        velocity_fn: (x (N, …), t (N,)) → velocity (N, …); with ``route``, (x, t, what it gave at the beginning of the step) → velocity.
+        velocity_fn: (x (N, …), t (N,)) → velocity (N, …); with ``route``, (x, t, what it gave) → velocity.
         noise: x at times[0], (N, …). In a type below float32 it says what ``velocity_fn`` takes; times and the solver's state are float32 or wider.
         times: decreasing times; see :func:`time_grid`.
         solver: ``euler``, ``heun``, ``midpoint`` or ``dpmpp_2m``.
         callback: called with (evaluation, x, t) before each velocity.
         cancelled: asked before each velocity.
-        route: (x, t) → the experts' weights, or whatever is decided once for a whole step.
+        route: (x, t, ``None``) → the experts' weights at the beginning of a step, and (x, t, what it gave there) → their weights at its other
+            velocities: see ``routing_weights`` and ``reweighted`` of :mod:`paris_ray.diffusion.ensemble`.
 
     Returns:
         x at times[-1], (N, …), of the noise's type.
 
     Raises:
         Cancelled: ``cancelled`` said so.
-        ValueError: no such solver.
+        ValueError: no such solver, or times that do not go down from at most 1 to at least 0.
     """
     if solver not in SOLVERS:
         raise ValueError(f"solver: {solver!r} is not one of {', '.join(SOLVERS)}")
+    if len(times) < 2 or not times[0] <= 1 or not times[-1] >= 0 or any(later >= earlier for earlier, later in itertools.pairwise(times)):
+        raise ValueError(f"times: {list(times)[:6]} must go down from at most 1 (noise) to at least 0 (data), two of them or more; see time_grid")
     wide = torch.promote_types(noise.dtype, torch.float32)  # steps of bfloat16 near t = 1 are 1/256
     run = SOLVERS[solver](noise.to(wide), times)
     x, t = next(run)
     evaluation = 0
-    held: tuple[Any, ...] = ()
+    chosen: Any = None
     while True:
         if cancelled is not None and cancelled():
             raise Cancelled(f"cancelled before evaluation {evaluation} at t = {t:.3f}")
         if callback is not None:
             callback(evaluation, x, t)
         state, now = x.to(noise.dtype), torch.full((x.shape[0],), t, dtype=wide, device=x.device)
-        if route is not None and begins_step(solver, evaluation):
-            held = (route(state, now),)
+        if route is None:
+            velocity = velocity_fn(state, now)
+        else:
+            weights = route(state, now, None if begins_step(solver, evaluation) else chosen)
+            chosen = weights if begins_step(solver, evaluation) else chosen
+            velocity = velocity_fn(state, now, weights)
         try:
-            x, t = run.send(velocity_fn(state, now, *held).to(wide))
+            x, t = run.send(velocity.to(wide))
         except StopIteration as done:
             result: Tensor = done.value
             return result.to(noise.dtype)

@@ -19,16 +19,19 @@ if TYPE_CHECKING:
 Solver: TypeAlias = "Generator[tuple[Tensor, float], Tensor, Tensor]"
 
 
-def time_grid(steps: int) -> list[float]:
+def time_grid(steps: int, solver: str = "euler") -> list[float]:
     """Times from noise to data, steps + 1 of them: linear from 1 to 0.001, then 0.
 
-    As diffusers' ``FlowMatchEulerDiscreteScheduler`` with 1000 training steps and shift 1.
+    As diffusers' ``FlowMatchEulerDiscreteScheduler`` with 1000 training steps and shift 1. For ``dpmpp_2m`` linear from 1 to 0, as diffusers' flow
+    sigmas for its ``DPMSolverMultistepScheduler``: a step to 0.001 is many times as long in λ as the one before it, and D would be far off.
 
     Raises:
         ValueError: ``steps`` is below 1.
     """
     if steps < 1:
         raise ValueError(f"steps: {steps} must be at least 1")
+    if solver == "dpmpp_2m":
+        return [1 - i / steps for i in range(steps)] + [0.0]
     return [*(float(s) for s in np.linspace(1.0, 0.001, steps)), 0.0]
 
 
@@ -106,7 +109,8 @@ def evaluations(solver: str, steps: int) -> int:
 def begins_step(solver: str, evaluation: int) -> bool:
     """Whether a solver's evaluation, counted from 0, is the first of its step: there experts are chosen, once for the whole step.
 
-    A choice in the middle of a step would have one step mix two vector fields, and a solver of order 2 lose its order where the choice changes.
+    A choice in the middle of a step would have one step mix two vector fields, and a solver of order 2 lose its order where the choice changes. The
+    weights of those chosen are part of the field, and follow the state (:func:`paris_ray.diffusion.ensemble.reweighted`).
 
     Raises:
         ValueError: no such solver.

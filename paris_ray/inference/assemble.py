@@ -158,11 +158,9 @@ arXiv 2510.03434). Text to image, {info["image_size"]}×{info["image_size"]} pix
 Sampling by default: {sampling["steps"]} {sampling["solver"]} steps, guidance {sampling["guidance_scale"]}, routing {sampling["routing"]}.
 
 ```python
-from paris_ray.inference.engine import ImageRequest, generate
-from paris_ray.inference.weights import load_model
+from paris_ray.inference.pipeline import ParisPipeline
 
-result = generate(load_model("path/to/this/folder"), [ImageRequest("a caption", seed=1)])[0]
-result.image  # uint8 ({info["image_size"]}, {info["image_size"]}, 3)
+picture = ParisPipeline.from_pretrained("path/to/this/folder")("a caption", seed=1).images[0]
 ```
 
 The model draws what its training data shows, and has what biases and gaps they have. {info["attribution"] or ""}

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from paris_ray import rng
-from paris_ray.diffusion.ensemble import Experts, draw_experts, ensemble_velocity, one_expert, routing_weights, upload
+from paris_ray.diffusion.ensemble import Experts, draw_experts, ensemble_velocity, one_expert, reweighted, routing_weights, upload
 from paris_ray.diffusion.path import x0_from_velocity
 from paris_ray.diffusion.routing import Routing
 from paris_ray.diffusion.sampler import SOLVERS, initial_noise, time_grid
@@ -238,7 +238,7 @@ class Engine:
         text, null = self._prompts(request.prompt), self._prompts(request.negative_prompt)
         noise = initial_noise(request.seed, request.index, model.latent_shape) if ticket.noise is None else ticket.noise
         noise = upload(noise.float(), model.device)
-        solver = SOLVERS[ticket.solver](noise, time_grid(ticket.steps))
+        solver = SOLVERS[ticket.solver](noise, time_grid(ticket.steps, ticket.solver))
         x, t = next(solver)
         weights = one_expert([routing.k], torch.ones(model.num_experts, dtype=torch.bool))[0] if routing.kind == "expert" else None
         return Row(ticket, text, null, solver, x, t, weights)
@@ -296,17 +296,21 @@ class Engine:
         return possible
 
     def _weights(self, rows: list[Row], x: Tensor, t: Tensor, available: list[bool]) -> Tensor:
-        """Weights of the experts, (N, K) on the CPU: one router pass over the rows that are to be routed; the others keep theirs."""
+        """Weights of the experts, (N, K) on the CPU: one router pass over the rows that are to be routed or weighed; the others keep theirs."""
         missing = [k for k, here in enumerate(available) if not here]
-        undecided = [n for n, row in enumerate(rows) if row.undecided(missing)]
-        if undecided:
-            logits = self._logits(pick(x, undecided), pick(t, undecided), [rows[n].text.pooled for n in undecided])
-            alike: dict[Routing, list[int]] = {}  # at once: the device has nothing to do meanwhile
-            for place, n in enumerate(undecided):
-                alike.setdefault(rows[n].ticket.routing, []).append(place)
+        asking = [n for n, row in enumerate(rows) if row.undecided(missing) or row.several]
+        if asking:
+            logits = self._logits(pick(x, asking), pick(t, asking), [rows[n].text.pooled for n in asking])
+            alike: dict[Routing | None, list[int]] = {}  # at once: the device has nothing to do meanwhile
+            for place, n in enumerate(asking):
+                alike.setdefault(rows[n].ticket.routing if rows[n].undecided(missing) else None, []).append(place)
             for routing, places in alike.items():
-                some = [rows[undecided[place]] for place in places]
-                for row, weights in zip(some, self._route(routing, some, logits[places], torch.tensor(available)), strict=True):
+                some, theirs = [rows[asking[place]] for place in places], logits[places]
+                if routing is None:
+                    found = reweighted(theirs, torch.stack([row.weights for row in some if row.weights is not None]))
+                else:
+                    found = self._route(routing, some, theirs, torch.tensor(available))
+                for row, weights in zip(some, found, strict=True):
                     row.weights = weights
                     row.masked.update(missing)
         return torch.stack([row.weights for row in rows if row.weights is not None])

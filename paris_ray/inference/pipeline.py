@@ -6,7 +6,7 @@ import os
 import secrets
 import threading
 import warnings
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any
@@ -116,12 +116,14 @@ class ParisPipeline(DiffusionPipeline):
         Raises:
             FileNotFoundError, ValueError: as :func:`paris_ray.inference.weights.load_model`.
         """
+        if precision is not None and torch_dtype is not None:
+            raise ValueError("precision and torch_dtype: give one of them")
         precision = precision or _precision_of("torch_dtype", torch_dtype)
         folder = open_model(pretrained_model_name_or_path, revision, token=token, cache_dir=cache_dir, local_files_only=local_files_only)
         return cls(load_model(folder, device, precision, ignore_tensors, ignore_settings, norm_eps, compile), max_resident, threads, max_rows)
 
     def save_pretrained(self, save_directory: str | os.PathLike[str], safe_serialization: bool = True, overwrite: bool = False) -> None:  # type: ignore[override]
-        """Write the model in the released layout; see :func:`paris_ray.inference.save.save_model`."""
+        """Write the model in the released layout, weights as their files have them, whatever the precision; see ``save_model``."""
         if not safe_serialization:
             raise ValueError("safe_serialization: False is not supported; weights are written as safetensors only")
         save_model(self.model, save_directory, overwrite)
@@ -269,7 +271,8 @@ class ParisPipeline(DiffusionPipeline):
         requests = self._requests(prompt, negative_prompt, num_images_per_prompt, generator, seed)
         shape = (len(requests), *self.model.latent_shape)
         if latents is not None and (not isinstance(latents, Tensor) or tuple(latents.shape) != shape):
-            raise ValueError(f"latents: {getattr(latents, 'shape', latents)!r} must be a tensor (N, C, h, w) = {shape}, a start for each picture")
+            given = f"a tensor {tuple(latents.shape)}" if isinstance(latents, Tensor) else type(latents).__name__
+            raise ValueError(f"latents: {given} must be a tensor (N, C, h, w) = {shape}, a start for each picture")
         settings: dict[str, Any] = {
             "steps": num_inference_steps,
             "guidance_scale": guidance_scale,
@@ -288,9 +291,8 @@ class ParisPipeline(DiffusionPipeline):
             call, wanted = callback_on_step_end, tuple(callback_on_step_end_tensor_inputs)
 
             def step_end(step: int, t: float, latents: Tensor) -> Tensor:
-                answer = call(self, step, t, {"latents": latents} if wanted else {}) or {}
-                found: Tensor = answer.get("latents", latents)
-                return found
+                answer = call(self, step, t, {"latents": latents} if wanted else {})
+                return _latents_of(answer, latents)
 
         results = self._draw(valid, latents, step_end)
         degraded = sorted({k for result in results for k in result.degraded})
@@ -299,9 +301,13 @@ class ParisPipeline(DiffusionPipeline):
         return output if return_dict else (output.images, output.routing, output.seeds, output.degraded)
 
     def _requests(self, prompt: Any, negative: Any, n: int, generator: Any, seed: int | None) -> list[dict[str, Any]]:
+        if not isinstance(prompt, str) and (not isinstance(prompt, Sequence) or not prompt):
+            raise ValueError(f"prompt: {prompt!r:.80} must be a caption, or a list with at least one")
+        if not isinstance(negative, str | None) and not isinstance(negative, Sequence):
+            raise ValueError(f"negative_prompt: {negative!r:.80} must be a caption, or a list with one for each prompt")
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
         negatives = [negative or ""] * len(prompts) if negative is None or isinstance(negative, str) else list(negative)
-        if not prompts or len(negatives) != len(prompts):
+        if len(negatives) != len(prompts):
             raise ValueError(f"negative_prompt: {len(negatives)} for {len(prompts)} prompts; give one for all, or one for each")
         if isinstance(n, bool) or not isinstance(n, int) or n < 1:
             raise ValueError(f"num_images_per_prompt: {n!r} must be at least 1")
@@ -347,7 +353,7 @@ class ParisPipeline(DiffusionPipeline):
         steps: int,
     ) -> list[ImageResult]:
         each = evaluations(str(requests[0].solver), steps)
-        times, per_step = time_grid(steps), -(-each // steps)  # Heun's last step has one evaluation less
+        times, per_step = time_grid(steps, str(requests[0].solver)), -(-each // steps)  # Heun's last step has one evaluation less
         self._interrupt, done = False, 0  # evaluations of the pictures at hand
         futures: list[Future[ImageResult]] = []
 
@@ -379,6 +385,19 @@ class ParisPipeline(DiffusionPipeline):
                 for future in futures:
                     future.cancel()  # of an interrupted call, so that the next one does not draw them
         return [future.result() for future in futures if not future.cancelled()]
+
+
+def _latents_of(answer: Any, given: Tensor) -> Tensor:
+    """What a callback wants to be gone on from."""
+    if answer is None:
+        return given
+    if not isinstance(answer, Mapping) or answer.keys() - {"latents"}:
+        raise ValueError(f"callback_on_step_end returned {answer!r:.80}; it may return nothing, or a dictionary with 'latents'")
+    found = answer.get("latents", given)
+    if not isinstance(found, Tensor) or found.shape != given.shape:
+        shape = tuple(found.shape) if isinstance(found, Tensor) else type(found).__name__
+        raise ValueError(f"callback_on_step_end returned latents of shape {shape}; they must be {tuple(given.shape)}, as it was given")
+    return found
 
 
 def _seed_from(generator: torch.Generator) -> int:

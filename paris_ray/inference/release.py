@@ -16,6 +16,7 @@ from paris_ray.inference.release_report import Check, Drawn, Report
 from paris_ray.inference.strict import PICKLED, load_expert, load_router, read_config
 from paris_ray.inference.weights import load_model, read_info
 from paris_ray.layout import EXPERT_FILE, INFO, ROUTER_FILE, TEXT_FILE, VAE_FILE
+from paris_ray.manifest import MANIFEST, damage, published
 from paris_ray.storage import Folder
 
 XL2 = {"hidden_size": 1152, "num_layers": 28, "num_heads": 16, "patch_size": 2, "in_channels": 4, "out_channels": 4, "text_embed_dim": 768}
@@ -92,6 +93,8 @@ def verify(
     needed = _parts(count, info)
     report.attempt("all parts are there", lambda: _all_there(names, needed))
     report.attempt("no pickled weights", lambda: _no_pickles(names))
+    if MANIFEST in names:
+        report.attempt("checksums", lambda: _as_listed(folder))
 
     def expert(part: Folder) -> Shapes:
         return _shapes(load_expert(part, latent, ignore_tensors, **allowed)[0])
@@ -148,8 +151,16 @@ def _all_there(names: Sequence[str], needed: Sequence[str]) -> str:
 
 def _no_pickles(names: Sequence[str]) -> str:
     if pickled := [name for name in names if name.endswith(PICKLED)]:
-        raise Mismatch(f"{', '.join(pickled)}: pickled weights can run code when they are read; nothing here reads them. Delete them")
+        raise Mismatch(f"{', '.join(pickled)}: pickled weights can run code when they are read; nothing here reads them. Take them out of the folder")
     return "safetensors only"
+
+
+def _as_listed(folder: Folder) -> str:
+    """Against the list that the assembly left; a released checkpoint has none."""
+    found = published(folder) or {}
+    if broken := damage(folder, found, verify=True):
+        raise Mismatch(f"{'; '.join(broken)}, by {MANIFEST}")
+    return f"{len(found['files'])} files are those of {MANIFEST}"
 
 
 # -- networks -----------------------------------------------------------------------------------------------------------

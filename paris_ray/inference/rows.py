@@ -60,6 +60,11 @@ class Row:
         return not self.ticket.routing.once_per_picture and begins_step(self.ticket.solver, len(self.history))
 
     @property
+    def several(self) -> bool:
+        """Whether it asks more than one expert, whose weights follow its state within a step."""
+        return self.weights is not None and int((self.weights != 0).sum()) > 1
+
+    @property
     def looked_at(self) -> bool:
         """Whether a preview is due."""
         done = len(self.history)

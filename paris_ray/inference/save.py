@@ -89,6 +89,9 @@ def _write(model: ParisModel, folder: Folder) -> None:
         folder.write_json(name, model.folder.read_json(name) if model.folder.exists(name) else value)
     if model.folder.exists("README.md"):
         copy_file(model.folder, "README.md", folder)  # with the licence and attribution of what the model was trained on
+    readable = os.stat(os.path.join(folder.path, INFO)).st_mode
+    for entry in folder.files(recursive=True):  # safetensors writes for the owner alone
+        os.chmod(os.path.join(folder.path, entry.name), readable)
 
 
 def _write_network(folder: Folder, module: torch.nn.Module, name: str, config: dict[str, Any]) -> None:

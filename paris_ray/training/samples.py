@@ -49,7 +49,7 @@ def _sample(task: ExpertTask, rows: Tensor) -> Tensor:
     noise = torch.stack([initial_noise(rng.key(task.config.seed, "samples"), i, task.shape) for i in range(n)]).to(device)
     guidance, expert = torch.full((n,), settings.guidance_scale), as_velocity(task.model, task.objective)
     cond = Conditioning(text, text[:, 0], task.null.expand_as(text), guidance, tuple(data.ids), ("",) * n)
-    return sample(lambda x, t: guided(expert, x, t, cond), noise, time_grid(settings.steps), settings.solver)
+    return sample(lambda x, t: guided(expert, x, t, cond), noise, time_grid(settings.steps, settings.solver), settings.solver)
 
 
 def _png(rows: list[np.ndarray]) -> bytes:

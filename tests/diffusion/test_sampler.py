@@ -17,6 +17,8 @@ from scipy import stats
 from torch import Tensor
 
 from paris_ray.config import SamplingConfig
+from paris_ray.diffusion.ensemble import reweighted, routing_weights
+from paris_ray.diffusion.routing import Routing
 from paris_ray.diffusion.sampler import SOLVERS, Cancelled, begins_step, evaluations, guidance_at, guided, initial_noise, sample, time_grid
 
 from .closed_form import Mixture, Velocity, conditioning
@@ -161,7 +163,9 @@ def test_experts_are_chosen_once_a_step_and_order_is_kept_where_the_choice_chang
     answer = 0.5 + (middle - 0.5) * math.exp(-2 * (end - change))
     asked: list[float] = []
 
-    def route(x: Tensor, t: Tensor) -> Tensor:
+    def route(x: Tensor, t: Tensor, chosen: Tensor | None = None) -> Tensor:
+        if chosen is not None:
+            return chosen
         asked.append(float(t[0]))
         return torch.where(t[:, None] > change + 1e-9, torch.tensor([1.0, 0.0], dtype=F64), torch.tensor([0.0, 1.0], dtype=F64))
 
@@ -183,6 +187,43 @@ def test_experts_are_chosen_once_a_step_and_order_is_kept_where_the_choice_chang
     if solver == "heun":
         errors = [error(steps, hold=False) for steps in (40, 80, 160)]
         assert [math.log2(a / b) for a, b in itertools.pairwise(errors)] == pytest.approx([1, 1], abs=0.15)
+
+
+@pytest.mark.parametrize(("solver", "order"), [("euler", 1), ("heun", 2), ("midpoint", 2)])
+def test_weights_follow_the_state_within_a_step_and_order_is_kept(solver: str, order: int) -> None:
+    """Exact experts and the exact posterior of a mixture, against many more steps of Heun's method on the mixture's own velocity."""
+    mixture = Mixture()
+    experts = mixture.flow_experts()
+    noise = torch.randn(8, 4, generator=torch.Generator().manual_seed(0), dtype=F64)
+
+    def route(x: Tensor, t: Tensor, chosen: Tensor | None) -> Tensor:
+        logits = mixture.cluster_logits(x, t)
+        return routing_weights(logits, Routing("full"), torch.ones(len(experts), dtype=torch.bool)) if chosen is None else reweighted(logits, chosen)
+
+    def velocity(x: Tensor, t: Tensor, weights: Tensor) -> Tensor:
+        return torch.stack([weights[:, k : k + 1] * expert(x, t) for k, expert in enumerate(experts)]).sum(0)
+
+    # From where all experts have a part to where most rows have one.
+    truth = sample(mixture.velocity, noise, grid(2560, 0.95, 0.3), "heun")
+    errors = [float((sample(velocity, noise, grid(steps, 0.95, 0.3), solver, route=route) - truth).norm()) for steps in (40, 80, 160)]
+    assert [math.log2(a / b) for a, b in itertools.pairwise(errors)] == pytest.approx([order, order], abs=0.35)
+
+
+@pytest.mark.parametrize("times", [[999.0, 500.0, 0.0], [0.0, 0.5, 1.0], [1.0], [], [1.0, 0.5, 0.5], [1.0, -0.1], [float("nan"), 0.0]])
+def test_times_that_do_not_go_down_are_refused(times: list[float]) -> None:
+    with pytest.raises(ValueError, match=r"times: .* must go down from at most 1"):
+        sample(lambda x, t: x, torch.ones(1, 1), times)
+
+
+def test_dpmpp_2m_is_better_than_euler_on_its_own_grid() -> None:
+    mixture = Mixture()
+    noise = torch.randn(64, 4, generator=torch.Generator().manual_seed(0), dtype=F64)
+    truth = sample(mixture.velocity, noise, [*np.linspace(1.0, 0.0, 4001)], "heun")
+    for steps in (5, 10, 25, 50):
+        errors = {name: float((sample(mixture.velocity, noise, time_grid(steps, name), name) - truth).norm()) for name in ("euler", "dpmpp_2m")}
+        assert errors["dpmpp_2m"] < errors["euler"] / 1.2, (steps, errors)
+    with pytest.raises(ValueError, match="steps: 0 must be at least 1"):
+        time_grid(0, "dpmpp_2m")
 
 
 @pytest.mark.parametrize("steps", [1, 2, 10, 25, 50, 1000])
@@ -218,6 +259,8 @@ def test_dpmpp_2m_is_diffusers_own(steps: int, own: bool) -> None:
     mixture = Mixture()
     noise = torch.randn(6, 4, generator=torch.Generator().manual_seed(0), dtype=F64)
     expected, times = with_scheduler(scheduler, mixture.velocity, noise, None if own else time_grid(steps))
+    if own:  # but for 0.999 of its first time, which ours makes 1
+        np.testing.assert_allclose(time_grid(steps, "dpmpp_2m"), times, atol=1.1e-3)
     # diffusers steps in float32.
     found = sample(mixture.velocity, noise, times, "dpmpp_2m")
     torch.testing.assert_close(found, expected, rtol=2e-5, atol=2e-5)

@@ -101,6 +101,13 @@ def reference(model, request, available=None, choose=None):
             kept = p
         return [value / sum(kept) for value in kept]
 
+    def weighed(x, t, chosen):
+        """The router's probabilities, of the experts chosen."""
+        arguments = [x[None], torch.tensor([t], dtype=torch.float64)] + ([pooled[None]] if model.router_reads_text else [])
+        logits = router(*arguments)[0].tolist()
+        p = [math.exp(logit) if chosen[k] else 0.0 for k, logit in enumerate(logits)]
+        return [value / sum(p) for value in p]
+
     def velocity(x, t, weights):
         history.append(weights)
         total = torch.zeros_like(x)
@@ -114,18 +121,20 @@ def reference(model, request, available=None, choose=None):
         return total
 
     times = [1 - 0.999 * i / (request.steps - 1) for i in range(request.steps)] if request.steps > 1 else [1.0]
+    if request.solver == "dpmpp_2m":
+        times = [1 - i / request.steps for i in range(request.steps)]
     times.append(0.0)
     x = initial_noise(request.seed, request.index, model.latent_shape).double()
     looks = []  # (λ, x̂_0) of the steps so far
     for t, after in itertools.pairwise(times):
-        weights = route(x, t)  # once a step
+        weights = route(x, t)  # which experts: once a step
         v = velocity(x, t, weights)
         guess = x + (after - t) * v
         looks.append((math.log((1 - t) / t) if t < 1 else -math.inf, x - t * v))
         if request.solver == "midpoint":
-            x = x + (after - t) * velocity((x + guess) / 2, (t + after) / 2, weights)
+            x = x + (after - t) * velocity((x + guess) / 2, (t + after) / 2, weighed((x + guess) / 2, (t + after) / 2, weights))
         elif request.solver == "heun" and after != 0:
-            x = x + (after - t) * (v + velocity(guess, after, weights)) / 2
+            x = x + (after - t) * (v + velocity(guess, after, weighed(guess, after, weights))) / 2
         elif request.solver == "dpmpp_2m" and after != 0 and len(looks) > 1:
             # As the paper has it, with α = 1 − t and σ = t: arXiv 2211.01095, algorithm 2.
             (earlier, x0_before), (now, x0) = looks[-2:]
@@ -275,8 +284,8 @@ def test_threads_stay_as_they_are_unless_told(model):
 # -- routing once a step ------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("solver", "evaluations"), [("euler", 5), ("dpmpp_2m", 5), ("heun", 9), ("midpoint", 10)])
-def test_the_router_is_asked_once_a_step(model, monkeypatch, solver, evaluations):
+@pytest.mark.parametrize(("solver", "evaluations"), [("euler", 5), ("heun", 9), ("midpoint", 10)])
+def test_experts_are_chosen_once_a_step_and_weighed_at_every_velocity(model, monkeypatch, solver, evaluations):
     asked, forward = [], Router.forward
 
     def counting(self, x, t, *arguments):
@@ -284,14 +293,18 @@ def test_the_router_is_asked_once_a_step(model, monkeypatch, solver, evaluations
         return forward(self, x, t, *arguments)
 
     monkeypatch.setattr(Router, "forward", counting)
-    (result,) = generate(model, [ask(solver=solver, steps=5, routing="full")])
     steps = np.append(np.linspace(1, 0.001, 5), 0)[:-1]
-    np.testing.assert_allclose(asked, steps[:, None], rtol=1e-6)
-    weights = [entry["weights"] for entry in result.routing]
-    assert len(weights) == evaluations
-    if evaluations > 5:  # held for the second half of each step, and chosen anew for the next
-        assert all(weights[i] == weights[i + 1] for i in range(0, evaluations - 1, 2))
-        assert all(weights[i] != weights[i + 2] for i in range(0, evaluations - 2, 2))
+    (alone,) = generate(model, [ask(solver=solver, steps=5, routing="top-1")])
+    np.testing.assert_allclose(asked, steps[:, None], rtol=1e-6)  # of one expert there is nothing to weigh
+    assert len(alone.routing) == evaluations
+    asked.clear()
+    (result,) = generate(model, [ask(solver=solver, steps=5, routing="top-2")])
+    assert len(asked) == evaluations
+    weights = np.array([entry["weights"] for entry in result.routing])
+    if evaluations > 5:
+        first, second = weights[0 : evaluations - 1 : 2], weights[1:evaluations:2]
+        assert ((first != 0) == (second != 0)).all()
+        assert (first != second).any(1).all()
 
 
 def test_a_step_whose_expert_goes_in_the_middle_is_routed_anew(model):

@@ -54,6 +54,7 @@ def test_files_are_the_released_ones(checkpoint, tmp_path):
     assert original <= names
     assert {name.split("/")[0] for name in names - original} == {"paris.json", "null_text.safetensors", "tokenizer"}
     assert not [name for name in names if name.endswith((".bin", ".pt"))]
+    assert len({(tmp_path / "copy" / name).stat().st_mode for name in names}) == 1  # whoever may read one may read all
     # Outsiders read the weights by these names and shapes; every byte is the original's.
     for folder, file in [*((f"expert_{k}", released.EXPERT_FILE) for k in range(3)), ("router", released.ROUTER_FILE)]:
         mine, theirs = load_file(tmp_path / "copy" / folder / file), load_file(checkpoint / folder / file)

@@ -49,6 +49,7 @@ def test_tensors_are_found_flat_or_under_the_names_that_scripts_use(
     torch.save({part: tensors, **other} if part else tensors, tmp_path / "in.pt", _use_new_zipfile_serialization=zipped)
     assert convert.main([str(tmp_path / "in.pt"), str(tmp_path / "out.safetensors")]) == 0
     assert same(load_file(tmp_path / "out.safetensors"), tensors)
+    assert (tmp_path / "out.safetensors").stat().st_mode == (tmp_path / "in.pt").stat().st_mode  # whoever may read the one may read the other
     assert sorted(os.listdir(tmp_path)) == ["in.pt", "out.safetensors"]
     said = capsys.readouterr().out
     assert "3 tensors" in said

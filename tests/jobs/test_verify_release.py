@@ -33,6 +33,23 @@ def copy(checkpoint, tmp_path):
     return tmp_path / "somebodys-folder"
 
 
+def test_files_are_compared_with_the_list_beside_them(copy, capsys):
+    """A model of our own has one; the released checkpoint does not."""
+    from paris_ray.manifest import Stage
+    from paris_ray.storage import Folder
+
+    assert verify_release.main([str(copy), "--no-pictures"]) == 0
+    assert "_manifest.json" not in capsys.readouterr().out
+    Stage("assemble", Folder(copy), {}, {}).publish()
+    assert verify_release.main([str(copy), "--no-pictures"]) == 0
+    assert "files are those of _manifest.json" in capsys.readouterr().out
+    file = copy / "expert_0" / "diffusion_pytorch_model.safetensors"
+    whole = file.read_bytes()
+    file.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+    assert verify_release.main([str(copy), "--no-pictures"]) == 1
+    assert "expert_0/diffusion_pytorch_model.safetensors has another checksum than its manifest says, by _manifest.json" in capsys.readouterr().out
+
+
 def test_a_whole_checkpoint(checkpoint, tmp_path, capsys):
     out = tmp_path / "out"
     assert verify_release.main([str(checkpoint), "--out", str(out), "--steps", "2", "--max-resident", "1"]) == 0
