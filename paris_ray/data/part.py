@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from paris_ray.config import DataConfig, PatchPcaCodec
 from paris_ray.data import encoders, schema
 from paris_ray.data.codec import PatchSums, load_codec
-from paris_ray.data.filters import check_caption, check_score, check_shape
+from paris_ray.data.filters import check_caption, check_key, check_score, check_shape
 from paris_ray.data.images import RejectError, load_square
 from paris_ray.data.phash import phash
 from paris_ray.data.sources import open_source
@@ -29,6 +29,9 @@ ROW_GROUP = 1024
 
 AHEAD_BYTES = 128 << 20
 """Bytes of image files that are held while they wait to be decoded."""
+
+MAX_REASON = 500
+"""Characters of a reject's reason."""
 
 
 def unit_table(unit: Unit) -> pa.Table:
@@ -62,20 +65,25 @@ def shown(name: str) -> str:
     return name.encode("utf-8", "replace").decode()
 
 
+def _reason(text: str) -> str:
+    """A reason as it is stored: it may quote a field of any length."""
+    return shown(text if len(text) <= MAX_REASON else f"{text[: MAX_REASON - 1]}…")
+
+
 def read_row(source: Source, item: Item, data: DataConfig, seed: int) -> Row | str:
     """Read, check and decode one row, or the reason why it cannot be used. Raises OSError when the store fails."""
     if item.reason is not None:
-        return shown(item.reason)
+        return _reason(item.reason)
     try:
         sample = source.load(item)
         caption = check_caption(sample.caption, data.filter)
+        identity = row_id(sample.content, caption) if sample.key is None else key_id(check_key(sample.key))
         check_score(sample.score, data.filter)
         pixels, width, height = load_square(
             sample.image, data.image_size, data.max_pixels, lambda width, height: check_shape(width, height, data.filter)
         )
     except RejectError as error:
-        return shown(str(error))
-    identity = row_id(sample.content, caption) if sample.key is None else key_id(sample.key)
+        return _reason(str(error))
     looks = phash(pixels)
     # Rows that look alike are one group, and no split may see one of them beside another. Where the source has groups of its own, these hold
     # what differs, and only the whole group is held out as one.

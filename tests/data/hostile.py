@@ -302,4 +302,56 @@ def write_webdataset(path, marker):
     return wanted | {f"{name}.tar from '' on": "broken tar" for name in ("huge_header", "zero", "text", "pickle")}
 
 
+IDENTITIES = {
+    "good": ("k", 6, RIGHT),
+    "unicode": ("写真 😀", 6.5, RIGHT),
+    "number": (2**63 - 1, 6, RIGHT),
+    "low": ("l", 5, "low score"),
+    "null_key": (None, 6, "no key"),
+    "half_a_character": ("\ud800", 6, "no key"),
+    "list": ([1], 6, "no key"),
+    "null_score": ("n", None, "no score"),
+    "nan": ("o", float("nan"), "no score"),
+    "huge": ("h", 10**400, "no score"),
+    "huge_negative": ("i", -(10**400), "no score"),
+    "text_score": ("t", "6" * 10_000, "no score"),
+    "infinite": ("f", float("inf"), RIGHT),
+}
+"""Name → key and score of JSON, and what becomes of the row where keys are asked for and scores of at least 6."""
+
+
+def write_identities(path, kind):
+    """Rows with keys and scores, in the forms of a source in which they can occur. Returns what must become of each row, by its source name."""
+    path.mkdir()
+    content = {name: encoded(noise(600 + i), "PNG") for i, name in enumerate(IDENTITIES)}
+    fields = {name: json.dumps({"file": f"{name}.png", "caption": name, "id": key, "score": score}) for name, (key, score, _) in IDENTITIES.items()}
+    reason = {name: reason for name, (*_, reason) in IDENTITIES.items()}
+    if kind == "webdataset":
+        pairs = [(member(f"{name}.png", content[name]), member(f"{name}.json", fields[name].encode())) for name in IDENTITIES]
+        (path / "a.tar").write_bytes(tar_bytes([one for pair in pairs for one in pair]))
+        return {f"a.tar/{name}": what for name, what in reason.items()}
+    if kind in ("folder", "table"):  # which have no keys
+        for name in IDENTITIES:
+            (path / f"{name}.png").write_bytes(content[name])
+            if kind == "folder":
+                (path / f"{name}.json").write_text(fields[name])
+        if kind == "table":
+            (path / "captions.jsonl").write_text("\n".join(fields.values()))
+        return {f"{name}.png": RIGHT if what == "no key" else what for name, what in reason.items()}
+    # A column has one type: keys are strings, one of them no UTF-8, and scores are numbers.
+    typed = {name: row for name, row in IDENTITIES.items() if name in ("good", "unicode", "low", "null_key", "null_score", "nan", "infinite")}
+    raw = pa.array([*(None if key is None else key.encode() for key, *_ in typed.values()), b"\xff"], pa.binary())
+    keys = pa.Array.from_buffers(pa.string(), len(raw), raw.buffers(), raw.null_count)
+    images, captions = [*(content[name] for name in typed), encoded(noise(650), "PNG")], [*typed, "no UTF-8"]
+    scores = pa.array([*(score for _, score, _ in typed.values()), 6], pa.float64(), from_pandas=False)
+    table = pa.table({"image": images, "caption": captions, "id": keys, "score": scores})
+    if kind == "parquet":
+        pq.write_table(table, path / "a.parquet")
+    else:
+        write_arrow(path / "a.arrow", table)
+        write_state(path, ["a.arrow"])
+    ending = "parquet" if kind == "parquet" else "arrow"
+    return {f"a.{ending} row {i}": what for i, what in enumerate([*(reason[name] for name in typed), RIGHT])}
+
+
 WRITERS = {"folder": write_folder, "parquet": write_parquet, "webdataset": write_webdataset, "hf_dataset": write_hf_dataset}

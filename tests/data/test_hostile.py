@@ -9,7 +9,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from paris_ray.data import embed as stage
-from paris_ray.data import schema
+from paris_ray.data import part, schema
 from paris_ray.storage import Folder
 
 from . import hostile
@@ -41,6 +41,16 @@ def test_every_row_is_right_or_has_its_reason(tmp_path, kind):
     assert counts["reasons"] == collections.Counter(reason for reason in wanted.values() if reason is not None)
     assert not marker.exists()
     assert sorted({*os.listdir(tmp_path)} - {"run"}) == before  # nothing was unpacked
+
+
+@pytest.mark.parametrize("kind", ["folder", "table", "parquet", "webdataset", "hf_dataset"])
+def test_a_key_or_a_score_costs_only_its_row(tmp_path, kind):
+    wanted = hostile.write_identities(tmp_path / "source", kind)
+    key = {} if kind in ("folder", "table") else {"key": "id"}
+    found = read(tmp_path / "source", "folder" if kind == "table" else kind, source=key, filter={"score_column": "score", "min_score": 6})
+    assert dict.fromkeys(good(found), hostile.RIGHT) | reasons(found) == wanted
+    assert max(len(row) for row in found.values() if isinstance(row, str)) <= part.MAX_REASON
+    assert len({row.id for row in good(found).values()}) == len(good(found))
 
 
 def test_the_payload_works(tmp_path):
