@@ -15,8 +15,8 @@ from paris_ray.storage import Folder
 
 READ_BYTES = 8 << 20
 """Read from the store at once."""
-MAX_HEADER_BYTES = 1 << 20
-"""An extended header (a long name) larger than this is no header; Python's reader would take any size into memory."""
+MAX_HEADER_BYTES = 8 << 10
+"""An extended header (a long name) larger than this is no header: no store has such names, and older Pythons parse one in the square of its size."""
 
 TEXTS = ("txt", "json")
 
