@@ -153,6 +153,20 @@ def test_json_beside_a_picture(tmp_path):
     assert reasons(scored) == {**wrong, "b.png": "low score"}
 
 
+def test_extensions_in_capitals(tmp_path):
+    """As cameras and some systems write them. Every file is a row, a caption or a reject."""
+    for name in ("IMG.JPG", "b.png", "c.PNG", "d.png"):
+        png(tmp_path / name)
+    texts = {"IMG.TXT": "by a camera", "b.Json": '{"caption": "from json"}', "d.JSON": "{", "d.TXT": "x"}
+    texts |= {"c.txt": "small", "c.TXT": "capitals", "E.TXT": "x"}
+    for name, text in texts.items():
+        (tmp_path / name).write_text(text)
+    found = read(tmp_path)
+    captions = {"IMG.JPG": "by a camera", "b.png": "from json", "c.PNG": "small", "d.png": "x"}
+    assert {name: row.caption for name, row in good(found).items()} == captions
+    assert reasons(found) == {"c.TXT": "caption without image", "E.TXT": "caption without image"}
+
+
 @pytest.mark.parametrize("name", ["captions.csv", "captions.jsonl"])
 def test_scores_in_a_table(tmp_path, name):
     for file in ("a.png", "b.png", "c.png"):
