@@ -202,6 +202,20 @@ def test_links_may_not_lead_out(tmp_path):
     assert reasons(found) == {"b.png": "file outside the folder", "d.png": "unreadable file"}
 
 
+@pytest.mark.parametrize("name", captions.TABLES)
+def test_a_table_may_not_be_a_link_out(tmp_path, name):
+    png(tmp_path / "folder/a.png")
+    private = {"captions.csv": "file,caption\na.png,private\n", "captions.jsonl": '{"file": "a.png", "caption": "private"}'}[name]
+    (tmp_path / name).write_text(private)
+    (tmp_path / "folder" / name).symlink_to(tmp_path / name)
+    with pytest.raises(ConfigError, match=rf"folder has a table .*'{name}' is a link that leads out of it; put the file itself there"):
+        read(tmp_path / "folder")
+    (tmp_path / "folder" / name).unlink()
+    (tmp_path / "folder/other").write_text(private)
+    (tmp_path / "folder" / name).symlink_to("other")
+    assert read(tmp_path / "folder")["a.png"].caption == "private"
+
+
 def test_a_unit_is_a_run_of_files_and_travels_as_text(tmp_path):
     for i in range(7):
         png(tmp_path / f"{i}.png", (i, 0, 0))

@@ -7,9 +7,10 @@ from collections.abc import Iterator
 import pyarrow as pa
 
 from paris_ray.config import ConfigError, HfDatasetSource
+from paris_ray.data.images import RejectError
 from paris_ray.data.sources.base import Item, Sample, Unit
 from paris_ray.data.sources.columns import Columns
-from paris_ray.data.sources.files import Steady, check_name, one_line
+from paris_ray.data.sources.files import Steady, check_link, check_name, one_line
 from paris_ray.storage import Folder
 
 STATE, SPLITS = "state.json", "dataset_dict.json"
@@ -35,6 +36,11 @@ class HfDataset:
             ConfigError: not such a folder, or one with several splits, or the first file lacks the columns.
         """
         uri = self.folder.uri
+        try:
+            check_link(self.folder, STATE)
+            check_link(self.folder, SPLITS)
+        except RejectError as error:
+            raise ConfigError(f"data.source.uri: {uri} cannot be read: {error}") from None
         if not self.folder.exists(STATE):
             if self.folder.exists(SPLITS):
                 splits = self.folder.read_json(SPLITS).get("splits", [])
@@ -65,6 +71,8 @@ class HfDataset:
         try:
             with file, pa.ipc.open_stream(file) as stream:
                 return self.columns.problem(stream.schema)
+        except RejectError as error:
+            return str(error)
         except Exception as error:  # of broken content anything
             if file.failure is not None:
                 raise file.failure from None
@@ -83,6 +91,8 @@ class HfDataset:
                     else:
                         yield from (Item(f"{name} row {row + i}", reason=f"wrong columns: {problem}") for i in range(len(batch)))
                     row += len(batch)
+        except RejectError as error:
+            yield Item(f"{name} from row {row}", reason=str(error))
         except Exception as error:  # as above
             if file.failure is not None:
                 raise file.failure from None

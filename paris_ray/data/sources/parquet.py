@@ -8,6 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pyarrow.parquet as pq
 
 from paris_ray.config import ConfigError, ParquetSource
+from paris_ray.data.images import RejectError
 from paris_ray.data.sources.base import Item, Sample, Unit
 from paris_ray.data.sources.columns import Columns
 from paris_ray.data.sources.files import Steady, files_of, one_line
@@ -61,6 +62,8 @@ class Parquet:
             with file, pq.ParquetFile(file) as content:
                 groups = [content.metadata.row_group(i).num_rows for i in range(content.num_row_groups)]
                 problem = self.columns.problem(content.schema_arrow)
+        except RejectError as error:
+            return [], str(error)
         except Exception as error:  # of a broken footer anything
             if file.failure is not None:
                 raise file.failure from None

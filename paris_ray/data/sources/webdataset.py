@@ -102,13 +102,15 @@ class Webdataset:
                         assert content is not None
                         sample.members[extension] = content.read()
                     sample.sizes[extension] = member.size
+        except RejectError as error:
+            broken = str(error)
         except Exception as error:  # of broken content anything
             if file.failure is not None:
                 raise file.failure from None
-            broken = one_line(error)
+            broken = f"broken tar: {one_line(error)}"
         yield from self._items(sample, name, seen)
         if broken is not None:
-            yield Item(f"{name} from {sample.key!r} on", reason=f"broken tar: {broken}")
+            yield Item(f"{name} from {sample.key!r} on", reason=broken)
 
     def _items(self, sample: _Sample, tar: str, seen: dict[str, int]) -> Iterator[Item]:
         """The item of a sample; none of the empty one before the first."""
