@@ -22,6 +22,7 @@ import pyarrow.parquet as pq
 from paris_ray import stages
 from paris_ray.config import ConfigError, DataConfig, PatchPcaCodec, RunConfig
 from paris_ray.data import duplicates, encoders, schema
+from paris_ray.data.attempts import counted
 from paris_ray.data.codec import PatchPcaCodec as FittedPca
 from paris_ray.data.codec import PatchSums
 from paris_ray.data.openmoji import ATTRIBUTION
@@ -167,12 +168,13 @@ def _sum_patches(config: RunConfig, units: list[Unit], progress: Progress) -> Pa
     _quiet()
     total, done = PatchSums.zero(config.data.codec.downsampling), 0
     dataset = ray.data.from_arrow([unit_table(unit) for unit in units]).map_batches(
-        SumPart(config.data.model_dump(mode="json"), config.seed), batch_size=1, batch_format="pyarrow", num_cpus=1
+        SumPart(config.data.model_dump(mode="json"), config.seed, config.run_dir), batch_size=1, batch_format="pyarrow", num_cpus=1
     )
-    for row in dataset.iter_rows():
-        total.merge(PatchSums(row["count"], np.frombuffer(row["total"]).copy(), np.frombuffer(row["outer"]).reshape(total.outer.shape).copy()))
-        done += row["rows"]
-        progress.update(0, message=f"fitting the codec: {done} rows read")
+    with counted(Folder(config.run_dir) / "encoders", units):
+        for row in dataset.iter_rows():
+            total.merge(PatchSums(row["count"], np.frombuffer(row["total"]).copy(), np.frombuffer(row["outer"]).reshape(total.outer.shape).copy()))
+            done += row["rows"]
+            progress.update(0, message=f"fitting the codec: {done} rows read")
     return total
 
 
@@ -203,13 +205,14 @@ def encode(config: RunConfig, run: Folder, units: list[Unit], progress: Progress
         num_gpus=data.encoder_gpus,
     )
     rejected, known = 0, all(unit.rows is not None for unit in units)
-    for row in dataset.iter_rows():
-        done += row["rows"]
-        rejected += row["rejected"]
-        parts += 1
-        if not known:  # as many rows as the parts so far would have, were they all
-            progress.total = round(done / parts * len(units))
-        progress.update(done, message=f"part {parts} of {len(units)}" + (f", {rejected} rejected" if rejected else ""))
+    with counted(run / "corpus", todo):
+        for row in dataset.iter_rows():
+            done += row["rows"]
+            rejected += row["rejected"]
+            parts += 1
+            if not known:  # as many rows as the parts so far would have, were they all
+                progress.total = round(done / parts * len(units))
+            progress.update(done, message=f"part {parts} of {len(units)}" + (f", {rejected} rejected" if rejected else ""))
 
 
 def read_listed(corpus: Folder, unit: Unit) -> int:

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from paris_ray.config import DataConfig, PatchPcaCodec
 from paris_ray.data import encoders, schema
+from paris_ray.data.attempts import attempt
 from paris_ray.data.codec import PatchSums, load_codec
 from paris_ray.data.filters import check_caption, check_key, check_score, check_shape
 from paris_ray.data.images import RejectError, load_square
@@ -114,20 +115,22 @@ class SumPart:
     Args:
         data: the run's ``data`` config, as a dict.
         seed: the run's seed.
+        run_dir: the run directory as seen from the worker.
     """
 
-    def __init__(self, data: dict[str, Any], seed: int):
-        self.data, self.seed = data, seed
+    def __init__(self, data: dict[str, Any], seed: int, run_dir: str):
+        self.data, self.seed, self.run_dir = data, seed, run_dir
 
     def __call__(self, table: pa.Table) -> pa.Table:
         """One unit → one row: how many rows it has, and its sums."""
         data, unit = DataConfig.model_validate(self.data), unit_of(table)
         assert isinstance(data.codec, PatchPcaCodec)
         sums, rows = PatchSums.zero(data.codec.downsampling), 0
-        for _, row in read_rows(open_source(data), unit, data, self.seed, 1):
-            rows += 1
-            if isinstance(row, Row) and row.split == "train":
-                sums.add(row.pixels[None], data.codec.downsampling)
+        with attempt(Folder(self.run_dir) / "encoders", unit):
+            for _, row in read_rows(open_source(data), unit, data, self.seed, 1):
+                rows += 1
+                if isinstance(row, Row) and row.split == "train":
+                    sums.add(row.pixels[None], data.codec.downsampling)
         return pa.table({"rows": [rows], "count": [sums.count], "total": [sums.total.tobytes()], "outer": [sums.outer.tobytes()]})
 
 
@@ -185,7 +188,7 @@ class EncodePart:
                 made.clear()
 
         # The part of the corpus appears last: where it is, the part is done.
-        with schema.PartWriter(self.run / "corpus", name, self.schema) as writer:
+        with attempt(self.run / "corpus", unit), schema.PartWriter(self.run / "corpus", name, self.schema) as writer:
             for source, row in read_rows(self.source, unit, self.data, self.seed, max(1, int(self.data.encoder_cpus))):
                 listed += 1
                 if isinstance(row, str):

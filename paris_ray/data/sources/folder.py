@@ -46,7 +46,7 @@ class ImageFolder:
         listed = self._list()
         pieces = [listed[start : start + rows] for start in range(0, len(listed), rows)]
         # As text: a unit waits in the driver, and a name need not be valid Unicode.
-        return [Unit(number, json.dumps(piece), len(piece)) for number, piece in enumerate(pieces)]
+        return [Unit(number, json.dumps(piece), len(piece), f"{piece[0][1]} … {piece[-1][1]}") for number, piece in enumerate(pieces)]
 
     def read(self, unit: Unit) -> Iterator[Item]:
         """The items of a unit; no file is opened."""

@@ -64,7 +64,7 @@ class HfDataset:
         else:
             first = next(iter(problems.items()), ("no data file", "it holds no rows"))
             raise ConfigError(f"data.source: none of the {len(names)} files in {uri} can be read. {first[0]}: {first[1]}")
-        return [Unit(number, where) for number, where in enumerate(sizes)]
+        return [Unit(number, where, what=where[0]) for number, where in enumerate(sizes)]
 
     def _problem(self, name: str) -> str | None:
         file = Steady(self.folder, name)

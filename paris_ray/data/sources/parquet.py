@@ -55,7 +55,9 @@ class Parquet:
         for (name, size), (groups, problem) in zip(files, found, strict=True):
             whole = [(0, 0, 1, 0)] if problem is not None and not groups else None
             for pieces in [whole] if whole else _units(groups, rows):
-                units.append(Unit(len(units), (folder.uri, name, size, tuple(pieces), problem), sum(piece[2] for piece in pieces)))
+                rows_here, first = sum(piece[2] for piece in pieces), pieces[0][3]
+                what = f"{name} rows {first} … {first + rows_here - 1}"
+                units.append(Unit(len(units), (folder.uri, name, size, tuple(pieces), problem), rows_here, what))
         return units
 
     def _footer(self, file: Steady, size: int) -> tuple[list[int], str | None]:

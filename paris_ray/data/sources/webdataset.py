@@ -77,7 +77,7 @@ class Webdataset:
     def units(self, rows: int) -> list[Unit]:
         """A unit per tar, in the order of their names; none is opened. Raises ConfigError when there is none."""
         folder, files = files_of(self.uri, ".tar", "a tar or a folder with some")
-        return [Unit(number, (folder.uri, name, size)) for number, (name, size) in enumerate(files)]
+        return [Unit(number, (folder.uri, name, size), what=name) for number, (name, size) in enumerate(files)]
 
     def read(self, unit: Unit) -> Iterator[Item]:
         """The samples of one tar. Where it breaks off, the rest is one reject: nothing says how many samples it had."""
