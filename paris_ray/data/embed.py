@@ -2,7 +2,7 @@
 
 A unit of the source becomes one part: the unit of work, of resumption and of one Parquet file. The worker that reads its rows writes it, so that
 only counts travel. A part's bytes depend on the rows and the config, not on who made it or beside whom. The driver holds the list of units and,
-at the end, some 33 bytes of each row.
+at the end, while it looks for duplicates, some 70 bytes of each row.
 """
 
 from __future__ import annotations
@@ -247,7 +247,7 @@ def finish(run: Folder, before: dict[str, Any] | None = None) -> dict[str, Any]:
         rows.splits[:settled] = np.concatenate(list(read_splits(corpus).values()))
     kept = duplicates.first_of_equals(rows.ids)
     _in_tasks(duplicates.drop, [(run, name, keep) for name, keep in rows.by_part(kept).items() if not keep.all()])
-    rows = rows.keep(kept)
+    rows.keep(kept)
     near = duplicates.join_near_duplicates(corpus, rows, settled, version)
     splits = np.bincount(rows.splits, minlength=len(schema.SPLITS))
     cut, listed = 0, 0
