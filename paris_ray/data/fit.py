@@ -180,7 +180,7 @@ def _two_levels(config: RunConfig, rows: Rows | RemoteRows, stage: Stage, say: C
             f"partition.fine: {part.fine} fine clusters, but the embeddings of the {rows.total} training rows are only {distinct} different ones; "
             f"lower it (--set partition.fine={distinct})"
         )
-    coarse = coarse_clusters(fit.centroids, fit.counts, experts, config.seed, part.max_iterations, part.max_share, part.weighted)
+    coarse = coarse_clusters(fit.centroids, fit.counts, experts, config.seed, part.max_iterations, part.max_share, part.weighted, say)
     sizes = np.bincount(coarse.fine_to_coarse, fit.counts, experts).astype(int)
     if sizes.min() == 0:
         raise ConfigError(

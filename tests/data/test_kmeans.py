@@ -17,7 +17,7 @@ from sklearn.metrics import adjusted_rand_score
 from paris_ray.config import ConfigError
 from paris_ray.data import kmeans as km
 from paris_ray.data import nearest
-from paris_ray.data.balance import balance, coarse_clusters
+from paris_ray.data.balance import _improve, balance, coarse_clusters
 from paris_ray.data.nearest import BLOCK, GRID
 
 
@@ -459,6 +459,37 @@ class TestBalance:
         for i, point in enumerate(np.random.default_rng(seed).permutation(len(w))):
             labels[point] = i % 8
         return float(sum(((points[labels == k] - points[labels == k].mean(0)) ** 2).sum() for k in range(8)))
+
+    @pytest.mark.parametrize("seed", range(12))
+    def test_each_change_is_the_best_of_all(self, seed: int) -> None:
+        """Against all moves and exchanges of pairs, one by one; from starts within the cap and far above it."""
+        g = np.random.default_rng(seed)
+        n, k = int(g.integers(6, 16)), int(g.integers(2, 5))
+        cost, w = g.uniform(0, 10, (n, k)), g.integers(1, 30, n)
+        cap = float(g.uniform(1.05, 1.6) * w.sum() / k)
+        labels = g.integers(0, 1 + seed % k, n)
+        said: list[str] = []
+        found = _improve(cost, w, cap, labels.copy(), said.append)
+
+        def worth(of: np.ndarray) -> tuple[float, float]:
+            return np.maximum(np.bincount(of, w, k) - np.floor(cap), 0).sum(), cost[np.arange(n), of].sum()
+
+        def neighbours(of: np.ndarray) -> Iterator[np.ndarray]:
+            for i, j in itertools.product(range(n), range(k)):
+                other = of.copy()
+                other[i] = j
+                if (np.bincount(of, minlength=k)[of] > 1)[i]:
+                    yield other
+            for i, j in itertools.combinations(range(n), 2):
+                other = of.copy()
+                other[[i, j]] = of[[j, i]]
+                yield other
+
+        steps = 0
+        while worth(best := min(neighbours(labels), key=worth)) < worth(labels):
+            labels, steps = best, steps + 1
+        assert (found == labels).all()
+        assert len(said) == steps > 0
 
     def test_one_fine_cluster_above_the_cap_is_said(self) -> None:
         with pytest.raises(ConfigError, match=r"fine cluster 4 alone has 90.*raise partition.fine \(now 5\).*at least 2\.65"):
