@@ -20,8 +20,8 @@ from paris_ray.config import ConfigError
 from paris_ray.data.kmeans import Fit, Labels, Rows, State, lloyd, plus_plus
 from paris_ray.data.nearest import F32, scales
 
-RESTARTS = 32
-"""Starts of the coarse k-means, of which the lowest inertia is kept; it has few rows and costs nothing."""
+RESTARTS = 100
+"""Starts of the coarse k-means, of which the lowest inertia is kept: it has few rows, and from 32 starts it was up to 2 % above the best."""
 
 MAX_ROUNDS = 100
 

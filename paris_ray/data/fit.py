@@ -176,6 +176,11 @@ def _two_levels(config: RunConfig, rows: Rows | RemoteRows, stage: Stage, say: C
     fit = _fit_fine(part, rows, rng.key(config.seed, "fine"), stage, say)
     if fit.counts.min() == 0:
         distinct = int((fit.counts > 0).sum())
+        if not fit.converged:
+            raise ConfigError(
+                f"partition.max_iterations: after {part.max_iterations}, {part.fine - distinct} of {part.fine} fine clusters are still empty and "
+                "would start again at rows far from the others; raise it, or lower partition.fine"
+            )
         raise ConfigError(
             f"partition.fine: {part.fine} fine clusters, but the embeddings of the {rows.total} training rows are only {distinct} different ones; "
             f"lower it (--set partition.fine={distinct})"
