@@ -26,7 +26,8 @@ from paris_ray.data.attempts import counted
 from paris_ray.data.codec import PatchPcaCodec as FittedPca
 from paris_ray.data.codec import PatchSums
 from paris_ray.data.openmoji import ATTRIBUTION
-from paris_ray.data.part import EncodePart, SumPart, unit_table
+from paris_ray.data.part import EncodePart, SumPart, encoder_bytes, unit_table, worker_bytes
+from paris_ray.data.placement import memory
 from paris_ray.data.sources import open_source
 from paris_ray.data.sources.base import Unit, listing
 from paris_ray.data.splits import read_splits
@@ -168,7 +169,11 @@ def _sum_patches(config: RunConfig, units: list[Unit], progress: Progress) -> Pa
     _quiet()
     total, done = PatchSums.zero(config.data.codec.downsampling), 0
     dataset = ray.data.from_arrow([unit_table(unit) for unit in units]).map_batches(
-        SumPart(config.data.model_dump(mode="json"), config.seed, config.run_dir), batch_size=1, batch_format="pyarrow", num_cpus=1
+        SumPart(config.data.model_dump(mode="json"), config.seed, config.run_dir),
+        batch_size=1,
+        batch_format="pyarrow",
+        num_cpus=1,
+        memory=memory(worker_bytes(config.data, 1)),
     )
     with counted(Folder(config.run_dir) / "encoders", units):
         for row in dataset.iter_rows():
@@ -203,6 +208,7 @@ def encode(config: RunConfig, run: Folder, units: list[Unit], progress: Progress
         compute=ray.data.ActorPoolStrategy(min_size=min(data.min_encoders, most), max_size=most),
         num_cpus=data.encoder_cpus,
         num_gpus=data.encoder_gpus,
+        memory=memory(encoder_bytes(data, run / "encoders")),
     )
     rejected, known = 0, all(unit.rows is not None for unit in units)
     with counted(run / "corpus", todo):

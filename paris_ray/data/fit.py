@@ -26,6 +26,7 @@ from paris_ray.data import schema
 from paris_ray.data.balance import coarse_clusters
 from paris_ray.data.kmeans import Fit, Keys, Labels, Rows, State, inertia_of, lloyd, means, start
 from paris_ray.data.nearest import F32
+from paris_ray.data.placement import memory
 from paris_ray.data.remote_rows import Piece, RemoteRows, load
 from paris_ray.data.splits import read_each
 from paris_ray.manifest import Stage, fingerprint
@@ -295,7 +296,9 @@ def label_others(
     if len(batches) > 1:
         import ray
 
-        task, shared = ray.remote(label_pieces).options(num_cpus=1), ray.put(model)
+        size = 2 * model.fine.shape[1] * max(map(len, places))  # embeddings are float16
+        task = ray.remote(label_pieces).options(num_cpus=1, memory=memory(size), scheduling_strategy="SPREAD")
+        shared = ray.put(model)
         found = [task.remote(corpus, batch, shared, part.metric, part.backend, own) for batch, own in zip(batches, fixed, strict=True)]
         results: Iterable[tuple[Labels, F32]] = map(ray.get, found)
     else:

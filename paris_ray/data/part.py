@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import math
 import pickle
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -22,6 +23,7 @@ from paris_ray.data.images import RejectError, load_square
 from paris_ray.data.phash import phash
 from paris_ray.data.sources import open_source
 from paris_ray.data.sources.base import Item, Source, Unit
+from paris_ray.data.sources.files import MAX_FILE_BYTES
 from paris_ray.data.splits import key_id, row_id, split_of
 from paris_ray.storage import Folder
 
@@ -33,6 +35,29 @@ AHEAD_BYTES = 128 << 20
 
 MAX_REASON = 500
 """Characters of a reject's reason."""
+
+
+def worker_bytes(data: DataConfig, threads: int) -> int:
+    """What a worker that reads units takes at most, beside what it keeps of them: files that wait, the largest of all, and pictures being decoded."""
+    return AHEAD_BYTES + MAX_FILE_BYTES + 8 * data.max_pixels * threads  # a pixel has four bytes of transparency, and four on white
+
+
+def encoder_bytes(data: DataConfig, encoded: Folder) -> int:
+    """What an encoder takes: the same, the encoders' weights, and a row group, as arrays and as a table.
+
+    Args:
+        data: of the config.
+        encoded: ``RUN/encoders``.
+    """
+    meta = encoded.read_json(encoders.FILE)
+    kinds = [field.type for field in schema.corpus_schema(meta, data.store_text) if isinstance(field.type, pa.FixedShapeTensorType)]
+    row = sum(math.prod(kind.shape) * kind.value_type.bit_width // 8 for kind in kinds)
+    weights = meta["embedding"]["bytes"] + sum(entry.size for entry in encoded.files(recursive=True))
+    return worker_bytes(data, _threads(data)) + weights + 2 * ROW_GROUP * row
+
+
+def _threads(data: DataConfig) -> int:
+    return max(1, int(data.encoder_cpus))
 
 
 def unit_table(unit: Unit) -> pa.Table:
@@ -189,7 +214,7 @@ class EncodePart:
 
         # The part of the corpus appears last: where it is, the part is done.
         with attempt(self.run / "corpus", unit), schema.PartWriter(self.run / "corpus", name, self.schema) as writer:
-            for source, row in read_rows(self.source, unit, self.data, self.seed, max(1, int(self.data.encoder_cpus))):
+            for source, row in read_rows(self.source, unit, self.data, self.seed, _threads(self.data)):
                 listed += 1
                 if isinstance(row, str):
                     rejects.append((source, row))

@@ -22,7 +22,7 @@ from paris_ray.storage import Folder
 TOKENS, WIDTH = 8, 12
 META = {
     "text": {"kind": "light", "width": 4, "max_length": TOKENS, "pooling": "mean", "fingerprint": "0"},
-    "embedding": {"kind": "light", "width": WIDTH, "image_size": 8, "fingerprint": "0"},
+    "embedding": {"kind": "light", "width": WIDTH, "image_size": 8, "fingerprint": "0", "bytes": 0},
     "codec": None,
 }
 
