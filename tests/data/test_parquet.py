@@ -85,7 +85,8 @@ def decoded(monkeypatch):
 @pytest.mark.parametrize("dictionary", [True, False])
 def test_a_small_file_of_large_values_is_not_unpacked(tmp_path, monkeypatch, decoded, dictionary):
     """Zeros in a few kB: alone, two among small values, and one that many rows name."""
-    monkeypatch.setattr(parquet, "MAX_FILE_BYTES", 1 << 20)
+    for module in (parquet, files):
+        monkeypatch.setattr(module, "MAX_FILE_BYTES", 1 << 20)
     zeros, options = bytes(3 << 19), {"compression": "zstd", "use_dictionary": dictionary}
     write(tmp_path / "one.parquet", {"image": [zeros], "caption": ["x"]}, **options)
     write(tmp_path / "some.parquet", {"image": [zeros] * 2 + [b"y"] * 6, "caption": ["x"] * 8}, **options)

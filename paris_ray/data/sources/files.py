@@ -22,6 +22,8 @@ MAX_FILE_BYTES = 256 << 20
 MAX_TEXT_BYTES = 1 << 20
 """The same for a caption's file."""
 MAX_NAME = 1024
+MAX_RATIO = 20
+"""What compression may save of rows that are larger than a file may be: images are packed already; a few kB of packed zeros fill any memory."""
 
 T = TypeVar("T")
 
@@ -169,6 +171,13 @@ class Steady(io.RawIOBase):
             self._file.close()
             self._file = None
         super().close()
+
+
+def bomb(packed: int, unpacked: int) -> str | None:
+    """The reason to refuse rows of a compressed table before they are unpacked, or ``None``."""
+    if unpacked <= max(MAX_FILE_BYTES, MAX_RATIO * packed):
+        return None
+    return f"file too large: rows of {packed} bytes are {unpacked} unpacked, at most {MAX_FILE_BYTES} are read at once"
 
 
 def one_line(error: Exception) -> str:

@@ -10,7 +10,8 @@ from paris_ray.config import ConfigError, HfDatasetSource
 from paris_ray.data.images import RejectError
 from paris_ray.data.sources.base import Item, Sample, Unit
 from paris_ray.data.sources.columns import Columns
-from paris_ray.data.sources.files import Steady, check_link, check_name, one_line
+from paris_ray.data.sources.files import Steady, bomb, check_link, check_name, one_line
+from paris_ray.data.sources.ipc import sizes
 from paris_ray.storage import Folder
 
 STATE, SPLITS = "state.json", "dataset_dict.json"
@@ -85,7 +86,13 @@ class HfDataset:
         try:
             with file, pa.ipc.open_stream(file) as stream:
                 problem = self.columns.problem(stream.schema)
-                for batch in stream:
+                while True:
+                    if (reason := bomb(*sizes(file))) is not None:
+                        raise RejectError(reason)
+                    try:
+                        batch = stream.read_next_batch()
+                    except StopIteration:
+                        break
                     if problem is None:
                         yield from self.columns.items(batch, name, row)
                     else:

@@ -11,7 +11,7 @@ from paris_ray.config import ConfigError, ParquetSource
 from paris_ray.data.images import RejectError
 from paris_ray.data.sources.base import Item, Sample, Unit
 from paris_ray.data.sources.columns import Columns
-from paris_ray.data.sources.files import MAX_FILE_BYTES, Steady, files_of, one_line
+from paris_ray.data.sources.files import MAX_FILE_BYTES, Steady, bomb, files_of, one_line
 from paris_ray.storage import Folder
 
 FOOTERS = 16
@@ -20,8 +20,6 @@ READ_BYTES = 4 << 20
 """Read of a column at once; without, a row group's whole column would be held in memory."""
 BATCH = 32
 """Rows decoded at once, at most: images are large."""
-MAX_RATIO = 20
-"""What zstd may save of a row group too large to be decoded whole. Images are packed already; zeros are not, and a few kB of them fill any memory."""
 MAX_ROWS_PER_BYTE = 1024
 """A footer that claims more rows for the size of its file is broken."""
 
@@ -114,10 +112,9 @@ class Parquet:
         """Bytes that one row may take, at most: all that the row group has, as often as rows name a value of its dictionary; why it is refused."""
         read = [column for column in map(group.column, range(group.num_columns)) if self.columns.reads(column.path_in_schema)]
         unpacked, packed = (sum(getattr(column, f"total_{kind}_size") for column in read) for kind in ("uncompressed", "compressed"))
-        if unpacked > MAX_FILE_BYTES and unpacked > min(MAX_FILE_BYTES * group.num_rows, MAX_RATIO * packed):
-            what = f"{group.num_rows} rows of a row group are {packed} bytes, and {unpacked} unpacked"
-            return unpacked, f"file too large: {what}; at most {MAX_FILE_BYTES} are read at once"
-        return unpacked, None
+        if unpacked > MAX_FILE_BYTES * group.num_rows:
+            return unpacked, f"file too large: {group.num_rows} rows are {unpacked} bytes unpacked, at most {MAX_FILE_BYTES} are read of each"
+        return unpacked, bomb(packed, unpacked)
 
     def load(self, item: Item) -> Sample:
         """Read the file of a row that has only its name. Raises RejectError; OSError when the store fails."""
