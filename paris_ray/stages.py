@@ -77,7 +77,9 @@ def config_part(config: RunConfig, name: str) -> dict[str, Any]:
             **{key: data[key] for key in ("source", "image_size", "split", "embedding", "codec", "text", "max_pixels", "filter")},
         }
     if name == "embed":
-        return {"seed": config.seed, **_without(data, "min_encoders", "max_encoders", "encoder_cpus", "encoder_gpus")}
+        # Encoders on a GPU round otherwise than on a CPU; on how many, or on what share of one, they run changes nothing.
+        rest = _without(data, "min_encoders", "max_encoders", "encoder_cpus", "encoder_gpus")
+        return {"seed": config.seed, "encoder_device": "cuda" if data["encoder_gpus"] > 0 else "cpu", **rest}
     if name == "partition":
         return {"seed": config.seed, "num_experts": config.num_experts, **_without(tree["partition"], "backend")}
     if name.startswith("shard-"):

@@ -56,6 +56,7 @@ EXPERTS = {"expert-0", "expert-1", "expert-2"}
         ("max_parallel=1", set()),
         ("serve.port=9000", set()),
         ("partition.backend=torch", set()),
+        ("data.encoder_cpus=2", set()),
         # … nor how often it is looked at and saved, nor the size of a contact sheet …
         ("expert.train.log_images=9", set()),
         ("expert.train.checkpoint_images=9", set()),
@@ -63,7 +64,10 @@ EXPERTS = {"expert-0", "expert-1", "expert-2"}
         # … nor whether activations are kept or computed again …
         ("expert.train.gradient_checkpointing=true", set()),
         ("partition.contact_sheet=9", {"partition"}),
-        # … but the number of threads of a matrix product does, and generated code and micro-batches, which add in another order.
+        # … but encoders round otherwise on a GPU, however large a share of one, …
+        ("data.encoder_gpus=1", {"embed"}),
+        ("data.encoder_gpus=0.25", {"embed"}),
+        # … as does the number of threads of a matrix product, and generated code and micro-batches, which add in another order.
         ("experts.0.resources.threads=2", {"expert-0"}),
         ("router.train.compile=true", {"router", "control_router"}),
         ("experts.1.train.micro_batch=4", {"expert-1"}),
@@ -73,6 +77,11 @@ def test_a_setting_makes_exactly_its_stages_stale(tmp_path: Path, setting: str, 
     make_all(run(tmp_path))
     assert stale(run(tmp_path)) == set()
     assert stale(run(tmp_path, setting)) == expected
+
+
+def test_a_share_of_a_gpu_is_a_gpu(tmp_path: Path) -> None:
+    make_all(run(tmp_path, "data.encoder_gpus=1"))
+    assert stale(run(tmp_path, "data.encoder_gpus=0.5")) == set()
 
 
 def append(one: RunConfig, name: str) -> None:

@@ -15,6 +15,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from paris_ray.data import schema
+from paris_ray.data.placement import memory
 from paris_ray.data.splits import read_each
 from paris_ray.storage import Folder
 
@@ -108,6 +109,7 @@ def cut_all(
 
     ray.data.DataContext.get_current().enable_progress_bars = False
     data = ray.data.from_items(jobs, override_num_blocks=len(jobs))
-    cutting = data.map_batches(cut_batch, fn_kwargs={"corpus": corpus.uri, "shards": shards.uri}, batch_size=1, num_cpus=1)
+    needs = memory(3 * GROUP_BYTES)  # a group, an expert's rows of it, and these as they are written
+    cutting = data.map_batches(cut_batch, fn_kwargs={"corpus": corpus.uri, "shards": shards.uri}, batch_size=1, num_cpus=1, memory=needs)
     for batch in cutting.iter_batches(batch_size=1):
         yield int(batch["rows"][0])

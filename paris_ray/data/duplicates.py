@@ -1,6 +1,7 @@
 """Rows that a finished corpus has twice: equal ones, of which one stays, and near-duplicates, which share one split. No Ray here.
 
-Of each row the driver holds 33 bytes: id, perceptual hash, group and split.
+Of each row the driver holds 33 bytes: id, perceptual hash, group and split. While it looks for duplicates it takes as much again, 70 in all where
+few rows look alike.
 """
 
 from __future__ import annotations
@@ -33,6 +34,9 @@ NEAR = pa.schema(
 
 _ID = np.dtype("S16")
 
+_BLOCK = 1 << 16
+"""Rows compared or moved at once, so that nothing is copied whole."""
+
 
 @dataclass(slots=True)
 class Rows:
@@ -58,22 +62,33 @@ class Rows:
         """An array over all rows, cut into those of each part."""
         return dict(zip(self.names, np.split(values, np.cumsum(self.sizes)[:-1]), strict=True))
 
-    def keep(self, kept: NDArray[np.bool_]) -> Rows:
-        """The rows that stay."""
-        sizes = np.array([part.sum() for part in self.by_part(kept).values()], np.int64)
-        return Rows(self.names, sizes, self.ids[kept], self.hashes[kept], self.groups[kept], self.splits[kept])
+    def keep(self, kept: NDArray[np.bool_]) -> None:
+        """Forget all other rows."""
+        self.sizes = np.array([part.sum() for part in self.by_part(kept).values()], np.int64)
+        for column in (self.ids, self.hashes, self.groups, self.splits):
+            at = 0
+            for low in range(0, len(kept), _BLOCK):
+                stay = column[low : low + _BLOCK][kept[low : low + _BLOCK]]
+                column[at : at + len(stay)] = stay
+                at += len(stay)
+            column.resize(at, refcheck=False)
 
 
 def read_rows(corpus: Folder) -> Rows:
     """Read what is needed of all rows, published or not."""
-    pieces: list[tuple[str, NDArray[np.bytes_], NDArray[np.uint64], NDArray[np.uint64], NDArray[np.int8]]] = []
+    names: list[str] = []
+    sizes: list[int] = []
+    columns = [np.empty(0, kind) for kind in (_ID, np.uint64, np.uint64, np.int8)]
     for name, content, _ in schema.read_each(corpus, ["id", "phash", "group", "split"], schema.written(corpus)):
         ids = np.frombuffer(bytes.fromhex("".join(content["id"].to_pylist())), _ID)
         groups = np.array([_short(group) for group in content["group"].to_pylist()], np.uint64)
-        pieces.append((name, ids, content["phash"].to_numpy().view(np.uint64), groups, split_codes(content["split"])))
-    names, *columns = zip(*pieces, strict=True)
-    sizes = np.array([len(ids) for ids in columns[0]], np.int64)
-    return Rows(list(names), sizes, *(np.concatenate(column) for column in columns))
+        first = len(columns[0])
+        for column, more in zip(columns, (ids, content["phash"].to_numpy().view(np.uint64), groups, split_codes(content["split"])), strict=True):
+            column.resize(first + len(more), refcheck=False)  # where it is: the system moves pages, not bytes
+            column[first:] = more
+        names.append(name)
+        sizes.append(len(ids))
+    return Rows(names, np.array(sizes, np.int64), *columns)
 
 
 def _short(text: str) -> int:
@@ -84,7 +99,9 @@ def first_of_equals(ids: NDArray[np.bytes_]) -> NDArray[np.bool_]:
     """Which rows to keep so that each id is there once: the first with it."""
     order = np.argsort(ids, kind="stable")
     keep = np.ones(len(ids), bool)
-    keep[order[1:]] = ids[order[1:]] != ids[order[:-1]]
+    for low in range(1, len(ids), _BLOCK):
+        here = order[low : low + _BLOCK]
+        keep[here] = ids[here] != ids[order[low - 1 : low - 1 + len(here)]]
     return keep
 
 
@@ -126,19 +143,15 @@ def join_near_duplicates(corpus: Folder, rows: Rows, settled: int = 0, version: 
     Returns:
         counts: ``groups`` of the corpus, ``near_duplicates`` (rows listed), ``split_changed`` (of them), ``unchecked`` hashes.
     """
-    order = np.lexsort((rows.groups, rows.hashes))
-    new = np.ones(len(order), bool)
-    new[1:] = (rows.hashes[order[1:]] != rows.hashes[order[:-1]]) | (rows.groups[order[1:]] != rows.groups[order[:-1]])
-    nodes = order[new]
-    node = np.empty(len(order), np.int32)
-    node[order] = np.cumsum(new) - 1
-    component, unchecked = near_components(rows.hashes[nodes], rows.groups[nodes])
-    shared = np.bincount(component, minlength=1)[component] > 1  # (nodes,)
-    at = np.flatnonzero(shared[node])
-    groups = len(np.unique(rows.groups))
-    mine = component[node[at]]
-    split, last = (np.full(len(component), none, np.int8) for none in (len(schema.SPLITS), -1))
-    first = np.zeros(len(component), np.int64)
+    node, hashes, own = _nodes(rows)
+    component, unchecked = near_components(hashes, own)
+    del hashes, own
+    alone = np.bincount(component, minlength=1) == 1
+    at = np.flatnonzero(~alone[component][node])
+    found, mine = np.unique(component[node[at]], return_inverse=True)
+    del node, component, alone
+    split, last = (np.full(len(found), none, np.int8) for none in (len(schema.SPLITS), -1))
+    first = np.zeros(len(found), np.int64)
     old = at < settled
     np.minimum.at(split, mine[old], rows.splits[at[old]])
     np.maximum.at(last, mine[old], rows.splits[at[old]])
@@ -146,8 +159,8 @@ def join_near_duplicates(corpus: Folder, rows: Rows, settled: int = 0, version: 
     led = split[mine] < len(schema.SPLITS)
     np.minimum.at(split, mine[~led], rows.splits[at[~led]])
     chosen = np.where(old, rows.splits[at], split[mine])
-    by_id = at[np.lexsort((rows.ids[at], ~old))]
-    first[component[node[by_id[::-1]]]] = by_id[::-1]  # the last one written is the smallest id, of settled rows if there are any
+    by_id = np.lexsort((rows.ids[at], ~old))[::-1]
+    first[mine[by_id]] = at[by_id]  # the last one written is the smallest id, of settled rows if there are any
     starts = np.cumsum(rows.sizes) - rows.sizes
     with schema.PartWriter(corpus, schema.version_name(NEAR_DUPLICATES, version), NEAR) as writer:
         spans = {name: (low, slice(*np.searchsorted(at, [low, low + n]))) for name, low, n in zip(rows.names, starts, rows.sizes, strict=True)}
@@ -160,7 +173,7 @@ def join_near_duplicates(corpus: Folder, rows: Rows, settled: int = 0, version: 
                         "id": [name_of(one) for one in rows.ids[here]],
                         "group": content["group"].take(pa.array(row)),
                         "split": [schema.SPLITS[code] for code in chosen[span]],
-                        "of": [name_of(one) for one in rows.ids[first[component[node[here]]]]],
+                        "of": [name_of(one) for one in rows.ids[first[mine[span]]]],
                         "part": np.full(len(here), schema.part_number(name), np.int32),
                         "row": row.astype(np.int32),
                     },
@@ -169,7 +182,30 @@ def join_near_duplicates(corpus: Folder, rows: Rows, settled: int = 0, version: 
             )
     changed = int((chosen != rows.splits[at]).sum())
     rows.splits[at] = chosen
-    return {"groups": groups, "near_duplicates": len(at), "split_changed": changed, "unchecked": unchecked}
+    return {"groups": _distinct(rows.groups), "near_duplicates": len(at), "split_changed": changed, "unchecked": unchecked}
+
+
+def _nodes(rows: Rows) -> tuple[NDArray[np.int32], NDArray[np.uint64], NDArray[np.uint64]]:
+    """Rows of one group that look the same are one node: (N,) the node of each row, and hash and group of each node."""
+    order = np.lexsort((rows.groups, rows.hashes))
+    node, new = np.empty(len(order), np.int32), np.ones(len(order), bool)
+    for low in range(1, len(order), _BLOCK):
+        here = order[low : low + _BLOCK]
+        before = order[low - 1 : low - 1 + len(here)]
+        new[low : low + len(here)] = (rows.hashes[here] != rows.hashes[before]) | (rows.groups[here] != rows.groups[before])
+    count = 0
+    for low in range(0, len(order), _BLOCK):
+        here = new[low : low + _BLOCK]
+        node[order[low : low + _BLOCK]] = count - 1 + np.cumsum(here)
+        count += int(here.sum())
+    order = order[new]
+    return node, rows.hashes[order], rows.groups[order]
+
+
+def _distinct(values: NDArray[np.uint64]) -> int:
+    """How many different ones there are."""
+    ordered = np.sort(values)
+    return len(values) and 1 + int(np.count_nonzero(ordered[1:] != ordered[:-1]))
 
 
 def name_of(identity: bytes) -> str:

@@ -42,6 +42,7 @@ class ImageEmbedder:
         self.kind, self.width, self.image_size, self.device = kind, width, image_size, device
         self.model = model.to(device, memory_format=torch.channels_last).eval().requires_grad_(False)
         self.fingerprint = weights_fingerprint(model.state_dict())
+        self.bytes = sum(value.nbytes for value in model.state_dict().values())
         self._mean = torch.tensor(mean, device=device).view(1, 3, 1, 1)
         self._std = torch.tensor(std, device=device).view(1, 3, 1, 1)
 
@@ -65,7 +66,7 @@ class ImageEmbedder:
 
     def meta(self) -> dict[str, Any]:
         """What ``encoders.json`` says about it."""
-        return {"kind": self.kind, "width": self.width, "image_size": self.image_size, "fingerprint": self.fingerprint}
+        return {"kind": self.kind, "width": self.width, "image_size": self.image_size, "fingerprint": self.fingerprint, "bytes": self.bytes}
 
 
 def _lite0_weights(model: Any) -> dict[str, Any]:

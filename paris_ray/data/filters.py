@@ -1,4 +1,4 @@
-"""What a row must be beside readable: its caption, its score, the shape of its image. Each check raises RejectError with the reason."""
+"""What a row must be beside readable: its caption, its key, its score, the shape of its image. Each check raises RejectError with the reason."""
 
 from __future__ import annotations
 
@@ -35,12 +35,24 @@ def check_caption(value: Any, rules: FilterConfig) -> str:
     return text
 
 
+def check_key(value: str) -> str:
+    """What identifies a row, where its source has that. Bytes of a column that are no UTF-8 are told apart; half a character of JSON has no bytes."""
+    try:
+        value.encode("utf-8", "surrogateescape")
+    except UnicodeEncodeError:
+        raise RejectError(f"no key: {value[:40]!r} is not valid Unicode") from None
+    return value
+
+
 def check_score(value: Any, rules: FilterConfig) -> None:
     """A row's score, where the config asks for one."""
     if rules.score_column is None or rules.min_score is None:
         return
-    number = isinstance(value, int | float | decimal.Decimal) and not isinstance(value, bool)
-    if not number or math.isnan(value):
+    try:
+        number = isinstance(value, int | float | decimal.Decimal) and not isinstance(value, bool) and not math.isnan(value)
+    except OverflowError:  # JSON has integers beyond all floats
+        number = False
+    if not number:
         raise RejectError(f"no score: {rules.score_column!r} is {value!r}")
     if value < rules.min_score:
         raise RejectError(f"low score: {rules.score_column!r} is {value:.6g}, data.filter.min_score is {rules.min_score}")

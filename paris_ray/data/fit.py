@@ -26,6 +26,7 @@ from paris_ray.data import schema
 from paris_ray.data.balance import coarse_clusters
 from paris_ray.data.kmeans import Fit, Keys, Labels, Rows, State, inertia_of, lloyd, means, start
 from paris_ray.data.nearest import F32
+from paris_ray.data.placement import memory
 from paris_ray.data.remote_rows import Piece, RemoteRows, load
 from paris_ray.data.splits import read_each
 from paris_ray.manifest import Stage, fingerprint
@@ -176,11 +177,16 @@ def _two_levels(config: RunConfig, rows: Rows | RemoteRows, stage: Stage, say: C
     fit = _fit_fine(part, rows, rng.key(config.seed, "fine"), stage, say)
     if fit.counts.min() == 0:
         distinct = int((fit.counts > 0).sum())
+        if not fit.converged:
+            raise ConfigError(
+                f"partition.max_iterations: after {part.max_iterations}, {part.fine - distinct} of {part.fine} fine clusters are still empty and "
+                "would start again at rows far from the others; raise it, or lower partition.fine"
+            )
         raise ConfigError(
             f"partition.fine: {part.fine} fine clusters, but the embeddings of the {rows.total} training rows are only {distinct} different ones; "
             f"lower it (--set partition.fine={distinct})"
         )
-    coarse = coarse_clusters(fit.centroids, fit.counts, experts, config.seed, part.max_iterations, part.max_share, part.weighted)
+    coarse = coarse_clusters(fit.centroids, fit.counts, experts, config.seed, part.max_iterations, part.max_share, part.weighted, say)
     sizes = np.bincount(coarse.fine_to_coarse, fit.counts, experts).astype(int)
     if sizes.min() == 0:
         raise ConfigError(
@@ -290,7 +296,9 @@ def label_others(
     if len(batches) > 1:
         import ray
 
-        task, shared = ray.remote(label_pieces).options(num_cpus=1), ray.put(model)
+        size = 2 * model.fine.shape[1] * max(map(len, places))  # embeddings are float16
+        task = ray.remote(label_pieces).options(num_cpus=1, memory=memory(size), scheduling_strategy="SPREAD")
+        shared = ray.put(model)
         found = [task.remote(corpus, batch, shared, part.metric, part.backend, own) for batch, own in zip(batches, fixed, strict=True)]
         results: Iterable[tuple[Labels, F32]] = map(ray.get, found)
     else:

@@ -60,10 +60,13 @@ def to_rgb(image: Image.Image) -> Image.Image:
         RejectError: samples whose range nobody knows (floats, 32-bit integers).
     """
     if image.mode.startswith("I;16") or image.mode == "I":
-        samples: NDArray[Any] = np.asarray(image).astype(np.int64)
+        samples: NDArray[Any] = np.asarray(image)
         if samples.min(initial=0) < 0 or samples.max(initial=0) > 65535:
             raise RejectError("unknown range: 32-bit samples beyond 0…65535")
-        image = Image.fromarray(((samples * 255 + 32767) // 65535).astype(np.uint8))
+        grey = np.empty(samples.shape, np.uint8)
+        for line, out in zip(samples, grey, strict=True):  # whole, it would take several times the picture
+            out[:] = (line.astype(np.uint32) * 255 + 32767) // 65535
+        image = Image.fromarray(grey)
     elif image.mode == "F":
         raise RejectError("unknown range: floating-point samples")
     if image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:

@@ -131,7 +131,10 @@ class OpenMoji:
         """Runs of rows."""
         items = self.items()
         pieces = [items[start : start + rows] for start in range(0, len(items), rows)]
-        return [Unit(number, tuple((item.image, item.caption) for item in piece), len(piece)) for number, piece in enumerate(pieces)]
+        return [
+            Unit(number, tuple((item.image, item.caption) for item in piece), len(piece), f"{piece[0].source} … {piece[-1].source}")
+            for number, piece in enumerate(pieces)
+        ]
 
     def read(self, unit: Unit) -> Iterator[Item]:
         """The rows of a unit; nothing is drawn yet."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import math
 import pickle
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -15,12 +16,14 @@ from numpy.typing import NDArray
 
 from paris_ray.config import DataConfig, PatchPcaCodec
 from paris_ray.data import encoders, schema
+from paris_ray.data.attempts import attempt
 from paris_ray.data.codec import PatchSums, load_codec
-from paris_ray.data.filters import check_caption, check_score, check_shape
+from paris_ray.data.filters import check_caption, check_key, check_score, check_shape
 from paris_ray.data.images import RejectError, load_square
 from paris_ray.data.phash import phash
 from paris_ray.data.sources import open_source
 from paris_ray.data.sources.base import Item, Source, Unit
+from paris_ray.data.sources.files import MAX_FILE_BYTES
 from paris_ray.data.splits import key_id, row_id, split_of
 from paris_ray.storage import Folder
 
@@ -29,6 +32,32 @@ ROW_GROUP = 1024
 
 AHEAD_BYTES = 128 << 20
 """Bytes of image files that are held while they wait to be decoded."""
+
+MAX_REASON = 500
+"""Characters of a reject's reason."""
+
+
+def worker_bytes(data: DataConfig, threads: int) -> int:
+    """What a worker that reads units takes at most, beside what it keeps of them: files that wait, the largest of all, and pictures being decoded."""
+    return AHEAD_BYTES + MAX_FILE_BYTES + 8 * data.max_pixels * threads  # a pixel has four bytes of transparency, and four on white
+
+
+def encoder_bytes(data: DataConfig, encoded: Folder) -> int:
+    """What an encoder takes: the same, the encoders' weights, and a row group, as arrays and as a table.
+
+    Args:
+        data: of the config.
+        encoded: ``RUN/encoders``.
+    """
+    meta = encoded.read_json(encoders.FILE)
+    kinds = [field.type for field in schema.corpus_schema(meta, data.store_text) if isinstance(field.type, pa.FixedShapeTensorType)]
+    row = sum(math.prod(kind.shape) * kind.value_type.bit_width // 8 for kind in kinds)
+    weights = meta["embedding"]["bytes"] + sum(entry.size for entry in encoded.files(recursive=True))
+    return worker_bytes(data, _threads(data)) + weights + 2 * ROW_GROUP * row
+
+
+def _threads(data: DataConfig) -> int:
+    return max(1, int(data.encoder_cpus))
 
 
 def unit_table(unit: Unit) -> pa.Table:
@@ -62,20 +91,25 @@ def shown(name: str) -> str:
     return name.encode("utf-8", "replace").decode()
 
 
+def _reason(text: str) -> str:
+    """A reason as it is stored: it may quote a field of any length."""
+    return shown(text if len(text) <= MAX_REASON else f"{text[: MAX_REASON - 1]}…")
+
+
 def read_row(source: Source, item: Item, data: DataConfig, seed: int) -> Row | str:
     """Read, check and decode one row, or the reason why it cannot be used. Raises OSError when the store fails."""
     if item.reason is not None:
-        return shown(item.reason)
+        return _reason(item.reason)
     try:
         sample = source.load(item)
         caption = check_caption(sample.caption, data.filter)
+        identity = row_id(sample.content, caption) if sample.key is None else key_id(check_key(sample.key))
         check_score(sample.score, data.filter)
         pixels, width, height = load_square(
             sample.image, data.image_size, data.max_pixels, lambda width, height: check_shape(width, height, data.filter)
         )
     except RejectError as error:
-        return shown(str(error))
-    identity = row_id(sample.content, caption) if sample.key is None else key_id(sample.key)
+        return _reason(str(error))
     looks = phash(pixels)
     # Rows that look alike are one group, and no split may see one of them beside another. Where the source has groups of its own, these hold
     # what differs, and only the whole group is held out as one.
@@ -106,20 +140,22 @@ class SumPart:
     Args:
         data: the run's ``data`` config, as a dict.
         seed: the run's seed.
+        run_dir: the run directory as seen from the worker.
     """
 
-    def __init__(self, data: dict[str, Any], seed: int):
-        self.data, self.seed = data, seed
+    def __init__(self, data: dict[str, Any], seed: int, run_dir: str):
+        self.data, self.seed, self.run_dir = data, seed, run_dir
 
     def __call__(self, table: pa.Table) -> pa.Table:
         """One unit → one row: how many rows it has, and its sums."""
         data, unit = DataConfig.model_validate(self.data), unit_of(table)
         assert isinstance(data.codec, PatchPcaCodec)
         sums, rows = PatchSums.zero(data.codec.downsampling), 0
-        for _, row in read_rows(open_source(data), unit, data, self.seed, 1):
-            rows += 1
-            if isinstance(row, Row) and row.split == "train":
-                sums.add(row.pixels[None], data.codec.downsampling)
+        with attempt(Folder(self.run_dir) / "encoders", unit):
+            for _, row in read_rows(open_source(data), unit, data, self.seed, 1):
+                rows += 1
+                if isinstance(row, Row) and row.split == "train":
+                    sums.add(row.pixels[None], data.codec.downsampling)
         return pa.table({"rows": [rows], "count": [sums.count], "total": [sums.total.tobytes()], "outer": [sums.outer.tobytes()]})
 
 
@@ -177,8 +213,8 @@ class EncodePart:
                 made.clear()
 
         # The part of the corpus appears last: where it is, the part is done.
-        with schema.PartWriter(self.run / "corpus", name, self.schema) as writer:
-            for source, row in read_rows(self.source, unit, self.data, self.seed, max(1, int(self.data.encoder_cpus))):
+        with attempt(self.run / "corpus", unit), schema.PartWriter(self.run / "corpus", name, self.schema) as writer:
+            for source, row in read_rows(self.source, unit, self.data, self.seed, _threads(self.data)):
                 listed += 1
                 if isinstance(row, str):
                     rejects.append((source, row))

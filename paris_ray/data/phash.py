@@ -11,8 +11,12 @@ DISTANCE = 3
 """Bits by which hashes of near-duplicates may differ."""
 BANDS = 4
 """Of 16 bits: two hashes that differ in three bits or fewer are equal in one of four bands."""
+RANGES = 16
+"""Of a band's keys, gone through in turn: what is sorted and compared at once is a sixteenth of the hashes, where these are spread evenly."""
 LARGEST = 1024
 """Hashes that may share a band. In a larger bucket not all pairs are compared, as their number grows with its square; it is reported."""
+
+_BLOCK = 1 << 16
 
 # Rows of a DCT-II in whole numbers: sums of products are exact, so neither a flat picture nor a symmetric one gets its bits from rounding errors.
 _COSINES = np.rint(4096 * np.cos(np.pi * np.arange(LOW)[:, None] * (2 * np.arange(SIDE)[None] + 1) / (2 * SIDE))).astype(np.int64)
@@ -48,35 +52,50 @@ def near_components(hashes: NDArray[np.uint64], groups: NDArray[np.uint64] | Non
     component = np.arange(n, dtype=np.int32)
     unchecked = np.zeros(n, bool)
     found: list[tuple[NDArray[np.int32], NDArray[np.int32]]] = []
+    pairs = 0
     for band in range(BANDS):
-        keys = (hashes >> np.uint64(16 * band)).astype(np.uint16)
-        small = np.bincount(keys, minlength=1 << 16) <= largest
-        unchecked |= ~small[keys]
-        order = np.argsort(keys, kind="stable").astype(np.int32)
-        keys = keys[order]
-        at = np.flatnonzero(small[keys]).astype(np.int32)
-        for step in range(1, largest):
-            # Neighbours in the order of the band, then those two apart, and so on while they share a bucket.
-            at = at[at < n - step]
-            at = at[keys[at] == keys[at + step]]
-            if not len(at):
-                break
-            one, other = order[at], order[at + step]
-            near = np.bitwise_count(hashes[one] ^ hashes[other]) <= DISTANCE
-            if groups is not None:
-                near &= groups[one] != groups[other]
-            found.append((one[near], other[near]))
-            if sum(len(pair) for pair, _ in found) > n:  # a crowd of look-alikes has more pairs than members
-                component, found = _join(component, found), []
-        component, found = _join(component, found), []
+        keys = np.empty(n, np.uint16)
+        for low in range(0, n, _BLOCK):
+            keys[low : low + _BLOCK] = hashes[low : low + _BLOCK] >> np.uint64(16 * band) & np.uint64(0xFFFF)
+        for part in range(RANGES):
+            inside = np.flatnonzero(keys // (2**16 // RANGES) == part).astype(np.int32)
+            order = inside[np.argsort(keys[inside], kind="stable")]
+            own = keys[order]
+            small = np.bincount(own, minlength=1 << 16)[own] <= largest
+            unchecked[order[~small]] = True
+            at = np.flatnonzero(small).astype(np.int32)
+            for step in range(1, largest):
+                # Neighbours in the order of the band, then those two apart, and so on while they share a bucket.
+                at = at[at < len(own) - step]
+                at = at[own[at] == own[at + step]]
+                if not len(at):
+                    break
+                one, other = order[at], order[at + step]
+                near = np.bitwise_count(hashes[one] ^ hashes[other]) <= DISTANCE
+                if groups is not None:
+                    near &= groups[one] != groups[other]
+                found.append((one[near], other[near]))
+                pairs += int(near.sum())
+                if pairs > n:  # a crowd of look-alikes has more pairs than members
+                    component, found, pairs = _join(component, found), [], 0
+        component, found, pairs = _join(component, found), [], 0
     return component, int(unchecked.sum())
 
 
 def _join(component: NDArray[np.int32], pairs: list[tuple[NDArray[np.int32], NDArray[np.int32]]]) -> NDArray[np.int32]:
-    """Components after joining pairs of nodes."""
+    """Components after joining pairs of nodes, each known by one of them."""
+    if not any(len(one) for one, _ in pairs):
+        return component
     from scipy.sparse import coo_array
     from scipy.sparse.csgraph import connected_components
 
-    one, other = (component[np.concatenate([pair[side] for pair in pairs])] if pairs else component[:0] for side in (0, 1))
-    graph = coo_array((np.ones(len(one), bool), (one, other)), shape=(len(component),) * 2)
-    return np.asarray(connected_components(graph, directed=False)[1], np.int32)[component]
+    # Of all nodes the ends of pairs are few: the graph is theirs alone.
+    ends, at = np.unique(np.concatenate([component[pair[side]] for side in (0, 1) for pair in pairs]), return_inverse=True)
+    one, other = np.split(at.astype(np.int32), 2)
+    graph = coo_array((np.ones(len(one), bool), (one, other)), shape=(len(ends),) * 2)
+    _, label = connected_components(graph, directed=False)
+    first = np.empty(len(ends), np.int32)
+    first[label[::-1]] = ends[::-1]
+    name = np.arange(len(component), dtype=np.int32)
+    name[ends] = first[label]
+    return name[component]

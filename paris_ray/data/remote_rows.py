@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from paris_ray.data import schema
 from paris_ray.data.kmeans import Keys, Labels, Partial, Rows
 from paris_ray.data.nearest import F32, Stored, scales
+from paris_ray.data.placement import PROCESS_BYTES
 from paris_ray.storage import Folder
 
 Piece = tuple[str, NDArray[np.int64]]
@@ -27,9 +28,6 @@ Piece = tuple[str, NDArray[np.int64]]
 
 SMALL_BYTES = 64 << 20
 """Embeddings for which another actor is not worth its start, even where a processor is free."""
-
-BESIDE_BYTES = 512 << 20
-"""Memory of an actor beside its rows: Python with its libraries, sums, centroids, one tile of scores."""
 
 RESTARTS = 10
 """Deaths of one actor that are mended."""
@@ -99,9 +97,10 @@ class RemoteRows:
         self._ray, self._say, self.total, self._keys = ray, say, len(keys), keys
         size, has = 2 * width * self.total, ray.cluster_resources()
         count = max(-(-size // actor_bytes), min(int(has.get("CPU", 1)), size // SMALL_BYTES), 1)
-        memory, gpus = size // count + BESIDE_BYTES, has.get("GPU", 0.0) if backend == "torch" else 0.0
+        memory, gpus = size // count + PROCESS_BYTES, has.get("GPU", 0.0) if backend == "torch" else 0.0
         # Memory is what they need to have; asking for a processor each would leave some waiting for ever on a small cluster that could hold the rows.
-        options = {"num_cpus": 0, "memory": memory, "num_gpus": min(1.0, int(1000 * gpus / count) / 1000)}
+        # On as many nodes as there are: each iteration takes their processors and their bandwidth to memory.
+        options = {"num_cpus": 0, "memory": memory, "num_gpus": min(1.0, int(1000 * gpus / count) / 1000), "scheduling_strategy": "SPREAD"}
         actor = ray.remote(RowActor).options(**options, max_restarts=RESTARTS, max_task_retries=-1)
         cut = ranges(pieces, count)
         self._ranges = [where for where, _ in cut]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import pickle
 import struct
 import tarfile
@@ -152,10 +153,14 @@ def write_folder(path, marker):
     outside = path.parent / "outside"
     outside.mkdir()
     (outside / "secret.txt").write_text("a password")
+    (outside / "private.png").write_bytes(encoded(noise(424), "PNG"))
     links = {"link_out.png": "photo.jpg", "link_out.txt": outside / "secret.txt", "link_nowhere.png": "gone", "link_in.png": "good.png"}
+    links |= {"image_out.png": outside / "private.png", "folder_out": outside}
     for name, target in links.items():
         (path / name).symlink_to(target)
     (path / "link_nowhere.txt").write_text("x")
+    (path / "image_out.txt").write_text("x")
+    (outside / "private.txt").write_text("x")
     (path / "link_in.txt").write_text("by a link")
     return wanted | {
         "json_broken.png": "broken .json",
@@ -167,9 +172,34 @@ def write_folder(path, marker):
         "写真 ünï.png": RIGHT,
         "b?.png": RIGHT,
         "link_out.png": "file outside the folder",
+        "image_out.png": "file outside the folder",
+        "folder_out/private.png": "file outside the folder",
+        "folder_out/secret.txt": "caption without image",
         "link_nowhere.png": "unreadable file",
         "link_in.png": RIGHT,
     }
+
+
+def write_links(path, ending, content):
+    """Links to a whole file: out of the folder, from one folder of it to another, nowhere, and to a pipe, which would wait for ever."""
+    outside = path.parent / "outside"
+    outside.mkdir()
+    (outside / f"private.{ending}").write_bytes(content)
+    (path / "sub").mkdir()
+    os.mkfifo(path / "pipe")
+    for name, target in {"link_out": outside / f"private.{ending}", "link_nowhere": "gone", "link_pipe": "pipe"}.items():
+        (path / f"{name}.{ending}").symlink_to(target)
+    (path / f"sub/link_in.{ending}").symlink_to(f"../whole.{ending}")
+    (path / "folder_out").symlink_to(outside)
+
+
+LINKS = {
+    "link_out": "file outside the folder",
+    "folder_out/private": "file outside the folder",
+    "link_nowhere": "unreadable file",
+    "link_pipe": "unreadable file",
+}
+"""Without its extension: what becomes of each, where one that leads to another file of the folder is as good as that."""
 
 
 def pickled_type(marker):
@@ -187,6 +217,10 @@ def as_table(rows, marker):
     content = pa.array([row[2] for row in rows], pa.binary())
     schema = pa.schema([("image", pa.binary()), ("caption", pa.string()), field])
     return pa.Table.from_arrays([content, captions, pa.array([evil] * len(rows), pa.large_binary())], schema=schema)
+
+
+def one_row(marker):
+    return as_table([("whole", "png", encoded(noise(530), "PNG"), "whole", RIGHT)], marker)
 
 
 def table_rows(marker):
@@ -218,6 +252,10 @@ def write_parquet(path, marker):
     (path / "text.parquet").write_text("I am a text")
     (path / "pickle.parquet").write_bytes(pickle.dumps(Payload(marker)))
     pq.write_table(few.slice(0, 0), path / "no_rows.parquet")
+    pq.write_table(one_row(marker), path / "whole.parquet")
+    write_links(path, "parquet", (path / "whole.parquet").read_bytes())
+    wanted |= {"sub/link_in.parquet row 0": RIGHT, "whole.parquet row 0": "duplicate"}
+    wanted |= {f"{name}.parquet row 0": reason for name, reason in LINKS.items()}
     return wanted | {f"{name}.parquet row 0": "broken Parquet file" for name in ("cut", "zero", "text", "pickle")}
 
 
@@ -240,7 +278,13 @@ def write_hf_dataset(path, marker):
     (path / "offsets.arrow").write_bytes(offsets.replace(struct.pack("<iii", 0, 5, 6), struct.pack("<iii", 0, 5, 1 << 30)))
     for name in ("zero", "text", "pickle"):
         (path / f"{name}.arrow").write_bytes({"zero": b"", "text": b"I am a text", "pickle": pickle.dumps(Payload(marker))}[name])
-    write_state(path, [f"{name}.arrow" for name in ("zero", "a", "wrong_columns", "cut", "offsets", "text", "pickle")])
+    write_arrow(path / "whole.arrow", one_row(marker))
+    write_links(path, "arrow", (path / "whole.arrow").read_bytes())
+    wanted |= {"sub/link_in.arrow row 0": RIGHT, "whole.arrow row 0": "duplicate"}
+    links = ("link_out", "folder_out/private")  # a file that is not there says that the copy is not whole
+    wanted |= {f"{name}.arrow from row 0": LINKS[name] for name in links}
+    names = ["zero", "a", "wrong_columns", "cut", "offsets", "text", "pickle", "sub/link_in", "whole", *links]
+    write_state(path, [f"{name}.arrow" for name in names])
     return wanted | {f"{name}.arrow from row 0": "broken Arrow file" for name in ("zero", "offsets", "text", "pickle")}
 
 
@@ -299,7 +343,62 @@ def write_webdataset(path, marker):
     (path / "zero.tar").write_bytes(b"")
     (path / "text.tar").write_text("I am a text")
     (path / "pickle.tar").write_bytes(evil)
+    (path / "whole.tar").write_bytes(tar_bytes([member("0.png", encoded(noise(530), "PNG")), member("0.txt", b"whole")]))
+    write_links(path, "tar", (path / "whole.tar").read_bytes())
+    wanted |= {"sub/link_in.tar/0": RIGHT, "whole.tar/0": "duplicate"} | {f"{name}.tar from '' on": reason for name, reason in LINKS.items()}
     return wanted | {f"{name}.tar from '' on": "broken tar" for name in ("huge_header", "zero", "text", "pickle")}
+
+
+IDENTITIES = {
+    "good": ("k", 6, RIGHT),
+    "unicode": ("写真 😀", 6.5, RIGHT),
+    "number": (2**63 - 1, 6, RIGHT),
+    "low": ("l", 5, "low score"),
+    "null_key": (None, 6, "no key"),
+    "half_a_character": ("\ud800", 6, "no key"),
+    "list": ([1], 6, "no key"),
+    "null_score": ("n", None, "no score"),
+    "nan": ("o", float("nan"), "no score"),
+    "huge": ("h", 10**400, "no score"),
+    "huge_negative": ("i", -(10**400), "no score"),
+    "text_score": ("t", "6" * 10_000, "no score"),
+    "infinite": ("f", float("inf"), RIGHT),
+}
+"""Name → key and score of JSON, and what becomes of the row where keys are asked for and scores of at least 6."""
+
+
+def write_identities(path, kind):
+    """Rows with keys and scores, in the forms of a source in which they can occur. Returns what must become of each row, by its source name."""
+    path.mkdir()
+    content = {name: encoded(noise(600 + i), "PNG") for i, name in enumerate(IDENTITIES)}
+    fields = {name: json.dumps({"file": f"{name}.png", "caption": name, "id": key, "score": score}) for name, (key, score, _) in IDENTITIES.items()}
+    reason = {name: reason for name, (*_, reason) in IDENTITIES.items()}
+    if kind == "webdataset":
+        pairs = [(member(f"{name}.png", content[name]), member(f"{name}.json", fields[name].encode())) for name in IDENTITIES]
+        (path / "a.tar").write_bytes(tar_bytes([one for pair in pairs for one in pair]))
+        return {f"a.tar/{name}": what for name, what in reason.items()}
+    if kind in ("folder", "table"):  # which have no keys
+        for name in IDENTITIES:
+            (path / f"{name}.png").write_bytes(content[name])
+            if kind == "folder":
+                (path / f"{name}.json").write_text(fields[name])
+        if kind == "table":
+            (path / "captions.jsonl").write_text("\n".join(fields.values()))
+        return {f"{name}.png": RIGHT if what == "no key" else what for name, what in reason.items()}
+    # A column has one type: keys are strings, one of them no UTF-8, and scores are numbers.
+    typed = {name: row for name, row in IDENTITIES.items() if name in ("good", "unicode", "low", "null_key", "null_score", "nan", "infinite")}
+    raw = pa.array([*(None if key is None else key.encode() for key, *_ in typed.values()), b"\xff"], pa.binary())
+    keys = pa.Array.from_buffers(pa.string(), len(raw), raw.buffers(), raw.null_count)
+    images, captions = [*(content[name] for name in typed), encoded(noise(650), "PNG")], [*typed, "no UTF-8"]
+    scores = pa.array([*(score for _, score, _ in typed.values()), 6], pa.float64(), from_pandas=False)
+    table = pa.table({"image": images, "caption": captions, "id": keys, "score": scores})
+    if kind == "parquet":
+        pq.write_table(table, path / "a.parquet")
+    else:
+        write_arrow(path / "a.arrow", table)
+        write_state(path, ["a.arrow"])
+    ending = "parquet" if kind == "parquet" else "arrow"
+    return {f"a.{ending} row {i}": what for i, what in enumerate([*(reason[name] for name in typed), RIGHT])}
 
 
 WRITERS = {"folder": write_folder, "parquet": write_parquet, "webdataset": write_webdataset, "hf_dataset": write_hf_dataset}

@@ -7,12 +7,16 @@ import types
 
 import pytest
 
+ASKED = []
+"""What Ray was asked for, for each pass over the units."""
+
 
 class _Dataset:
     def __init__(self, tables):
         self.tables = tables
 
-    def map_batches(self, worker, fn_constructor_kwargs=None, **_):
+    def map_batches(self, worker, fn_constructor_kwargs=None, **options):
+        ASKED.append(options)
         worker = worker(**fn_constructor_kwargs) if isinstance(worker, type) else worker
         return _Dataset([worker(table) for table in self.tables])
 
@@ -33,6 +37,7 @@ def in_process(monkeypatch):
     data.from_arrow = _Dataset
     data.ActorPoolStrategy = lambda **_: None
     ray.data, ray.remote, ray.get, ray.wait = data, _remote, lambda one: one, lambda many: (many[:1], many[1:])
+    ray.nodes = lambda: []
     ray.cluster_resources = lambda: {"CPU": 1}
     ray.exceptions = types.SimpleNamespace(RayTaskError=type("RayTaskError", (Exception,), {}))
     monkeypatch.setitem(sys.modules, "ray", ray)

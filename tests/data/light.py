@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 import time
 import zlib
@@ -13,7 +14,7 @@ from safetensors.numpy import save
 
 from paris_ray import config as configs
 from paris_ray.config import DataConfig
-from paris_ray.data import embed, encoders, part, schema
+from paris_ray.data import attempts, embed, encoders, part, schema
 from paris_ray.data.codec import load_codec
 from paris_ray.data.sources import open_source
 from paris_ray.storage import Folder
@@ -21,7 +22,7 @@ from paris_ray.storage import Folder
 TOKENS, WIDTH = 8, 12
 META = {
     "text": {"kind": "light", "width": 4, "max_length": TOKENS, "pooling": "mean", "fingerprint": "0"},
-    "embedding": {"kind": "light", "width": WIDTH, "image_size": 8, "fingerprint": "0"},
+    "embedding": {"kind": "light", "width": WIDTH, "image_size": 8, "fingerprint": "0", "bytes": 0},
     "codec": None,
 }
 
@@ -71,6 +72,20 @@ class SlowEncode(LightEncode):
 
     def _encode(self, rows):
         time.sleep(0.15)
+        return super()._encode(rows)
+
+
+class MortalEncode(LightEncode):
+    """Dies on the part that the run names, as if its memory had run out; says how often."""
+
+    def __init__(self, data, seed, run_dir):
+        super().__init__(data, seed, run_dir)
+        attempts.ATTEMPTS = 2
+
+    def _encode(self, rows):
+        if rows[0].caption.startswith((self.run / "deadly").read_bytes("caption").decode()):
+            (self.run / "pids").write_bytes(str(os.getpid()), b"")
+            os.kill(os.getpid(), signal.SIGKILL)
         return super()._encode(rows)
 
 

@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 
 from paris_ray import stages
+from paris_ray.data import attempts, schema
 from paris_ray.data import embed as stage
-from paris_ray.data import schema
 from paris_ray.storage import Folder
 
 from . import light
@@ -154,3 +154,17 @@ def test_a_node_is_killed(cluster, source, undisturbed, tmp_path):
     if failed:  # then the same command goes on
         stage.embed(light.light_config(run, source))
     check(run, undisturbed)
+
+
+def test_a_part_that_kills_its_workers_is_named(cluster, source, tmp_path, monkeypatch):
+    """Ray would start the worker again, without end."""
+    run = tmp_path / "run"
+    monkeypatch.setattr(stage, "EncodePart", light.MortalEncode)
+    monkeypatch.setattr(attempts, "ATTEMPTS", 2)
+    Folder(run / "deadly").write_bytes("caption", b"picture 3 ")  # the first row of the fourth tar
+    with pytest.raises(attempts.UnitError, match=r"2 workers have died on part 3 \('00003.tar'\): of memory, or of a decoder"):
+        stage.embed(light.light_config(run, source, "data.encoder_batch=1"))
+    assert len(os.listdir(run / "pids")) == 2
+    (run / "deadly/caption").write_bytes(b"no picture of this name")  # the next command counts anew, and goes on
+    assert stage.embed(light.light_config(run, source, "data.encoder_batch=1"))["counts"]["rows"] == ROWS
+    assert not list(run.glob("*/_attempts*"))

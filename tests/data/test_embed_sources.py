@@ -3,20 +3,24 @@
 import hashlib
 import json
 import shutil
+import sys
 
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+import timm
 from PIL import Image
 
 from paris_ray import config as configs
 from paris_ray.config import ConfigError
 from paris_ray.data import embed as stage
-from paris_ray.data import schema
+from paris_ray.data import part, schema
 from paris_ray.data.codec import PatchSums
+from paris_ray.data.sources import files
 from paris_ray.manifest import StaleError, published
 from paris_ray.storage import Folder
 
+from . import in_process as in_process_ray
 from .corpora import WRITERS, contents
 from .in_process import in_process  # noqa: F401
 from .test_parquet import png
@@ -126,6 +130,25 @@ def test_duplicates_of_a_folder_that_grows(tmp_path):
     shutil.copy(images / "n04.png", images / "new.png")
     with pytest.raises(StaleError, match=r"the source has changed.*--rebuild embed"):
         stage.embed(config)
+
+
+def test_what_a_worker_takes_is_asked_for(tmp_path, monkeypatch):
+    """At least its files, its largest picture and its weights, and no more than the largest node has, where it would wait for ever."""
+    config = run_config(tmp_path / "run", "parquet", WRITERS["parquet"](tmp_path / "p", rows(20)), "data.encoder_cpus=2", "data.max_pixels=1000000")
+    in_process_ray.ASKED.clear()
+    stage.embed(config)
+    summing, encoding = (one["memory"] for one in in_process_ray.ASKED)
+    assert summing >= part.AHEAD_BYTES + files.MAX_FILE_BYTES + 8_000_000
+    backbone = timm.create_model("tf_efficientnet_lite0", num_classes=0)
+    weights = sum(value.nbytes for value in backbone.state_dict().values())
+    weights += sum(path.stat().st_size for path in (tmp_path / "run/encoders").rglob("*.safetensors"))
+    assert weights + 8_000_000 < encoding - summing < weights + 8_000_000 + (8 << 20)  # another thread's picture; small rows
+    nodes = [{"Alive": True, "Resources": {"memory": 2.0**20}}, {"Alive": True, "Resources": {}}, {"Alive": False, "Resources": {"memory": 2.0**40}}]
+    monkeypatch.setattr(sys.modules["ray"], "nodes", lambda: nodes)
+    (tmp_path / "run/corpus/_manifest.json").unlink()
+    next((tmp_path / "run/corpus").glob("part-*")).unlink()
+    stage.embed(config)
+    assert in_process_ray.ASKED[-1]["memory"] == 2**20
 
 
 def test_nothing_usable_is_an_error_that_says_why(tmp_path):

@@ -4,7 +4,7 @@ import math
 import pytest
 
 from paris_ray.config import FilterConfig
-from paris_ray.data.filters import check_caption, check_score, check_shape
+from paris_ray.data.filters import check_caption, check_key, check_score, check_shape
 from paris_ray.data.images import RejectError
 
 
@@ -29,13 +29,21 @@ def test_scores():
     rules = FilterConfig(score_column="aesthetic", min_score=5.5)
     for value in (5.5, 6, decimal.Decimal("5.6"), math.inf):
         check_score(value, rules)
-    for value in (None, math.nan, "7", True, [7]):
+    for value in (None, math.nan, "7", True, [7], 10**400, -(10**400)):
         with pytest.raises(RejectError, match=r"^no score: 'aesthetic' is"):
             check_score(value, rules)
     for value in (5.49, decimal.Decimal(5), -math.inf):
         with pytest.raises(RejectError, match=r"^low score: 'aesthetic' is .*, data.filter.min_score is 5.5"):
             check_score(value, rules)
     check_score(None, FilterConfig())
+
+
+def test_keys():
+    for value in ("a", "", "写真", b"\xff".decode("utf-8", "surrogateescape")):
+        assert check_key(value) == value
+    for value in ("\ud800", "a" * 1000 + "\udfff"):
+        with pytest.raises(RejectError, match=r"^no key: .{,60} is not valid Unicode$"):
+            check_key(value)
 
 
 def test_shapes():

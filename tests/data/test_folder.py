@@ -153,6 +153,20 @@ def test_json_beside_a_picture(tmp_path):
     assert reasons(scored) == {**wrong, "b.png": "low score"}
 
 
+def test_extensions_in_capitals(tmp_path):
+    """As cameras and some systems write them. Every file is a row, a caption or a reject."""
+    for name in ("IMG.JPG", "b.png", "c.PNG", "d.png"):
+        png(tmp_path / name)
+    texts = {"IMG.TXT": "by a camera", "b.Json": '{"caption": "from json"}', "d.JSON": "{", "d.TXT": "x"}
+    texts |= {"c.txt": "small", "c.TXT": "capitals", "E.TXT": "x"}
+    for name, text in texts.items():
+        (tmp_path / name).write_text(text)
+    found = read(tmp_path)
+    captions = {"IMG.JPG": "by a camera", "b.png": "from json", "c.PNG": "small", "d.png": "x"}
+    assert {name: row.caption for name, row in good(found).items()} == captions
+    assert reasons(found) == {"c.TXT": "caption without image", "E.TXT": "caption without image"}
+
+
 @pytest.mark.parametrize("name", ["captions.csv", "captions.jsonl"])
 def test_scores_in_a_table(tmp_path, name):
     for file in ("a.png", "b.png", "c.png"):
@@ -186,6 +200,20 @@ def test_links_may_not_lead_out(tmp_path):
     found = read(folder)
     assert {name: row.caption for name, row in good(found).items()} == {"real/a.png": "fine", "c.png": "fine"}
     assert reasons(found) == {"b.png": "file outside the folder", "d.png": "unreadable file"}
+
+
+@pytest.mark.parametrize("name", captions.TABLES)
+def test_a_table_may_not_be_a_link_out(tmp_path, name):
+    png(tmp_path / "folder/a.png")
+    private = {"captions.csv": "file,caption\na.png,private\n", "captions.jsonl": '{"file": "a.png", "caption": "private"}'}[name]
+    (tmp_path / name).write_text(private)
+    (tmp_path / "folder" / name).symlink_to(tmp_path / name)
+    with pytest.raises(ConfigError, match=rf"folder has a table .*'{name}' is a link that leads out of it; put the file itself there"):
+        read(tmp_path / "folder")
+    (tmp_path / "folder" / name).unlink()
+    (tmp_path / "folder/other").write_text(private)
+    (tmp_path / "folder" / name).symlink_to("other")
+    assert read(tmp_path / "folder")["a.png"].caption == "private"
 
 
 def test_a_unit_is_a_run_of_files_and_travels_as_text(tmp_path):

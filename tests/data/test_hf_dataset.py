@@ -1,10 +1,15 @@
+import io
 import json
 
+import numpy as np
 import pyarrow as pa
 import pytest
 
 from paris_ray.config import ConfigError
-from paris_ray.data.sources import open_source
+from paris_ray.data.sources import files, open_source
+from paris_ray.data.sources.columns import Columns
+from paris_ray.data.sources.ipc import sizes
+from paris_ray.storage import Folder
 
 from .corpora import write_arrow, write_state
 from .reading import data_config, good, read, reasons
@@ -68,3 +73,59 @@ def test_folders_that_cannot_be_used(tmp_path):
     write_state(tmp_path, ["a.arrow"])
     with pytest.raises(ConfigError, match=r"none of the 1 files.*a.arrow: there is no column 'image'.*img, caption"):
         read(tmp_path, "hf_dataset")
+
+
+def stream_of(batches, **options):
+    sink = io.BytesIO()
+    with pa.ipc.new_stream(sink, batches[0].schema, options=pa.ipc.IpcWriteOptions(**options)) as stream:
+        for batch in batches:
+            stream.write_batch(batch)
+    return sink.getvalue()
+
+
+def batch_of(content, caption="x"):
+    return pa.record_batch({"image": pa.array(content, pa.binary()), "caption": pa.array([caption] * len(content), pa.string())})
+
+
+@pytest.mark.parametrize("compression", ["zstd", "lz4"])
+def test_what_would_unpack_to_more_than_memory_is_not_unpacked(tmp_path, monkeypatch, compression):
+    monkeypatch.setattr(files, "MAX_FILE_BYTES", 1 << 20)
+    decoded, original = [], Columns.items
+    monkeypatch.setattr(Columns, "items", lambda self, batch, *rest: (decoded.append(len(batch)), original(self, batch, *rest))[1])
+    fine, zeros = batch_of([png(0), png(1)]), batch_of([bytes(3 << 19), bytes(3 << 19)])
+    named = zeros.set_column(0, "image", zeros["image"].dictionary_encode())
+    large = batch_of([np.random.default_rng(i).bytes(3 << 18) for i in range(2)])
+    streams = {
+        "bomb": stream_of([fine, zeros, fine], compression=compression),
+        "dictionary": stream_of([named], compression=compression),
+        "large": stream_of([large], compression=compression),  # what does not shrink is no bomb
+        "plain": stream_of([fine, fine.slice(0, 0), zeros, fine]),
+    }
+    for name, content in streams.items():
+        (tmp_path / f"{name}.arrow").write_bytes(content)
+    assert (tmp_path / "bomb.arrow").stat().st_size < 50_000
+    write_state(tmp_path, [f"{name}.arrow" for name in streams])
+    found = read(tmp_path, "hf_dataset")
+    assert {name: reason for name, reason in reasons(found).items() if "from" in name} == {
+        "bomb.arrow from row 2": "file too large", "dictionary.arrow from row 0": "file too large",
+    }  # fmt: skip
+    assert list(good(found)) == [f"{name}.arrow row {i}" for name, rows in (("bomb", (0, 1)), ("plain", (0, 1, 4, 5))) for i in rows]
+    assert decoded == [2, 2, 2, 0, 2, 2]
+
+
+@pytest.mark.parametrize("compression", [None, "zstd", "lz4"])
+def test_sizes_are_those_of_the_buffers(tmp_path, compression):
+    """Against pyarrow's own count of an uncompressed batch, buffers rounded up to 8 bytes."""
+    g = np.random.default_rng(0)
+    batches = [batch_of([g.bytes(int(n)) + bytes(2000) for n in g.integers(1, 3000, 20)]) for _ in range(3)]
+    (tmp_path / "a").write_bytes(stream_of(batches, compression=compression))
+    with files.Steady(Folder(tmp_path), "a") as file, pa.ipc.open_stream(file) as stream:
+        for batch in batches:
+            place = file.tell()
+            stored, unpacked = sizes(file)
+            assert file.tell() == place
+            wanted = sum(buffer.size for column in batch.columns for buffer in column.buffers() if buffer is not None)
+            assert wanted <= unpacked <= wanted + 64 * 6
+            assert stored == unpacked if compression is None else stored < 0.7 * unpacked
+            assert stream.read_next_batch() == batch
+        assert sizes(file) == (0, 0)

@@ -9,10 +9,10 @@ import pyarrow.parquet as pq
 import pytest
 
 from paris_ray.data import embed as stage
-from paris_ray.data import schema
+from paris_ray.data import part, schema
 from paris_ray.storage import Folder
 
-from . import hostile
+from . import corpora, hostile
 from .corpora import write_arrow, write_state
 from .in_process import in_process  # noqa: F401
 from .reading import good, read, reasons
@@ -41,6 +41,31 @@ def test_every_row_is_right_or_has_its_reason(tmp_path, kind):
     assert counts["reasons"] == collections.Counter(reason for reason in wanted.values() if reason is not None)
     assert not marker.exists()
     assert sorted({*os.listdir(tmp_path)} - {"run"}) == before  # nothing was unpacked
+
+
+@pytest.mark.parametrize("kind", ["folder", "table", "parquet", "webdataset", "hf_dataset"])
+def test_a_key_or_a_score_costs_only_its_row(tmp_path, kind):
+    wanted = hostile.write_identities(tmp_path / "source", kind)
+    key = {} if kind in ("folder", "table") else {"key": "id"}
+    found = read(tmp_path / "source", "folder" if kind == "table" else kind, source=key, filter={"score_column": "score", "min_score": 6})
+    assert dict.fromkeys(good(found), hostile.RIGHT) | reasons(found) == wanted
+    assert max(len(row) for row in found.values() if isinstance(row, str)) <= part.MAX_REASON
+    assert len({row.id for row in good(found).values()}) == len(good(found))
+
+
+@pytest.mark.parametrize("kind", hostile.WRITERS)
+def test_the_source_itself_may_be_a_link(tmp_path, kind):
+    files = {} if kind == "folder" else {"files": 1}
+    corpora.WRITERS[kind](tmp_path / "real", [("a.png", hostile.encoded(hostile.noise(1), "PNG"), "fine")], **files)
+    (tmp_path / "links").mkdir()
+    (tmp_path / "links/source").symlink_to(tmp_path / "real")
+    assert [row.caption for row in good(read(tmp_path / "links/source", kind)).values()] == ["fine"]
+    if kind in ("parquet", "webdataset"):  # one file by its name
+        ending = "parquet" if kind == "parquet" else "tar"
+        (file,) = (tmp_path / "real").glob(f"*.{ending}")
+        file.rename(tmp_path / "real/blob")  # as in the cache of the hub
+        (tmp_path / f"links/one.{ending}").symlink_to(tmp_path / "real/blob")
+        assert [row.caption for row in good(read(tmp_path / f"links/one.{ending}", kind)).values()] == ["fine"]
 
 
 def test_the_payload_works(tmp_path):

@@ -1,5 +1,6 @@
 import io
 import struct
+import tracemalloc
 import zlib
 
 import numpy as np
@@ -8,7 +9,7 @@ import torch
 from PIL import Image, ImageCms
 
 from paris_ray.data import images
-from paris_ray.data.images import RejectError, load_square
+from paris_ray.data.images import RejectError, load_square, to_rgb
 
 LIMIT = 1_000_000
 
@@ -94,6 +95,28 @@ def test_sixteen_bits_are_scaled_not_cut():
     for kind in ("PNG", "TIFF"):
         pixels, *_ = load_square(encoded(Image.fromarray(deep), kind), 10, LIMIT)
         assert np.abs(pixels[..., 0] - deep / 257).max() <= 0.5 + 1e-9
+
+
+@pytest.mark.parametrize("mode", ["I;16", "I;16B", "I"])
+def test_every_value_of_sixteen_bits_in_little_memory(mode):
+    """255/65535 is 1/257, which no whole number is half of: rounding is exact."""
+    values = np.tile(np.arange(65536), 32).reshape(2048, 1024)
+    kind = {"I;16": "<u2", "I;16B": ">u2", "I": "<i4"}[mode]
+    image = Image.frombytes(mode, values.shape[::-1], values.astype(kind).tobytes())
+    tracemalloc.start()
+    rgb = to_rgb(image)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert (np.asarray(rgb) == np.rint(values / 257)[..., None]).all()
+    assert peak <= 9 * values.size  # twice what it was read from (4 at most), and 1
+
+
+@pytest.mark.parametrize("value", [-1, 65536])
+def test_samples_beyond_sixteen_bits_are_refused(value):
+    samples = np.zeros((9, 9), np.int32)
+    samples[8, 8] = value
+    with pytest.raises(RejectError, match="unknown range"):
+        to_rgb(Image.fromarray(samples))
 
 
 def test_other_modes():

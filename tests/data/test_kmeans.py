@@ -17,7 +17,7 @@ from sklearn.metrics import adjusted_rand_score
 from paris_ray.config import ConfigError
 from paris_ray.data import kmeans as km
 from paris_ray.data import nearest
-from paris_ray.data.balance import balance, coarse_clusters
+from paris_ray.data.balance import RESTARTS, _improve, balance, coarse_clusters
 from paris_ray.data.nearest import BLOCK, GRID
 
 
@@ -364,26 +364,42 @@ def test_weights_count_rows_several_times() -> None:
     assert (a.counts == b.counts).all()
 
 
-def test_two_levels_are_as_good_as_scikit_learns() -> None:
-    """The same protocol, k-means and then k-means on its centroids, by inertia: of the fine level, the upper one alone, rows to coarse centroids."""
-    ratios = []
-    for seed in range(10):  # any one start may be better or worse by some per cent
-        x = mixture(60, 50, 16, 0.5, seed)[0]
-        wide, rows = real(x), rows_of(x)
-        fit = km.kmeans(rows, 40, seed)
-        coarse = coarse_clusters(fit.centroids, fit.counts, 6, seed, 100, None)
-        fine = KMeans(40, n_init=1, random_state=seed).fit(wide)
-        upper = KMeans(6, n_init=8, random_state=seed).fit(fine.cluster_centers_)
-        alone = KMeans(6, n_init=8, random_state=seed).fit(fit.centroids.astype(np.float64))
-        costs = [
-            ((wide - centroids[labels]) ** 2).sum()
-            for centroids, labels in (
-                (coarse.centroids, coarse.fine_to_coarse[rows.labels(fit.centroids)]),
-                (upper.cluster_centers_, upper.labels_[fine.labels_]),
-            )
-        ]
-        ratios.append([fit.inertia[-1] / fine.inertia_, coarse.inertia[-1] / alone.inertia_, costs[0] / costs[1]])
-    assert (np.mean(ratios, axis=0) < 1.01).all()
+@pytest.mark.parametrize("seed", range(6))
+def test_two_levels_are_as_good_as_scikit_learns(seed: int) -> None:
+    """The same protocol, k-means and then k-means on its centroids, from as many starts each: no more than 1 % above, by three inertias."""
+    x = mixture(60, 30, 16, 0.5, seed)[0]
+    wide, rows = real(x), rows_of(x)
+    fit = min((km.kmeans(rows, 100, 3 * seed + i) for i in range(3)), key=lambda one: one.inertia[-1])
+    coarse = coarse_clusters(fit.centroids, fit.counts, 4, seed, 100, None)
+    fine = KMeans(100, n_init=3, random_state=seed).fit(wide)
+    upper = KMeans(4, n_init=RESTARTS, random_state=seed).fit(fine.cluster_centers_)
+    alone = KMeans(4, n_init=RESTARTS, random_state=seed).fit(fit.centroids.astype(np.float64))
+    assert fit.inertia[-1] <= 1.01 * fine.inertia_
+    assert coarse.inertia[-1] <= 1.01 * alone.inertia_
+    mine, other = (
+        ((wide - centroids[labels]) ** 2).sum()  # of the rows, to their coarse centroids
+        for centroids, labels in (
+            (coarse.centroids, coarse.fine_to_coarse[rows.labels(fit.centroids)]),
+            (upper.cluster_centers_, upper.labels_[fine.labels_]),
+        )
+    )
+    assert mine <= 1.01 * other
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_a_start_from_a_sample_is_as_good_as_one_from_all_rows(seed: int) -> None:
+    """As for every large corpus: k-means++ sees 128 rows a centroid, here one in twenty, and small clusters are among them."""
+    x, truth = mixture(12, 2560, 16, 0.1, seed)
+    kept = np.ones(len(x), bool)
+    kept[np.flatnonzero(truth == 0)[256:]] = False  # one cluster has a tenth of the others' rows
+    x, truth = x[kept], truth[kept]
+    assert len(km.sample_keys(len(x), 12, seed)) == 12 * km.SAMPLE_PER_CENTROID < len(x) / 18
+    rows = rows_of(x)
+    fit = km.kmeans(rows, 12, seed)
+    assert adjusted_rand_score(truth, rows.labels(fit.centroids)) >= 0.98
+    reference = KMeans(12, n_init=5, random_state=seed).fit(real(x))
+    assert fit.inertia[-1] <= 1.01 * reference.inertia_
+    assert km.kmeans(rows, 12, seed, max_iterations=1).inertia[-1] <= 2.5 * reference.inertia_  # one row of each cluster, or nearly
 
 
 def test_weighted_the_upper_level_is_scikit_learns_with_weights() -> None:
@@ -459,6 +475,37 @@ class TestBalance:
         for i, point in enumerate(np.random.default_rng(seed).permutation(len(w))):
             labels[point] = i % 8
         return float(sum(((points[labels == k] - points[labels == k].mean(0)) ** 2).sum() for k in range(8)))
+
+    @pytest.mark.parametrize("seed", range(12))
+    def test_each_change_is_the_best_of_all(self, seed: int) -> None:
+        """Against all moves and exchanges of pairs, one by one; from starts within the cap and far above it."""
+        g = np.random.default_rng(seed)
+        n, k = int(g.integers(6, 16)), int(g.integers(2, 5))
+        cost, w = g.uniform(0, 10, (n, k)), g.integers(1, 30, n)
+        cap = float(g.uniform(1.05, 1.6) * w.sum() / k)
+        labels = g.integers(0, 1 + seed % k, n)
+        said: list[str] = []
+        found = _improve(cost, w, cap, labels.copy(), said.append)
+
+        def worth(of: np.ndarray) -> tuple[float, float]:
+            return np.maximum(np.bincount(of, w, k) - np.floor(cap), 0).sum(), cost[np.arange(n), of].sum()
+
+        def neighbours(of: np.ndarray) -> Iterator[np.ndarray]:
+            for i, j in itertools.product(range(n), range(k)):
+                other = of.copy()
+                other[i] = j
+                if (np.bincount(of, minlength=k)[of] > 1)[i]:
+                    yield other
+            for i, j in itertools.combinations(range(n), 2):
+                other = of.copy()
+                other[[i, j]] = of[[j, i]]
+                yield other
+
+        steps = 0
+        while worth(best := min(neighbours(labels), key=worth)) < worth(labels):
+            labels, steps = best, steps + 1
+        assert (found == labels).all()
+        assert len(said) == steps > 0
 
     def test_one_fine_cluster_above_the_cap_is_said(self) -> None:
         with pytest.raises(ConfigError, match=r"fine cluster 4 alone has 90.*raise partition.fine \(now 5\).*at least 2\.65"):

@@ -117,6 +117,7 @@ def test_a_node_lost(cluster: Any, corpus: Folder) -> None:
         if not gone:
             homes = ray.get([actor.__ray_call__.remote(lambda self: ray.get_runtime_context().get_node_id()) for actor in rows.actors])
             node = next(node for node in cluster.worker_nodes if node.node_id == homes[0])
+            assert len(set(homes)) == 2  # on as many nodes as there are, though each has room for all
             gone.append(homes.count(homes[0]))
             cluster.remove_node(node, allow_graceful=False)
 

@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 from paris_ray.config import ConfigError
-from paris_ray.data.sources import files, open_source
+from paris_ray.data.sources import columns, files, open_source, parquet
 from paris_ray.data.sources.parquet import Parquet, _units
 
 from .reading import data_config, good, read, reasons
@@ -19,9 +19,9 @@ def png(seed, size=(20, 20)):
     return sink.getvalue()
 
 
-def write(path, columns, **options):
+def write(path, content, **options):
     path.parent.mkdir(parents=True, exist_ok=True)
-    pq.write_table(pa.table(columns), path, **options)
+    pq.write_table(pa.table(content), path, **options)
 
 
 def simple(n, start=0):
@@ -72,6 +72,60 @@ def test_a_large_row_group_is_not_read_whole(tmp_path, monkeypatch):
     assert next(source.read(unit)).image == large[0]
     assert max(read_bytes) <= 4 << 20
     assert sum(read_bytes) < 20e6 < 25e6 < (tmp_path / "a.parquet").stat().st_size
+
+
+@pytest.fixture
+def decoded(monkeypatch):
+    """Rows of each batch that is decoded."""
+    found, original = [], columns.Columns.items
+    monkeypatch.setattr(columns.Columns, "items", lambda self, batch, *rest: (found.append(len(batch)), original(self, batch, *rest))[1])
+    return found
+
+
+@pytest.mark.parametrize("dictionary", [True, False])
+def test_a_small_file_of_large_values_is_not_unpacked(tmp_path, monkeypatch, decoded, dictionary):
+    """Zeros in a few kB: alone, two among small values, and one that many rows name."""
+    for module in (parquet, files):
+        monkeypatch.setattr(module, "MAX_FILE_BYTES", 1 << 20)
+    zeros, options = bytes(3 << 19), {"compression": "zstd", "use_dictionary": dictionary}
+    write(tmp_path / "one.parquet", {"image": [zeros], "caption": ["x"]}, **options)
+    write(tmp_path / "some.parquet", {"image": [zeros] * 2 + [b"y"] * 6, "caption": ["x"] * 8}, **options)
+    write(tmp_path / "many.parquet", {"image": [zeros] * 9, "caption": ["x"] * 9}, **options)
+    write(tmp_path / "caption.parquet", {"image": [png(5)], "caption": [zeros]}, **options)
+    write(tmp_path / "struct.parquet", {"image": [{"bytes": png(5), "extra": zeros}], "caption": ["x"]}, **options)
+    write(tmp_path / "z.parquet", simple(2))
+    assert max(path.stat().st_size for path in tmp_path.iterdir()) < 20_000
+    found = read(tmp_path, "parquet")
+    assert list(good(found)) == ["z.parquet row 0", "z.parquet row 1"]
+    assert list(reasons(found).values()) == ["file too large"] * (1 + 8 + 9 + 1 + 1)
+    assert decoded == [2]
+
+
+@pytest.mark.parametrize("kind", [pa.binary(), pa.large_binary(), pa.binary_view(), pa.struct([("bytes", pa.binary())])])
+def test_values_over_the_limit_cost_only_themselves(tmp_path, monkeypatch, kind):
+    monkeypatch.setattr(columns, "MAX_FILE_BYTES", 100_000)
+    monkeypatch.setattr(parquet, "MAX_FILE_BYTES", 100_000)
+    monkeypatch.setattr(columns, "MAX_TEXT_BYTES", 50)
+    images = [png(0), np.random.default_rng(0).bytes(100_001), png(1), png(2)]
+    values = [{"bytes": image} for image in images] if pa.types.is_struct(kind) else images
+    write(tmp_path / "a.parquet", {"image": pa.array(values, kind), "caption": ["a", "b", "c" * 51, "d" * 50]})
+    found = read(tmp_path, "parquet")
+    assert list(good(found)) == ["a.parquet row 0", "a.parquet row 3"]
+    assert found["a.parquet row 1"] == "file too large: 100001 bytes, at most 100000 are read"
+    assert found["a.parquet row 2"] == "caption too long: 51 bytes, at most 50 are read"
+
+
+@pytest.mark.parametrize("dictionary", [True, False])
+def test_rows_decoded_at_once_depend_on_what_a_row_may_take(tmp_path, monkeypatch, decoded, dictionary):
+    monkeypatch.setattr(parquet, "MAX_FILE_BYTES", 1_000_000)
+    for size, most in ((700, 32), (2_900, 8), (20_000, 1)):
+        value = np.random.default_rng(0).bytes(size)
+        images = [value] * 40 if dictionary else [np.random.default_rng(i).bytes(size) for i in range(40)]
+        write(tmp_path / f"{size}/a.parquet", {"image": images, "caption": ["x"] * 40}, use_dictionary=dictionary)
+        decoded.clear()
+        assert len(read(tmp_path / str(size), "parquet")) == 40
+        assert sum(decoded) == 40
+        assert max(decoded) == (32 if dictionary else most)
 
 
 @pytest.mark.parametrize("kind", [

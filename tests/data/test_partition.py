@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -233,6 +234,18 @@ def test_shards_cut_with_other_labels_are_refused(tmp_path: Path) -> None:
     schema.write_table(clusters, "labels.parquet", table.set_column(1, "fine", [fine]))
     clusters.delete("_manifest.json")
     with pytest.raises(StaleError, match=r"cut with other labels .*--rebuild partition"):
+        partition.partition(one)
+
+
+def test_clusters_that_are_empty_when_iterations_end_are_no_equal_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    one, whole = make_corpus(tmp_path), fit._fit_fine
+
+    def cut_off(*args: Any) -> Any:
+        found = whole(*args)
+        return dataclasses.replace(found, counts=np.where(np.arange(9) < 2, 0, found.counts), converged=False)
+
+    monkeypatch.setattr(fit, "_fit_fine", cut_off)
+    with pytest.raises(ConfigError, match=r"partition.max_iterations: after \d+, 2 of 9 fine clusters are still empty .*; raise it, or lower"):
         partition.partition(one)
 
 

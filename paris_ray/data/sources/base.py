@@ -18,11 +18,13 @@ class Unit:
         number: of the part that it becomes.
         where: what :meth:`Source.read` needs to find it; small, made of numbers, strings, bytes and tuples.
         rows: how many items it has; ``None`` where only reading tells.
+        what: names it to people.
     """
 
     number: int
     where: Any
     rows: int | None = None
+    what: str = ""
 
 
 @dataclass(frozen=True, slots=True)

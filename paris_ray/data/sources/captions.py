@@ -9,6 +9,8 @@ from collections.abc import Iterator
 from typing import Any
 
 from paris_ray.config import ConfigError
+from paris_ray.data.images import RejectError
+from paris_ray.data.sources.files import check_link
 from paris_ray.storage import Folder
 
 TABLES = ("captions.csv", "captions.jsonl")
@@ -26,8 +28,12 @@ def table_rows(folder: Folder, table: str, score: str | None) -> Iterator[tuple[
         score: the field with the score, if there is one.
 
     Raises:
-        ConfigError: a CSV's first row does not name the fields.
+        ConfigError: the table is a link out of the folder, or a CSV's first row does not name the fields.
     """
+    try:
+        check_link(folder, table)
+    except RejectError as error:
+        raise ConfigError(f"data.source.uri: {folder.uri} has a table that cannot be read: {error}") from None
     # Bytes that are no UTF-8 become lone surrogates, which are refused row by row later.
     text = folder.read_bytes(table).decode("utf-8-sig", errors="surrogateescape")
     return _csv_rows(text, f"{folder.uri}/{table}", score) if table.endswith(".csv") else _jsonl_rows(text, score)

@@ -10,7 +10,7 @@ from pyarrow import types
 
 from paris_ray.config import HfDatasetSource, ParquetSource
 from paris_ray.data.sources.base import Item, Sample, content_hash
-from paris_ray.data.sources.files import read_file
+from paris_ray.data.sources.files import MAX_FILE_BYTES, MAX_TEXT_BYTES, read_file
 from paris_ray.storage import Folder
 
 STRUCT = ("bytes", "path")
@@ -44,6 +44,10 @@ class Columns:
         self.source, self.score = source, score
         self.names = list(dict.fromkeys(name for name in (source.image, source.caption, source.key, score) if name is not None))
         self.images = Folder(source.images) if source.images is not None else None
+
+    def reads(self, path: str) -> bool:
+        """Whether a Parquet file's column of numbers or bytes is one of these, or inside one."""
+        return any(path == name or path.startswith(f"{name}.") for name in self.names)
 
     def problem(self, schema: pa.Schema) -> str | None:
         """Why rows of this schema cannot be read, ``None`` if they can."""
@@ -84,13 +88,17 @@ class Columns:
         held = [(name == "path" or _is_text(column.type), _values(column)) for name, column in _held(batch.column(self.source.image))]
         for i in range(len(batch)):
             found: Any = None
+            reason = _too_large(caption[i], "caption too long", MAX_TEXT_BYTES)
             for named, column in held:
-                if (found := column[i].as_py()) is not None:
-                    found = found.decode("utf-8", "surrogateescape") if named else found
+                if column[i].is_valid:
+                    if (large := _too_large(column[i], "file too large", MAX_FILE_BYTES)) is None:
+                        found = column[i].as_py().decode("utf-8", "surrogateescape") if named else column[i].as_py()
+                    reason = large or reason
                     break
             identity = key[i].as_py() if key is not None else None
-            reason = None
-            if found is None:
+            if reason is not None:
+                pass
+            elif found is None:
                 reason = "no image: it is null"
             elif isinstance(found, str) and self.images is None:
                 reason = f"no image: the row has only the name {found!r}; say below which folder it lies, data.source.images=…"
@@ -98,7 +106,8 @@ class Columns:
                 reason = f"no key: {self.source.key!r} is null"
             if identity is not None:
                 identity = identity.decode("utf-8", "surrogateescape") if isinstance(identity, bytes) else str(identity)
-            yield Item(f"{file} row {first + i}", found, caption[i].as_py(), identity, None if score is None else score[i].as_py(), reason)
+            name, text = f"{file} row {first + i}", caption[i].as_py() if reason is None else None
+            yield Item(name, found if reason is None else None, text, identity, None if score is None else score[i].as_py(), reason)
 
     def load(self, item: Item) -> Sample:
         """Read the file of an item that has only its name. Raises RejectError; OSError when the store fails."""
@@ -121,6 +130,12 @@ def _held(images: pa.Array) -> list[tuple[str, pa.Array]]:
         return [("", images)]
     fields = dict(zip([field.name for field in images.type], images.flatten(), strict=True))
     return [(name, fields[name]) for name in STRUCT if name in fields]
+
+
+def _too_large(value: pa.Scalar, what: str, limit: int) -> str | None:
+    """The reason to refuse bytes or a string over a limit, which are then never copied."""
+    size = value.as_buffer().size if value.is_valid and value.type in _BINARY.values() else 0
+    return f"{what}: {size} bytes, at most {limit} are read" if size > limit else None
 
 
 def _values(column: pa.Array) -> pa.Array:

@@ -1,4 +1,4 @@
-"""Files of a source: names that may not leave its folder, a limit on what is read whole, and a store that fails for a moment."""
+"""Files of a source: names and links that may not leave its folder, a limit on what is read whole, and a store that fails for a moment."""
 
 from __future__ import annotations
 
@@ -22,6 +22,8 @@ MAX_FILE_BYTES = 256 << 20
 MAX_TEXT_BYTES = 1 << 20
 """The same for a caption's file."""
 MAX_NAME = 1024
+MAX_RATIO = 20
+"""What compression may save of rows that are larger than a file may be: images are packed already; a few kB of packed zeros fill any memory."""
 
 T = TypeVar("T")
 
@@ -89,7 +91,7 @@ def _check_local(root: str, name: str) -> None:
     """Raise RejectError unless a name is that of a file below a local folder, whose disk may still fail."""
     target, top = os.path.realpath(posixpath.join(root, name)), os.path.realpath(root)
     if not target.startswith(top.rstrip("/") + "/"):
-        raise RejectError(f"file outside the folder: {name!r} is a link that leads out of it")
+        raise RejectError(f"file outside the folder: {name!r} is a link that leads out of it; put the file itself there")
     try:
         mode = os.stat(target).st_mode
     except OSError as error:
@@ -100,8 +102,14 @@ def _check_local(root: str, name: str) -> None:
         raise RejectError(f"unreadable file: {name!r} is a folder or a device")
 
 
+def check_link(folder: Folder, name: str) -> None:
+    """Raise RejectError for a link that leads out of a local folder, nowhere, or to what is no file. Whether anything has this name is not asked."""
+    if folder.is_local and os.path.lexists(posixpath.join(folder.path, name)):
+        _check_local(folder.path, name)
+
+
 class Steady(io.RawIOBase):
-    """A file for readers of a format; tells a store that fails from content that is broken.
+    """A file for readers of a format; tells a store that fails from content that is broken. Raises RejectError for a link out of its folder.
 
     Args:
         folder: where it is.
@@ -118,6 +126,7 @@ class Steady(io.RawIOBase):
         def once() -> T:
             try:
                 if self._file is None:
+                    check_link(self.folder, self.name)
                     self._file = self.folder.open(self.name)
                     self._file.seek(self._at)
                 return act(self._file)
@@ -164,6 +173,13 @@ class Steady(io.RawIOBase):
         super().close()
 
 
+def bomb(packed: int, unpacked: int) -> str | None:
+    """The reason to refuse rows of a compressed table before they are unpacked, or ``None``."""
+    if unpacked <= max(MAX_FILE_BYTES, MAX_RATIO * packed):
+        return None
+    return f"file too large: rows of {packed} bytes are {unpacked} unpacked, at most {MAX_FILE_BYTES} are read at once"
+
+
 def one_line(error: Exception) -> str:
     """What a reader of a format says of broken content, short."""
     text = " ".join(f"{type(error).__name__}: {error}".split())
@@ -173,13 +189,15 @@ def one_line(error: Exception) -> str:
 def files_of(uri: str, extension: str, what: str) -> tuple[Folder, list[tuple[str, int]]]:
     """The files with an extension that a path or URI names: the one file, or all below the folder, with their sizes.
 
+    What the path itself names may be a link. A link below the folder is listed and, if it leads out, refused by whoever opens it.
+
     Raises:
         ConfigError: there is none.
     """
-    parent, last = posixpath.split(uri.rstrip("/"))
-    if last.lower().endswith(extension) and (size := Folder(parent or ".").size(last)) is not None:
-        return Folder(parent or "."), [(last, size)]
     folder = Folder(uri)
+    parent, last = posixpath.split(os.path.realpath(folder.path) if folder.is_local else uri.rstrip("/"))
+    if uri.rstrip("/").lower().endswith(extension) and (size := Folder(parent or ".").size(last)) is not None:
+        return Folder(parent or "."), [(last, size)]
     if not folder.exists():
         raise ConfigError(f"data.source.uri: {uri} does not exist; name {what}, --set data.source.uri=…")
     found = [(entry.name, entry.size) for entry in folder.files(recursive=True) if entry.name.lower().endswith(extension)]

@@ -20,18 +20,18 @@ SIDECARS = (".txt", ".json")
 
 @dataclass(frozen=True, slots=True)
 class _Beside:
-    """Stands for a caption that is still to be read: which files of the picture's name there are."""
+    """Stands for a caption that is still to be read: the names of the files beside the picture."""
 
-    txt: bool
-    json: bool
+    txt: str | None
+    json: str | None
 
 
 class ImageFolder:
     """Pictures below a folder, captions beside them (``name.txt`` or ``name.json`` for ``name.jpg``) or in ``captions.csv`` or ``captions.jsonl``.
 
     A table lies at the top and has the fields ``file`` (relative to the folder) and ``caption``; a picture may have several rows, one caption
-    each. A picture that the table does not name takes its sidecar, of a ``.json`` the field ``caption``. Everything else in the folder becomes a
-    reject. The driver lists all files by name: past some millions, tars or Parquet files are the better form.
+    each. A picture that the table does not name takes its sidecar, of a ``.json`` the field ``caption``; extensions may be in capitals. Everything
+    else in the folder becomes a reject. The driver lists all files by name: past some millions, tars or Parquet files are the better form.
 
     Args:
         uri: local path or URI.
@@ -46,7 +46,7 @@ class ImageFolder:
         listed = self._list()
         pieces = [listed[start : start + rows] for start in range(0, len(listed), rows)]
         # As text: a unit waits in the driver, and a name need not be valid Unicode.
-        return [Unit(number, json.dumps(piece), len(piece)) for number, piece in enumerate(pieces)]
+        return [Unit(number, json.dumps(piece), len(piece), f"{piece[0][1]} … {piece[-1][1]}") for number, piece in enumerate(pieces)]
 
     def read(self, unit: Unit) -> Iterator[Item]:
         """The items of a unit; no file is opened."""
@@ -69,15 +69,21 @@ class ImageFolder:
         rows = list(self._table(tables[0], sizes)) if tables else []
         named = {row[1] for row in rows}
         stems = {posixpath.splitext(name)[0] for name in sizes if _is_image(name)}
-        for name, size in sizes.items():
+        sidecars: dict[tuple[str, str], str] = {}  # by stem and extension; of two that differ in capitals the last, which is the one in small letters
+        for name in sizes:
             stem, extension = posixpath.splitext(name)
-            sidecar = extension.lower() in SIDECARS
-            if name in named or name in tables or (sidecar and stem in stems):
+            if stem in stems and extension.lower() in SIDECARS:
+                sidecars[stem, extension.lower()] = name
+        used = set(sidecars.values())
+        for name, size in sizes.items():
+            if name in named or name in tables or name in used:
                 continue
-            beside = tuple(f"{stem}{kind}" in sizes for kind in SIDECARS)
+            stem, extension = posixpath.splitext(name)
+            beside = tuple(sidecars.get((stem, kind)) for kind in SIDECARS)
             reason = None
-            if sidecar:
-                reason = "caption without image: no picture has this name"
+            if extension.lower() in SIDECARS:
+                why = "no picture has this name" if stem not in stems else "the picture takes the file whose extension is in small letters"
+                reason = f"caption without image: {why}"
             elif not _is_image(name):
                 reason = "neither image nor caption: by its name"
             elif not any(beside):
@@ -90,7 +96,7 @@ class ImageFolder:
         for number, row in table_rows(self.folder, table, self.score):
             where = f"{table} row {number}"
             if isinstance(row, str):
-                yield (where, where, 0, None, (False, False), None, f"broken table row: {row}")
+                yield (where, where, 0, None, (None, None), None, f"broken table row: {row}")
                 continue
             file, caption, score = row
             reason = None
@@ -104,27 +110,27 @@ class ImageFolder:
                 elif not _is_image(file):
                     reason = f"neither image nor caption: {file!r} by its name"
             if reason is not None:
-                yield (where, where, 0, None, (False, False), None, reason)
+                yield (where, where, 0, None, (None, None), None, reason)
                 continue
             seen[file] = seen.get(file, 0) + 1
             source = file if seen[file] == 1 else f"{file}#{seen[file]:03d}"
-            yield (source, file, sizes[file], caption, (False, False), score, None)
+            yield (source, file, sizes[file], caption, (None, None), score, None)
 
     def load(self, item: Item) -> Sample:
         """Read picture and caption. Raises RejectError; OSError when the store fails."""
         assert isinstance(item.image, str)
         caption, score = item.caption, item.score
         if isinstance(caption, _Beside):
-            caption, score = self._beside(posixpath.splitext(item.image)[0], caption)
+            caption, score = self._beside(caption)
         data = read_file(self.folder, item.image)
         return Sample(data, caption, content_hash(data), score=score)
 
-    def _beside(self, stem: str, beside: _Beside) -> tuple[Any, Any]:
+    def _beside(self, beside: _Beside) -> tuple[Any, Any]:
         """Caption and score of a picture from the files beside it."""
         fields = {}
         if beside.json and (self.score is not None or not beside.txt):
-            fields = parse_json(read_file(self.folder, f"{stem}.json", MAX_TEXT_BYTES))
-        caption = read_file(self.folder, f"{stem}.txt", MAX_TEXT_BYTES) if beside.txt else fields.get("caption")
+            fields = parse_json(read_file(self.folder, beside.json, MAX_TEXT_BYTES))
+        caption = read_file(self.folder, beside.txt, MAX_TEXT_BYTES) if beside.txt else fields.get("caption")
         return caption, fields.get(self.score) if self.score else None
 
 

@@ -7,9 +7,11 @@ from collections.abc import Iterator
 import pyarrow as pa
 
 from paris_ray.config import ConfigError, HfDatasetSource
+from paris_ray.data.images import RejectError
 from paris_ray.data.sources.base import Item, Sample, Unit
 from paris_ray.data.sources.columns import Columns
-from paris_ray.data.sources.files import Steady, check_name, one_line
+from paris_ray.data.sources.files import Steady, bomb, check_link, check_name, one_line
+from paris_ray.data.sources.ipc import sizes
 from paris_ray.storage import Folder
 
 STATE, SPLITS = "state.json", "dataset_dict.json"
@@ -35,6 +37,11 @@ class HfDataset:
             ConfigError: not such a folder, or one with several splits, or the first file lacks the columns.
         """
         uri = self.folder.uri
+        try:
+            check_link(self.folder, STATE)
+            check_link(self.folder, SPLITS)
+        except RejectError as error:
+            raise ConfigError(f"data.source.uri: {uri} cannot be read: {error}") from None
         if not self.folder.exists(STATE):
             if self.folder.exists(SPLITS):
                 splits = self.folder.read_json(SPLITS).get("splits", [])
@@ -58,13 +65,15 @@ class HfDataset:
         else:
             first = next(iter(problems.items()), ("no data file", "it holds no rows"))
             raise ConfigError(f"data.source: none of the {len(names)} files in {uri} can be read. {first[0]}: {first[1]}")
-        return [Unit(number, where) for number, where in enumerate(sizes)]
+        return [Unit(number, where, what=where[0]) for number, where in enumerate(sizes)]
 
     def _problem(self, name: str) -> str | None:
         file = Steady(self.folder, name)
         try:
             with file, pa.ipc.open_stream(file) as stream:
                 return self.columns.problem(stream.schema)
+        except RejectError as error:
+            return str(error)
         except Exception as error:  # of broken content anything
             if file.failure is not None:
                 raise file.failure from None
@@ -77,12 +86,20 @@ class HfDataset:
         try:
             with file, pa.ipc.open_stream(file) as stream:
                 problem = self.columns.problem(stream.schema)
-                for batch in stream:
+                while True:
+                    if (reason := bomb(*sizes(file))) is not None:
+                        raise RejectError(reason)
+                    try:
+                        batch = stream.read_next_batch()
+                    except StopIteration:
+                        break
                     if problem is None:
                         yield from self.columns.items(batch, name, row)
                     else:
                         yield from (Item(f"{name} row {row + i}", reason=f"wrong columns: {problem}") for i in range(len(batch)))
                     row += len(batch)
+        except RejectError as error:
+            yield Item(f"{name} from row {row}", reason=str(error))
         except Exception as error:  # as above
             if file.failure is not None:
                 raise file.failure from None

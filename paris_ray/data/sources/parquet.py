@@ -8,9 +8,10 @@ from concurrent.futures import ThreadPoolExecutor
 import pyarrow.parquet as pq
 
 from paris_ray.config import ConfigError, ParquetSource
+from paris_ray.data.images import RejectError
 from paris_ray.data.sources.base import Item, Sample, Unit
 from paris_ray.data.sources.columns import Columns
-from paris_ray.data.sources.files import Steady, files_of, one_line
+from paris_ray.data.sources.files import MAX_FILE_BYTES, Steady, bomb, files_of, one_line
 from paris_ray.storage import Folder
 
 FOOTERS = 16
@@ -18,7 +19,7 @@ FOOTERS = 16
 READ_BYTES = 4 << 20
 """Read of a column at once; without, a row group's whole column would be held in memory."""
 BATCH = 32
-"""Rows decoded at once: images are large."""
+"""Rows decoded at once, at most: images are large."""
 MAX_ROWS_PER_BYTE = 1024
 """A footer that claims more rows for the size of its file is broken."""
 
@@ -52,7 +53,9 @@ class Parquet:
         for (name, size), (groups, problem) in zip(files, found, strict=True):
             whole = [(0, 0, 1, 0)] if problem is not None and not groups else None
             for pieces in [whole] if whole else _units(groups, rows):
-                units.append(Unit(len(units), (folder.uri, name, size, tuple(pieces), problem), sum(piece[2] for piece in pieces)))
+                rows_here, first = sum(piece[2] for piece in pieces), pieces[0][3]
+                what = f"{name} rows {first} … {first + rows_here - 1}"
+                units.append(Unit(len(units), (folder.uri, name, size, tuple(pieces), problem), rows_here, what))
         return units
 
     def _footer(self, file: Steady, size: int) -> tuple[list[int], str | None]:
@@ -61,6 +64,8 @@ class Parquet:
             with file, pq.ParquetFile(file) as content:
                 groups = [content.metadata.row_group(i).num_rows for i in range(content.num_row_groups)]
                 problem = self.columns.problem(content.schema_arrow)
+        except RejectError as error:
+            return [], str(error)
         except Exception as error:  # of a broken footer anything
             if file.failure is not None:
                 raise file.failure from None
@@ -83,8 +88,13 @@ class Parquet:
     def _piece(self, content: pq.ParquetFile, file: Steady, name: str, piece: Piece) -> Iterator[Item]:
         group, skip, rows, first = piece
         at, end, reason = 0, skip + rows, "it has fewer rows than its footer says"
+        size, refused = self._size(content.metadata.row_group(group))
+        if refused is not None:
+            yield from (Item(f"{name} row {first + i}", reason=refused) for i in range(rows))
+            return
+        count = max(1, min(BATCH, MAX_FILE_BYTES // max(1, size)))
         try:
-            for batch in content.iter_batches(BATCH, row_groups=[group], columns=self.columns.names, use_threads=False):
+            for batch in content.iter_batches(count, row_groups=[group], columns=self.columns.names, use_threads=False):
                 low, high = max(at, skip), min(at + len(batch), end)
                 if low < high:
                     yield from self.columns.items(batch.slice(low - at, high - low), name, first + low - skip)
@@ -97,6 +107,14 @@ class Parquet:
             reason = one_line(error)
         for row in range(max(at, skip), end):
             yield Item(f"{name} row {first + row - skip}", reason=f"broken row group: {reason}")
+
+    def _size(self, group: pq.RowGroupMetaData) -> tuple[int, str | None]:
+        """Bytes that one row may take, at most: all that the row group has, as often as rows name a value of its dictionary; why it is refused."""
+        read = [column for column in map(group.column, range(group.num_columns)) if self.columns.reads(column.path_in_schema)]
+        unpacked, packed = (sum(getattr(column, f"total_{kind}_size") for column in read) for kind in ("uncompressed", "compressed"))
+        if unpacked > MAX_FILE_BYTES * group.num_rows:
+            return unpacked, f"file too large: {group.num_rows} rows are {unpacked} bytes unpacked, at most {MAX_FILE_BYTES} are read of each"
+        return unpacked, bomb(packed, unpacked)
 
     def load(self, item: Item) -> Sample:
         """Read the file of a row that has only its name. Raises RejectError; OSError when the store fails."""

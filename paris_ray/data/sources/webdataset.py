@@ -15,8 +15,8 @@ from paris_ray.storage import Folder
 
 READ_BYTES = 8 << 20
 """Read from the store at once."""
-MAX_HEADER_BYTES = 1 << 20
-"""An extended header (a long name) larger than this is no header; Python's reader would take any size into memory."""
+MAX_HEADER_BYTES = 8 << 10
+"""An extended header (a long name) larger than this is no header: no store has such names, and older Pythons parse one in the square of its size."""
 
 TEXTS = ("txt", "json")
 
@@ -77,7 +77,7 @@ class Webdataset:
     def units(self, rows: int) -> list[Unit]:
         """A unit per tar, in the order of their names; none is opened. Raises ConfigError when there is none."""
         folder, files = files_of(self.uri, ".tar", "a tar or a folder with some")
-        return [Unit(number, (folder.uri, name, size)) for number, (name, size) in enumerate(files)]
+        return [Unit(number, (folder.uri, name, size), what=name) for number, (name, size) in enumerate(files)]
 
     def read(self, unit: Unit) -> Iterator[Item]:
         """The samples of one tar. Where it breaks off, the rest is one reject: nothing says how many samples it had."""
@@ -102,13 +102,15 @@ class Webdataset:
                         assert content is not None
                         sample.members[extension] = content.read()
                     sample.sizes[extension] = member.size
+        except RejectError as error:
+            broken = str(error)
         except Exception as error:  # of broken content anything
             if file.failure is not None:
                 raise file.failure from None
-            broken = one_line(error)
+            broken = f"broken tar: {one_line(error)}"
         yield from self._items(sample, name, seen)
         if broken is not None:
-            yield Item(f"{name} from {sample.key!r} on", reason=f"broken tar: {broken}")
+            yield Item(f"{name} from {sample.key!r} on", reason=broken)
 
     def _items(self, sample: _Sample, tar: str, seen: dict[str, int]) -> Iterator[Item]:
         """The item of a sample; none of the empty one before the first."""
