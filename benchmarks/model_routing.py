@@ -90,15 +90,13 @@ class RandomModel(ParisModel):
         null = text.encode(*text.tokenize([""]))[0]
         super().__init__(Folder("/nowhere"), info, network.eval().to(device), Codec(), text, null, TEXT_TOKENS, [True] * EXPERTS,  # type: ignore[arg-type]
                          torch.device(device), precision)  # fmt: skip
-        self.size, self.latent, self.compiled = size, latent, compiled
+        self.size, self.latent, self.compile = size, latent, compiled
 
     def load_expert(self, k: int, on_host: bool = False) -> tuple[DiT, Objective]:
         """Made, not read."""
         torch.manual_seed(k)
         module = DiT.named(self.size, image_size=self.latent, text_embed_dim=TEXT_WIDTH).eval()
         module = set_precision(module, Flow(), self.precision, self.device)
-        if self.compiled:
-            module.compile_blocks()
         return module if on_host else module.to(self.device), Flow()
 
 
