@@ -5,10 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from contextlib import nullcontext
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 
 def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
@@ -171,10 +173,47 @@ class Attention(nn.Module):
         return self._attend(self._heads(self._project(x, slice(d))), *keys_values)
 
 
+GELU_LINEAR = 2 * math.sqrt(2 / math.pi)
+GELU_CUBIC = GELU_LINEAR * 0.044715
+
+
+class _SigmoidGELU(torch.autograd.Function):
+    """The tanh form of GELU by the identity ``(1 + tanh u) / 2 = sigmoid(2u)``: ``x · sigmoid(2√(2/π) · (x + 0.044715 x³))``."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x: Tensor) -> Tensor:
+        return (x * x).mul_(GELU_CUBIC).add_(GELU_LINEAR).mul_(x).sigmoid_().mul_(x)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs)
+
+    @staticmethod
+    @once_differentiable  # type: ignore[untyped-decorator]
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        (x,) = ctx.saved_tensors
+        square = x * x
+        gate = (square * GELU_CUBIC).add_(GELU_LINEAR).mul_(x).sigmoid_()
+        # d/dx (x · gate) = gate · (1 + x · (1 − gate) · (linear + 3 cubic x²)); in place, as memory is what it costs.
+        slope = square.mul_(3 * GELU_CUBIC).add_(GELU_LINEAR).mul_(x)
+        return slope.mul_(1 - gate).add_(1).mul_(gate).mul_(gradient)
+
+
+class GELU(nn.Module):
+    """GELU in its tanh form (DiT). On a CPU torch's tanh takes twice the time of its sigmoid, and compiled three times; there it goes by sigmoid."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.device.type == "cpu" and x.dtype == at_least_float32(x).dtype:
+            return _SigmoidGELU.apply(x)  # type: ignore[no-any-return,no-untyped-call]
+        return F.gelu(x, approximate="tanh")
+
+
 def mlp(hidden_size: int, mlp_ratio: float) -> nn.Sequential:
     """Linear, GELU (tanh), Linear."""
     inner = int(hidden_size * mlp_ratio)
-    return nn.Sequential(Linear(hidden_size, inner), nn.GELU(approximate="tanh"), Linear(inner, hidden_size))
+    return nn.Sequential(Linear(hidden_size, inner), GELU(), Linear(inner, hidden_size))
 
 
 def initialize_trunk(model: nn.Module) -> None:

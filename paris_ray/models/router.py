@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from paris_ray.models.layers import (
+    GELU,
     Attention,
     Linear,
     PatchEmbed,
@@ -91,9 +92,9 @@ class Router(Network):
         self.layers = nn.ModuleList(RouterBlock(hidden_size, num_heads, mlp_ratio, norm_eps) for _ in range(num_layers))
         self.head = nn.Sequential(
             Linear(hidden_size, hidden_size),
-            nn.GELU(approximate="tanh"),
+            GELU(),
             nn.LayerNorm(hidden_size),
-            nn.GELU(approximate="tanh"),
+            GELU(),
             Linear(hidden_size, num_clusters),
         )
         if not self.patch_embed.weight.is_meta:  # there, weights come from a file, and drawing would make torch import its compiler: seconds
