@@ -6,6 +6,8 @@ DDPM experts stay in float32 whatever is asked: x̂_0 = (x − σ·ε̂)/α divi
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -124,5 +126,6 @@ class Int8Attention(Attention):
         self.in_proj_bias = source.in_proj_bias
         self.out_proj = source.out_proj
 
-    def _project(self, x: Tensor, rows: slice) -> Tensor:
-        return multiplied(x, self.integers[rows], self.scale[rows], self.in_proj_bias[rows])
+    def _projections(self, *rows: int) -> list[Callable[[Tensor], Tensor]]:
+        parts = zip(self.integers.split(rows), self.scale.split(rows), self.in_proj_bias.split(rows), strict=True)
+        return [partial(multiplied, integers=integers, scale=scale, bias=bias) for integers, scale, bias in parts]

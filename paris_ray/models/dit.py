@@ -5,6 +5,7 @@ Tensor names and shapes are those of the released Paris checkpoint. DiT-XL/2 has
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any, ClassVar
 
 import torch
@@ -43,13 +44,13 @@ class DiTBlock(nn.Module):
         self.mlp = mlp(hidden_size, mlp_ratio)
         self.scale_shift_table = nn.Parameter(torch.empty(6, hidden_size))
 
-    def forward(self, x: Tensor, modulation: Tensor, keys_values: tuple[Tensor, Tensor]) -> Tensor:
-        """(N, T, D), (N, 6, D), text keys and values → (N, T, D)."""
+    def forward(self, x: Tensor, modulation: Tensor, context: Tensor | tuple[Tensor, Tensor]) -> Tensor:
+        """(N, T, D), (N, 6, D), projected text (N, S, D) or its keys and values → (N, T, D)."""
         # With weights in bfloat16, x, norms and modulation are float32 all the same, as they are under autocast; only matrix products take less.
         dtype = self.attn.in_proj_bias.dtype
         shift_msa, scale_msa, gate_msa, shift_mlp, scale_mlp, gate_mlp = (self.scale_shift_table + modulation).unbind(1)  # 6 × (N, D)
         x = x + gate_msa.unsqueeze(1) * self.attn(modulate(self.norm1(x), shift_msa, scale_msa).to(dtype))  # (N, T, D)
-        x = x + self.cross_attn.cross(x.to(dtype), keys_values)  # (N, T, D)
+        x = x + self.cross_attn.cross(x.to(dtype), context)  # (N, T, D)
         return x + gate_mlp.unsqueeze(1) * self.mlp(modulate(self.norm2(x), shift_mlp, scale_mlp).to(dtype))  # (N, T, D)
 
 
@@ -163,15 +164,18 @@ class DiT(Network):
             ValueError: latents of another size, or neither text nor keys and values.
         """
         self._check_latents(x)
-        if keys_values is None:
-            if text is None:
-                raise ValueError("DiT.forward needs text or keys_values")
-            keys_values = self.text_keys_values(text)
+        contexts: Iterable[Tensor | tuple[Tensor, Tensor]]
+        if keys_values is not None:
+            contexts = keys_values
+        elif text is not None:
+            contexts = [self.text_proj(text)] * len(self.layers)
+        else:
+            raise ValueError("DiT.forward needs text or keys_values")
         # Contiguous: sums keep the order in memory of what they add, and every block would pay for another.
         tokens = self.patch_embed(x).flatten(2).transpose(1, 2).contiguous()  # (N, T, D)
         x = at_least_float32(tokens) + at_least_float32(self.pos_embed)  # (N, T, D)
         time = self.time_embed(t)  # (N, D)
         modulation = self.t_block(time).view(x.shape[0], 6, -1)  # (N, 6, D)
-        for layer, layer_kv in zip(self.layers, keys_values, strict=True):
-            x = self._block(layer, x, modulation, layer_kv)  # (N, T, D)
+        for layer, context in zip(self.layers, contexts, strict=True):
+            x = self._block(layer, x, modulation, context)  # (N, T, D)
         return self.unpatchify(self.final_layer(x, time))  # (N, C, H, W)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from contextlib import nullcontext
+from functools import partial
 from typing import Any
 
 import torch
@@ -134,7 +135,7 @@ class Attention(nn.Module):
     """Multi-head attention with the tensor names of ``nn.MultiheadAttention``, through SDPA.
 
     The fused ``in_proj`` is one matrix product for self-attention; for cross-attention its first third projects the queries and the rest the
-    text's keys and values, which :meth:`keys_values` computes once for a whole sampling run.
+    text's keys and values, which sampling computes once for all steps (:meth:`keys_values`).
     """
 
     def __init__(self, hidden_size: int, num_heads: int):
@@ -144,9 +145,13 @@ class Attention(nn.Module):
         self.in_proj_bias = nn.Parameter(torch.zeros(3 * hidden_size))
         self.out_proj = Linear(hidden_size, hidden_size)
 
-    def _project(self, x: Tensor, rows: slice) -> Tensor:
-        """Through some rows of ``in_proj``: (N, T, D) → (N, T, rows)."""
-        return linear(x, self.in_proj_weight[rows], self.in_proj_bias[rows])
+    def _projections(self, *rows: int) -> list[Callable[[Tensor], Tensor]]:
+        """``in_proj`` as layers of so many rows each: (N, T, D) → (N, T, rows).
+
+        By one split, so that the backward pass joins the gradients of the parts; each slice would fill a whole matrix with zeros, to be added up.
+        """
+        parts = zip(self.in_proj_weight.split(rows), self.in_proj_bias.split(rows), strict=True)
+        return [partial(linear, weight=weight, bias=bias) for weight, bias in parts]
 
     def _heads(self, x: Tensor) -> Tensor:
         n, length, width = x.shape
@@ -158,19 +163,25 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Self-attention: (N, T, D) → (N, T, D)."""
-        q, k, v = self._project(x, slice(None)).chunk(3, dim=-1)
+        (project,) = self._projections(3 * x.shape[-1])
+        q, k, v = project(x).chunk(3, dim=-1)
         return self._attend(self._heads(q), self._heads(k), self._heads(v))
 
     def keys_values(self, text: Tensor) -> tuple[Tensor, Tensor]:
         """Keys and values of a text: (N, S, D) → two of (N, H, S, D/H)."""
         d = text.shape[-1]
-        k, v = self._project(text, slice(d, None)).chunk(2, dim=-1)
+        return self._pairs(self._projections(d, 2 * d)[1](text))
+
+    def _pairs(self, projected: Tensor) -> tuple[Tensor, Tensor]:
+        k, v = projected.chunk(2, dim=-1)
         return self._heads(k), self._heads(v)
 
-    def cross(self, x: Tensor, keys_values: tuple[Tensor, Tensor]) -> Tensor:
-        """Cross-attention to precomputed keys and values: (N, T, D) → (N, T, D)."""
+    def cross(self, x: Tensor, context: Tensor | tuple[Tensor, Tensor]) -> Tensor:
+        """Cross-attention to a text (N, S, D), or to its keys and values: (N, T, D) → (N, T, D)."""
         d = x.shape[-1]
-        return self._attend(self._heads(self._project(x, slice(d))), *keys_values)
+        queries, pairs = self._projections(d, 2 * d)
+        keys_values = self._pairs(pairs(context)) if isinstance(context, Tensor) else context
+        return self._attend(self._heads(queries(x)), *keys_values)
 
 
 GELU_LINEAR = 2 * math.sqrt(2 / math.pi)
@@ -194,11 +205,13 @@ class _SigmoidGELU(torch.autograd.Function):
     @once_differentiable  # type: ignore[untyped-decorator]
     def backward(ctx: Any, gradient: Tensor) -> Tensor:
         (x,) = ctx.saved_tensors
-        square = x * x
-        gate = (square * GELU_CUBIC).add_(GELU_LINEAR).mul_(x).sigmoid_()
-        # d/dx (x · gate) = gate · (1 + x · (1 − gate) · (linear + 3 cubic x²)); in place, as memory is what it costs.
-        slope = square.mul_(3 * GELU_CUBIC).add_(GELU_LINEAR).mul_(x)
-        return slope.mul_(1 - gate).add_(1).mul_(gate).mul_(gradient)
+        # In place, as memory is what it costs. With u = linear x + cubic x³, d/dx (x · sigmoid(u)) = sigmoid(u) + x u' · sigmoid'(u).
+        cube = (x * x).mul_(x)
+        u = (x * GELU_LINEAR).add_(cube, alpha=GELU_CUBIC)
+        slope = cube.mul_(2 * GELU_CUBIC).add_(u)  # x u' = u + 2 cubic x³
+        gate = u.sigmoid_()
+        slope.mul_(torch.ops.aten.sigmoid_backward(gradient, gate))
+        return slope.add_(gate.mul_(gradient))
 
 
 class GELU(nn.Module):
