@@ -53,6 +53,10 @@ class Text:
         ids = np.array([[sum(caption.encode()) % 1000] * TEXT_TOKENS for caption in captions], np.int32).reshape(-1, TEXT_TOKENS)
         return ids, np.full(len(captions), TEXT_TOKENS, np.int32)
 
+    def count(self, captions: list[str]) -> list[int]:
+        """As many as there are."""
+        return [TEXT_TOKENS] * len(captions)
+
     def encode(self, ids: Any, lengths: Any) -> Tensor:
         """(N, 77, 768), random by the ids."""
         rows = [torch.randn(TEXT_TOKENS, TEXT_WIDTH, generator=torch.Generator().manual_seed(int(row[0]))) for row in torch.as_tensor(ids)]

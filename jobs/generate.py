@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from jobs import cli
+from paris_ray.storage import Folder
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -81,6 +82,7 @@ def _check(args: argparse.Namespace) -> None:
             raise ValueError(f"{name}: {value} must be at least {least}")
     if args.actors and args.device.startswith("cuda:"):
         raise ValueError(f"device: {args.device!r} names a GPU by its number, but Ray gives each actor one of its own; with --actors give cuda")
+    Folder(args.out).check_not_a_file("out")
 
 
 def _over_actors(count: int, settings: dict[str, Any], requests: Sequence[Any]) -> Iterator[Any]:

@@ -12,6 +12,9 @@ import sys
 import time
 from collections.abc import Sequence
 
+from jobs import cli
+from paris_ray.storage import Folder
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the job; returns its exit code."""
@@ -30,15 +33,27 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--norm-eps", type=float, metavar="X", help="epsilon of the networks' norms, such as 1e-5 (the configs' own, or 1e-6)")
     parser.add_argument("--threads", type=int, default=1, metavar="N", help="while drawing on a CPU; a picture's last bits depend on them (1)")
     args = parser.parse_args(argv)
-    if args.threads < 1:
-        parser.error(f"--threads: {args.threads} must be at least 1")
 
     from paris_ray.inference import release, release_report
-    from paris_ray.storage import Folder
+    from paris_ray.inference.precision import check_device
+    from paris_ray.inference.strict import check_norm_eps
 
-    if not Folder(args.path).files(recursive=True):
-        print(f"verify_release: {args.path} is not there or holds no file; give the folder of a downloaded checkpoint", file=sys.stderr)
-        return 2
+    try:
+        for name in ("threads", "steps", "max_resident"):
+            if (value := getattr(args, name)) is not None and value < 1:
+                raise ValueError(f"{name}: {value} must be at least 1")
+        check_norm_eps(args.norm_eps)
+        if not args.no_pictures:
+            check_device(args.device)
+        if args.out:
+            Folder(args.out).check_not_a_file("out")
+        folder = Folder(args.path)
+        if not folder.files(recursive=True):
+            raise ValueError(f"{args.path} is not there or holds no file; give the folder of a downloaded checkpoint")
+        if folder.exists("model/config.json"):
+            raise ValueError(f"{args.path} is the folder of a run; give its model, {folder.uri}/model")
+    except (ValueError, OSError) as error:
+        return cli.complain(parser, error)
     began = time.monotonic()
     report = release.verify(
         args.path, not args.no_pictures, args.device, args.precision, args.steps, args.max_resident, args.ignore_tensor,

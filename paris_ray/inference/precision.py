@@ -25,6 +25,20 @@ def check_precision(precision: str) -> None:
         raise ValueError(f"precision: {precision!r} is not one of {', '.join(PRECISIONS)}")
 
 
+def check_device(device: str | torch.device) -> torch.device:
+    """A device as torch knows it. Raises ValueError for one that is not here."""
+    try:
+        found = torch.device(device)
+    except RuntimeError:
+        raise ValueError(f"device: {device!r} is none that torch knows; give cpu, cuda or cuda:N") from None
+    if found.type == "cuda" and (found.index or 0) >= torch.cuda.device_count():
+        raise ValueError(
+            f"device: {str(device)!r} is not here: torch {torch.__version__} sees {torch.cuda.device_count()} GPU(s); give cpu, or see what "
+            "nvidia-smi and torch.version.cuda say of the driver"
+        )
+    return found
+
+
 def set_precision(module: DiT, objective: Objective, precision: str, device: torch.device | None = None) -> DiT:
     """An expert with its weights in a precision; may change the module given.
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import logging
 from collections import OrderedDict
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -14,6 +15,8 @@ from torch import Tensor
 
 if TYPE_CHECKING:
     from paris_ray.inference.weights import ParisModel
+
+logger = logging.getLogger(__name__)
 
 KEPT = 512
 """Encoded prompts kept."""
@@ -57,6 +60,10 @@ class Prompts:
 
     def _encode(self, prompts: list[str]) -> None:
         encoder = self.model.text_encoder
+        for prompt, count in zip(prompts, encoder.count(prompts), strict=True):
+            if count > encoder.max_length:
+                short = prompt if len(prompt) <= 60 else f"{prompt[:60]}…"
+                logger.warning("prompt %r has %d tokens; the model reads the first %d", short, count, encoder.max_length)
         ids, lengths = (torch.as_tensor(array) for array in encoder.tokenize(prompts))
         self._keep(prompts, encoder.encode(ids, lengths), lengths)
 

@@ -105,11 +105,14 @@ def stated_objective(config: dict[str, Any]) -> tuple[str, str]:
 
 def _read(folder: Folder, kind: type[DiT] | type[Router], ignore_settings: Collection[str], norm_eps: float | None) -> dict[str, Any]:
     config = {key: value for key, value in read_config(folder).items() if key in kind.known_settings() or key not in ignore_settings}
-    if norm_eps is None:
-        return config
-    if not 0 < norm_eps < 1:
+    check_norm_eps(norm_eps)
+    return config if norm_eps is None else {**config, "norm_eps": norm_eps}
+
+
+def check_norm_eps(norm_eps: float | None) -> None:
+    """Raise ValueError for an epsilon of norms that is none."""
+    if norm_eps is not None and not 0 < norm_eps < 1:
         raise ValueError(f"norm_eps: {norm_eps} must be between 0 and 1; 1e-6 and 1e-5 are usual")
-    return {**config, "norm_eps": norm_eps}
 
 
 def load_tensors(module: nn.Module, folder: Folder, name: str, ignore: Collection[str] = (), device: str = "cpu") -> None:

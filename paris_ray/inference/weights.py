@@ -16,7 +16,7 @@ from paris_ray.data.encoders import NULL_TEXT
 from paris_ray.data.text import load_text_encoder
 from paris_ray.diffusion.path import Objective
 from paris_ray.hub import Snapshot, open_model
-from paris_ray.inference.precision import check_precision, set_precision
+from paris_ray.inference.precision import check_device, check_precision, set_precision
 from paris_ray.inference.strict import PICKLED, load_expert, load_router, read_config, refuse_pickles, stated_objective
 from paris_ray.layout import EXPERT_FILE, INFO, UPLOAD
 from paris_ray.models import DiT, Router
@@ -220,6 +220,7 @@ def load_model(
         ValueError: a setting or a tensor does not fit.
     """
     check_precision(precision)
+    target = check_device(device)
     if str(path).endswith(PICKLED):
         refuse_pickles(Folder(os.path.dirname(str(path)) or "."), EXPERT_FILE, [os.path.basename(str(path))])
     folder = open_model(path)
@@ -247,7 +248,6 @@ def load_model(
     for k in (k for k, here in enumerate(present) if complete and here and f"expert_{k}/{EXPERT_FILE}" not in names):
         refuse_pickles(folder / f"expert_{k}", EXPERT_FILE)
         raise FileNotFoundError(f"{folder.uri}/expert_{k} has a config.json but no {EXPERT_FILE}; add it, or remove the folder")
-    target = torch.device(device)
     return ParisModel(folder, info, router, codec, text_encoder, null_text.to(target), null_length, present, target, precision,
                       ignore_tensors, ignore_settings, norm_eps, compile)  # fmt: skip
 
@@ -262,7 +262,7 @@ def open_experts(
     compile: bool = False,
 ) -> ExpertFiles:
     """The experts of a model, without loading router, codec or text encoder; arguments and errors as of :func:`load_model`."""
-    facts, target = read_facts(path), torch.device(device)
+    facts, target = read_facts(path), check_device(device)
     return ExpertFiles(facts.folder, facts.latent_shape, facts.info["text"]["width"], facts.objectives, facts.present, target, precision,
                        ignore_tensors, ignore_settings, norm_eps, compile)  # fmt: skip
 
@@ -279,6 +279,8 @@ def _info(folder: Folder) -> dict[str, Any]:
         return read_info(folder)
     if not folder.files(recursive=True):
         raise FileNotFoundError(f"{folder.uri} holds no model; give the folder that jobs.assemble made, or a released Paris checkpoint")
+    if folder.exists(f"model/{INFO}"):
+        raise FileNotFoundError(f"{folder.uri} is the folder of a run; give its model, {folder.uri}/model")
     return _released_info(folder, _released_config(folder))
 
 

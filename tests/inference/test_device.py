@@ -121,7 +121,7 @@ def test_a_tick_of_the_engine_waits_for_the_router_alone(model):
 class Counting:
     """A text encoder that notes what it is given at once; states are the prompt's length."""
 
-    fingerprint = "counting"
+    fingerprint, max_length = "counting", 99
 
     def __init__(self):
         self.batches = []
@@ -130,6 +130,9 @@ class Counting:
         if "poison" in captions:
             raise ValueError("cannot read poison")
         return torch.tensor([[len(caption)] for caption in captions]), torch.ones(len(captions), dtype=torch.long)
+
+    def count(self, captions):
+        return [len(caption) for caption in captions]
 
     def encode(self, ids, lengths):
         self.batches.append(len(ids))

@@ -400,6 +400,15 @@ def test_prompts_and_text_projections_are_computed_once(model):
     assert experts.cache_stats["misses"] == 2 * model.num_experts  # the prompt and the empty one
 
 
+def test_a_prompt_that_is_cut_is_named_once(model, caplog):
+    engine = Engine(model, LocalExperts(model))
+    for i in range(2):
+        for words in (4, 5):  # with the start token five and six; the encoder reads five
+            engine.submit(ask(prompt=" ".join(["w"] * words), index=i, steps=1))
+    engine.run_until_idle()
+    assert [record.getMessage() for record in caplog.records] == ["prompt 'w w w w w' has 6 tokens; the model reads the first 5"]
+
+
 def test_small_text_cache_changes_no_byte(model):
     small = Engine(model, LocalExperts(model, cache_bytes=1))
     futures = [small.submit(request) for request in crowd(6)]

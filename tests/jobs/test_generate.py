@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from PIL.PngImagePlugin import PngImageFile
 
@@ -161,7 +162,7 @@ def test_bad_lines_are_named_before_anything_is_drawn(run, tmp_path, capsys):
     ("arguments", "message"),
     [(["--steps", "0"], "steps: 0"), (["--max-resident", "0"], "max_resident: 0"), (["--prompts", "nowhere.txt"], "nowhere.txt"),
      (["--model", "nowhere"], "holds no model"), (["--n", "0"], "n: 0"), (["--max-rows", "0"], "max_rows: 0"),
-     (["--guidance-interval", "0.8,0.2"], "guidance_interval: (0.8, 0.2)"),
+     (["--guidance-interval", "0.8,0.2"], "guidance_interval: (0.8, 0.2)"), (["--out", __file__], "test_generate.py is a file; name a folder"),
      (["--device", "cuda:1"], "device: 'cuda:1' names a GPU by its number, but Ray gives each actor one of its own; with --actors give cuda")],
 )  # fmt: skip
 def test_bad_arguments_are_one_message(run, prompts, capsys, tmp_path, arguments, message):
@@ -170,6 +171,15 @@ def test_bad_arguments_are_one_message(run, prompts, capsys, tmp_path, arguments
         assert run(prompts, *arguments, *more) == 2
         assert message in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
+@pytest.mark.parametrize(
+    ("device", "message"), [("cuda", "device: 'cuda' is not here: torch"), ("gpu", "device: 'gpu' is none that torch knows; give cpu")]
+)
+def test_a_device_that_is_not_here_is_named(run, prompts, capsys, device, message):
+    assert run(prompts, "--device", device) == 2
+    assert message in capsys.readouterr().err
 
 
 def test_an_interval_is_two_times(run, prompts, capsys):

@@ -15,6 +15,7 @@ from safetensors.numpy import load_file, save_file
 
 from jobs import verify_release
 from paris_ray.inference import release
+from paris_ray.inference.weights import load_model
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "inference"))
 import released
@@ -73,7 +74,6 @@ def test_a_whole_checkpoint(checkpoint, tmp_path, capsys):
         assert hashlib.sha256(pixels.tobytes()).hexdigest() in text
     # The pictures are the engine's.
     from paris_ray.inference.engine import ImageRequest, generate
-    from paris_ray.inference.weights import load_model
 
     request = ImageRequest(release.PROMPT, seed=release.SEED, steps=2, guidance_scale=7.5, routing="full", solver="euler")
     assert np.array_equal(generate(load_model(checkpoint), [request])[0].image, np.asarray(Image.open(out / "full.png")))
@@ -119,7 +119,6 @@ def test_epsilon_settings_and_threads(copy, tmp_path, capsys):
 
     from paris_ray.inference.engine import Engine, ImageRequest, generate
     from paris_ray.inference.experts import LocalExperts
-    from paris_ray.inference.weights import load_model
 
     file = copy / "expert_1" / "config.json"
     file.write_text(json.dumps({**json.loads(file.read_text()), "ema_decay": 0.9999}))
@@ -136,8 +135,6 @@ def test_epsilon_settings_and_threads(copy, tmp_path, capsys):
     (expected,) = generate(Engine(model, LocalExperts(model, threads=2, lazy=True)), [request])
     torch.set_num_threads(1)
     assert np.array_equal(expected.image, np.asarray(Image.open(tmp_path / "out" / "full.png")))
-    with pytest.raises(SystemExit):
-        verify_release.main([str(copy), "--threads", "0"])
 
 
 def test_networks_before_training_are_whole(copy, capsys):
@@ -252,6 +249,30 @@ def test_published_sizes_are_counted(tmp_path):
     found = {check.name: check for check in release.verify(str(tmp_path), pictures=False).checks}
     assert found["router: parameters"].found == "Mismatch: 129,136,136, published are 129,136,904"
     assert not found["expert_0: header"].holds
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [(["--steps", "0"], "steps: 0 must be at least 1"), (["--threads", "0"], "threads: 0"), (["--max-resident", "0"], "max_resident: 0"),
+     (["--norm-eps", "-1"], "norm_eps: -1.0 must be between 0 and 1"), (["--device", "gpu"], "device: 'gpu' is none that torch knows"),
+     (["--out", __file__], "test_verify_release.py is a file; name a folder")],
+)  # fmt: skip
+def test_bad_arguments_are_refused_before_anything_is_read(tmp_path, capsys, arguments, message):
+    (tmp_path / "config.json").write_text("{}")
+    assert verify_release.main([str(tmp_path), *arguments]) == 2
+    said = capsys.readouterr()
+    assert message in said.err
+    assert not said.out
+
+
+def test_the_folder_of_a_run_is_not_its_model(tmp_path, capsys):
+    (tmp_path / "model").mkdir()
+    for name in ("model/config.json", "model/paris.json"):
+        (tmp_path / name).write_text("{}")
+    assert verify_release.main([str(tmp_path)]) == 2
+    assert f"is the folder of a run; give its model, {tmp_path}/model" in capsys.readouterr().err
+    with pytest.raises(FileNotFoundError, match="is the folder of a run; give its model"):
+        load_model(tmp_path)
 
 
 def test_nothing_there(tmp_path, capsys):
