@@ -3,6 +3,7 @@
 python -m jobs.convert DiT-XL-2-256x256.pt DiT-XL-2-256x256.safetensors
 
 The file must hold tensors by name, or under 'ema', 'model' or 'state_dict' (the first of these that it has) beside anything that is plain data.
+"module." before every name, of a network that trained in several processes, is taken off.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import re
 import sys
 import zipfile
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from jobs import cli
 
@@ -22,6 +23,9 @@ if TYPE_CHECKING:
 
 PARTS = ("ema", "model", "state_dict")
 """Where training scripts put a network's weights; averaged ones first, as those are what is sampled from."""
+
+WRAPPER = "module."
+"""What torch's DistributedDataParallel puts before every name; taken off."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -63,8 +67,8 @@ def read(path: str) -> tuple[str, dict[str, Tensor]]:
     import torch
 
     try:
-        # Plain data and tensors only; the namespace of a script's arguments, which many save beside their weights, is plain data too.
-        with torch.serialization.safe_globals([argparse.Namespace]):
+        # Plain data and tensors only; a script's arguments and NumPy's numbers, which many save beside their weights, are plain data too.
+        with torch.serialization.safe_globals([argparse.Namespace, *_numpy_numbers()]):
             found = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except OSError:
         raise
@@ -81,7 +85,18 @@ def read(path: str) -> tuple[str, dict[str, Tensor]]:
         raise ValueError(f"{path} holds {type(tensors).__name__}, not tensors by name, nor has it any of {', '.join(PARTS)}")
     if strange := [f"{name!r} ({type(value).__name__})" for name, value in tensors.items() if not (isinstance(name, str) and torch.is_tensor(value))]:
         raise ValueError(f"{path}{f', {part}' if part else ''} holds other things than tensors by name: {', '.join(strange[:8])}")
+    if all(name.startswith(WRAPPER) for name in tensors):
+        tensors = {name.removeprefix(WRAPPER): tensor for name, tensor in tensors.items()}
     return part, tensors
+
+
+def _numpy_numbers() -> list[Any]:
+    """What a pickle names to rebuild a NumPy number, in NumPy 1 and 2."""
+    import numpy as np
+
+    scalar = np.float64(0).__reduce__()[0]
+    kinds = [type(np.dtype(kind)) for kind in ("f2", "f4", "f8", "i4", "i8", "?")]
+    return [np.dtype, *kinds, *((scalar, f"numpy.{core}.multiarray.scalar") for core in ("core", "_core"))]
 
 
 def write(tensors: dict[str, Tensor], path: str) -> None:

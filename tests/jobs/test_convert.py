@@ -7,6 +7,7 @@ import os
 import pickle
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -55,6 +56,25 @@ def test_tensors_are_found_flat_or_under_the_names_that_scripts_use(
     assert "3 tensors" in said
     assert "19 values" in said
     assert (f"of '{part}'" in said) == bool(part)
+
+
+def test_numpy_numbers_beside_the_weights_are_plain_data(tmp_path: Path) -> None:
+    beside = {"best_fid": np.float64(9.62), "step": np.int64(7), "loss": np.float32(0.5), "done": np.bool_(True)}
+    torch.save({"model": weights(), **beside}, tmp_path / "in.pt")
+    assert same(convert.read(str(tmp_path / "in.pt"))[1], weights())
+    # The names that NumPy 1 wrote: in a file that is not zipped they can be changed in place, as lines of text.
+    torch.save({"model": weights(), **beside}, tmp_path / "old.pt", _use_new_zipfile_serialization=False)
+    written = (tmp_path / "old.pt").read_bytes()
+    assert b"cnumpy._core.multiarray\n" in written
+    (tmp_path / "old.pt").write_bytes(written.replace(b"cnumpy._core.multiarray\n", b"cnumpy.core.multiarray\n"))
+    assert same(convert.read(str(tmp_path / "old.pt"))[1], weights())
+
+
+def test_the_wrapper_of_several_processes_is_taken_off(tmp_path: Path) -> None:
+    torch.save({f"module.{name}": tensor for name, tensor in weights().items()}, tmp_path / "in.pt")
+    assert same(convert.read(str(tmp_path / "in.pt"))[1], weights())
+    torch.save({**weights(), "module.a": torch.zeros(2)}, tmp_path / "in.pt")  # then it is a name like others
+    assert "module.a" in convert.read(str(tmp_path / "in.pt"))[1]
 
 
 def test_tensors_that_share_memory_are_written_each_for_itself(tmp_path: Path) -> None:
