@@ -1,19 +1,21 @@
 r"""What routing costs: seconds for an image by routing, as multiples of one expert alone, beside what the arithmetic says.
 
     python benchmarks/model_routing.py --threads 1 --out benchmarks/results/model_routing_cpu.md
-    python benchmarks/model_routing.py --device cuda --size XL/2 --router B/2 --latent 32 --steps 50 --images 1 32 --compile \
+    python benchmarks/model_routing.py --device cuda --size XL/2 --router B/2 --latent 32 --steps 50 --images 1 32 --compile --whole \
         --out benchmarks/results/model_routing_gpu.md
 
 The peer is one expert of the same size that draws everything (routing ``expert-0``), which is what a monolith costs. Each row times pictures that are
 submitted together and drawn by the engine, with guidance (two passes, one call of twice the rows), in blocks that alternate with the peer's. The
 arithmetic is the matrix products and attention of all calls (benchmarks/flops.py), router included, over the peer's; time is more where an expert
-gets few rows at once. Weights are random, and such that the pictures of a batch differ in their experts, which is checked; text and pictures are left
-out by stand-ins that cost nothing.
+gets few rows at once. Weights are random, and such that the pictures of a batch differ in their experts, which is checked. Text and pictures are left
+out by stand-ins that cost nothing, or with --whole they are in: a text tower of the size of CLIP ViT-L/14, which reads new prompts each time, and a
+decoder of the size of sd-vae-ft-mse, on both sides of a ratio.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import statistics
 import sys
 import time
@@ -30,6 +32,8 @@ from torch import Tensor
 from benchmarks import flops, timing
 from benchmarks.alternating import alternate, interval
 from paris_ray.config import SIZES
+from paris_ray.data.clip import VOCABULARY, Clip, clip_shapes
+from paris_ray.data.codec import VaeCodec
 from paris_ray.diffusion.path import Flow, Objective
 from paris_ray.inference.engine import Engine, ImageRequest, generate
 from paris_ray.inference.experts import LocalExperts
@@ -77,10 +81,26 @@ class Codec:
         return np.full((len(latents), 8, 8, 3), 128, np.uint8)
 
 
+def random_clip(device: str) -> Clip:
+    """Of the size of CLIP ViT-L/14's text tower."""
+    config = {"hidden_size": TEXT_WIDTH, "intermediate_size": 3072, "num_attention_heads": 12, "num_hidden_layers": 12, "hidden_act": "quick_gelu",
+              "max_position_embeddings": TEXT_TOKENS, "vocab_size": VOCABULARY}  # fmt: skip
+    weights = {name: 0.1 * torch.randn(shape) for name, shape in clip_shapes(config).items()}  # large enough that prompts' states differ
+    return Clip(config, weights, TEXT_TOKENS, device)
+
+
+def random_vae(device: str) -> VaeCodec:
+    """Of the size of sd-vae-ft-mse."""
+    from diffusers import AutoencoderKL
+
+    four = {"down_block_types": ("DownEncoderBlock2D",) * 4, "up_block_types": ("UpDecoderBlock2D",) * 4}
+    return VaeCodec(AutoencoderKL(block_out_channels=(128, 256, 512, 512), layers_per_block=2, latent_channels=4, **four), device=device)
+
+
 class RandomModel(ParisModel):
     """Experts that are made instead of read."""
 
-    def __init__(self, size: str, router: str, latent: int, device: str, precision: str, compiled: bool):
+    def __init__(self, size: str, router: str, latent: int, device: str, precision: str, compiled: bool, whole: bool):
         torch.manual_seed(0)
         network = Router.named(router, num_clusters=EXPERTS, image_size=latent, text_embed_dim=TEXT_WIDTH)
         for name, parameter in network.named_parameters():  # as made, its blocks are the identity, and all pictures get one answer
@@ -90,9 +110,9 @@ class RandomModel(ParisModel):
             "num_experts": EXPERTS, "image_size": 8 * latent, "latent": {"channels": 4, "size": latent}, "router": {"text": "pooled"},
             "experts": [{"objective": "flow"}] * EXPERTS, "sampling": {"steps": 50, "guidance_scale": 7.5, "routing": "top-2", "solver": "euler"},
         }  # fmt: skip
-        text = Text()
-        null = text.encode(*text.tokenize([""]))[0]
-        super().__init__(Folder("/nowhere"), info, network.eval().to(device), Codec(), text, null, TEXT_TOKENS, [True] * EXPERTS,  # type: ignore[arg-type]
+        text, codec = (random_clip(device), random_vae(device)) if whole else (Text(), Codec())
+        null = text.encode(*map(torch.as_tensor, text.tokenize([""])))[0].to(device)
+        super().__init__(Folder("/nowhere"), info, network.eval().to(device), codec, text, null, TEXT_TOKENS, [True] * EXPERTS,  # type: ignore[arg-type]
                          torch.device(device), precision)  # fmt: skip
         self.size, self.latent, self.compile = size, latent, compiled
 
@@ -124,15 +144,19 @@ def check_spread(engine: Engine) -> None:
 
 def measure(args: argparse.Namespace) -> list[str]:
     """All rows."""
-    model = RandomModel(args.size, args.router, args.latent, args.device, args.precision, args.compile)
+    model = RandomModel(args.size, args.router, args.latent, args.device, args.precision, args.compile, args.whole)
     engine = Engine(model, LocalExperts(model), max_rows=max(args.images), max_queue=max(args.images))
     expert = flops.count(model.load_expert(0)[0], TEXT_TOKENS)["sampling step"]
     router = router_operations(model.router, args.latent)
     print(f"expert {expert / 1e9:.1f} GFLOP, router {router / 1e9:.1f} GFLOP for an image", flush=True)
 
+    numbers = itertools.count()
+
     def draw(routing: str, images: int) -> Callable[[], float]:
         def run() -> float:
-            requests = [ImageRequest(f"prompt {n}", seed=n, steps=args.steps, guidance_scale=7.5, routing=routing) for n in range(images)]
+            # With --whole new prompts each time; else the same ones, as the stand-ins cost nothing.
+            prompts = [f"prompt {next(numbers) if args.whole else n}" for n in range(images)]
+            requests = [ImageRequest(prompt, seed=n, steps=args.steps, guidance_scale=7.5, routing=routing) for n, prompt in enumerate(prompts)]
             timing.wait(args.device)
             start = time.perf_counter()
             generate(engine, requests)
@@ -154,7 +178,8 @@ def measure(args: argparse.Namespace) -> list[str]:
             # A caption's expert is chosen once, at the first step.
             routed = (1 if name == "caption" else args.steps) / args.steps
             arithmetic = asked + routed * router / (2 * expert)
-            seconds = f"{statistics.median(times[name]):.3f} | {statistics.median(times['expert-0']):.3f}"
+            mine = statistics.median(times[name])
+            seconds = f"{mine:.3f} | {1 / mine:.3f} | {statistics.median(times['expert-0']):.3f}"
             lines.append(
                 f"| {name} | {images} | {seconds} | {statistics.median(ratios):.2f} | {low:.2f} – {high:.2f} | {arithmetic:.2f} | {len(ratios)} |"
             )
@@ -173,6 +198,7 @@ def main() -> None:
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     parser.add_argument("--precision", choices=["fp32", "bf16", "int8"], help="default: fp32 on a CPU, bf16 on a GPU")
     parser.add_argument("--compile", action="store_true", help="compiled blocks")
+    parser.add_argument("--whole", action="store_true", help="text encoding and decoding, too, at the paper's sizes")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--pairs", type=int, default=9, help=f"rounds; at least {timing.LEAST_PAIRS}")
     parser.add_argument("--out", type=Path, help="Markdown file for the table")
@@ -187,12 +213,12 @@ def main() -> None:
         "",
         f"{timing.hardware(args.device)} · {args.precision}{', compiled' if args.compile else ''} · torch {torch.__version__}",
         f"{tokens} image tokens, {TEXT_TOKENS} text tokens, {args.steps} Euler steps, guidance 7.5; the "
-        "engine is included, text encoding and decoding are left out. The ratio is the routing's seconds over those of one expert alone, median of "
-        "the rounds, with its 95 % interval; the arithmetic is the same of the operations counted, router included.",
+        f"engine is included, text encoding and decoding are {'too' if args.whole else 'left out'}. The ratio is the routing's seconds over those of "
+        "one expert alone, median of the rounds, with its 95 % interval; the arithmetic is the same of the operations counted, router included.",
         f"`python benchmarks/model_routing.py {' '.join(sys.argv[1:])}`",
         "",
-        "| routing | images at once | s an image | one expert alone, s | ratio | interval | arithmetic | rounds |",
-        "|---|---|---|---|---|---|---|---|",
+        "| routing | images at once | s an image | images/s | one expert alone, s | ratio | interval | arithmetic | rounds |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
     print("\n".join(head), flush=True)
     lines = measure(args)
