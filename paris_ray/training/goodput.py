@@ -12,8 +12,8 @@ import math
 def goodput(interval: float, write: float, restart: float, between: float | None) -> float:
     """Expected share of the time that is spent in steps which count (Daly), for interruptions that come as a Poisson process.
 
-    It counts a checkpoint as if steps waited until it is written. Here they go on, and what an interruption costs more instead is the time of a write:
-    less, as long as interruptions are rarer than checkpoints.
+    It counts a checkpoint as if steps waited until it is written. Here they go on, and an interruption costs the time of a write more instead: less,
+    as long as interruptions are rarer than checkpoints.
 
     Args:
         interval: seconds of steps between two checkpoints.

@@ -12,6 +12,11 @@ CHECKPOINT_BYTES = 16
 """For each weight in a checkpoint: the same without the gradient. A copy of these is in host memory while one is written."""
 
 
+def fixed_bytes(weights: int, train: TrainConfig, host: bool) -> int:
+    """What does not grow with the rows: training state; weights cast to bfloat16; where training is on the host, the copies for a checkpoint."""
+    return weights * (STATE_BYTES + (2 if train.precision == "bf16" else 0) + (CHECKPOINT_BYTES if host else 0))
+
+
 def expert_weights(model: ModelConfig, inputs: Inputs) -> int:
     """Numbers in an expert, the fixed table of positions too."""
     d, s, patch = model.hidden_size, int(model.hidden_size * model.mlp_ratio), inputs.channels * model.patch_size**2

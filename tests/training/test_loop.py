@@ -420,7 +420,7 @@ def test_workers_average_their_gradients_once_a_step(tmp_path):
 
 
 def test_a_micro_batch_must_divide_a_workers_share(tmp_path):
-    with pytest.raises(ConfigError, match=r"train.micro_batch 3 must divide the 8 rows of a worker's share .*set it to a divisor, or null"):
+    with pytest.raises(ConfigError, match=r"train.micro_batch 3 must divide the 8 rows of a worker's share .*set it to a divisor, to null"):
         Loop(GaussianTask(), config(micro_batch=3), 1, Folder(tmp_path))
     with pytest.raises(ConfigError, match=r"train.micro_batch 8 must divide the 4 rows"):
         Loop(GaussianTask(), config(micro_batch=8), 1, Folder(tmp_path), Place(CPU, 0, 2))
