@@ -12,6 +12,7 @@ from paris_ray import rng
 from paris_ray.config import RunConfig
 from paris_ray.data.encoders import pool
 from paris_ray.diffusion.path import interpolate, training_times
+from paris_ray.evaluation.metrics import calibration_error
 from paris_ray.layout import ROUTER_FILE, router_config
 from paris_ray.models.router import Router
 from paris_ray.stages import CONTROL_ROUTER
@@ -91,29 +92,44 @@ class RouterTask:
         """Cross-entropy of each sample: (n,), and its time: (n,)."""
         return F.cross_entropy(self._logits(model, batch), batch["label"], reduction="none"), batch["time"]
 
-    @torch.no_grad()
     def evaluate(self, images: int) -> dict[str, Any]:
-        """Loss and accuracy on the validation rows at the middle of each time bin, with noises that are the same every time."""
-        n, size = min(len(self.validation), VALIDATION_ROWS), self.spec.train.batch_size
-        if n == 0:
+        """Loss, accuracy and calibration error on the validation rows at the middle of each time bin, with noises that are the same every time.
+
+        With the captions, and ``without_text`` where captions are read at all; beside them the accuracy of the ``prior``, always naming the largest
+        cluster.
+        """
+        if len(self.validation) == 0:
             return {}
-        loss, right = torch.zeros(TIME_BINS, dtype=torch.float64), torch.zeros(TIME_BINS, dtype=torch.float64)
+        by_time = self._judge(without_text=False)
+        largest = torch.bincount(self.train.labels).argmax()
+        return {
+            **{f"validation_{name}" if name == "loss" else name: sum(values) / TIME_BINS for name, values in by_time.items()},
+            **{f"validation_{name}_by_time" if name == "loss" else f"{name}_by_time": values for name, values in by_time.items()},
+            "prior": (self.validation.labels == largest).double().mean().item(),
+            **({"without_text": {f"{name}_by_time": values for name, values in self._judge(without_text=True).items()}} if self.reads_text else {}),
+        }
+
+    @torch.no_grad()
+    def _judge(self, without_text: bool) -> dict[str, list[float]]:
+        """Mean loss, accuracy and expected calibration error of each time bin."""
+        n, size = min(len(self.validation), VALIDATION_ROWS), self.spec.train.batch_size
+        loss = torch.zeros(TIME_BINS, n, dtype=torch.float64)
+        confidence, right = torch.zeros(TIME_BINS, n), torch.zeros(TIME_BINS, n, dtype=torch.bool)
         for start in range(0, n, size):
             rows = torch.arange(start, min(start + size, n))
             noise = torch.from_numpy(rng.normal(self.config.seed, f"{self.stage}/validation", rows.numpy(), self.shape))
             for b in range(TIME_BINS):
                 time = torch.full((len(rows),), (b + 0.5) / TIME_BINS)
-                batch = self._batch(self.validation, rows, noise, time, torch.zeros(len(rows), dtype=torch.bool))
+                batch = self._batch(self.validation, rows, noise, time, torch.full((len(rows),), without_text))
                 batch = {name: tensor.to(self.device) for name, tensor in batch.items()}
                 logits = self._logits(self.model, batch)
-                loss[b] += F.cross_entropy(logits, batch["label"], reduction="sum").item()
-                right[b] += (logits.argmax(1) == batch["label"]).sum().item()
-        by_time = (loss / n).tolist(), (right / n).tolist()
+                most, named = logits.softmax(1).max(1)
+                loss[b, rows] = F.cross_entropy(logits, batch["label"], reduction="none").double().cpu()
+                confidence[b, rows], right[b, rows] = most.cpu(), (named == batch["label"]).cpu()
         return {
-            "validation_loss": sum(by_time[0]) / TIME_BINS,
-            "validation_loss_by_time": by_time[0],
-            "accuracy": sum(by_time[1]) / TIME_BINS,
-            "accuracy_by_time": by_time[1],
+            "loss": loss.mean(1).tolist(),
+            "accuracy": right.double().mean(1).tolist(),
+            "ece": [calibration_error(c, r) for c, r in zip(confidence.numpy(), right.numpy(), strict=True)],
         }
 
     # -- handing over -------------------------------------------------------------------------------------------

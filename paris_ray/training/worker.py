@@ -138,7 +138,7 @@ def run(config: RunConfig, stage: str, place: Place, report: Callable[[dict[str,
         "images_per_second": round(loop.images / loop.seconds, 1) if loop.seconds else None,
         "loss": last["loss"],
         "validation_loss": last.get("validation_loss"),
-        **({"accuracy": last["accuracy"]} if "accuracy" in last else {}),
+        **{name: last[name] for name in ("accuracy", "ece") if name in last},
         "rows": task.rows,
         "restarts": attempts - 1,
     }
