@@ -441,6 +441,8 @@ class RunConfig(Strict):
     sampling: SamplingConfig = SamplingConfig()
     serve: ServeConfig = ServeConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
+    # Where the metrics of trainings go beside their files.
+    tracking: tuple[Literal["tensorboard", "mlflow", "wandb"], ...] = ()
     # Training jobs (experts and routers) at once; the others wait.
     max_parallel: Annotated[int, Field(ge=1)] = 8
 

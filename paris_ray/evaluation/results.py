@@ -225,8 +225,8 @@ def _calibration(facts: Facts) -> str:
     if not rows:
         return ""
     said = (
-        "On the validation rows: how often the first choice is right, and the expected calibration error (Guo et al. 2017, 15 bins), which is 0 where "
-        "of the choices made with 80\u00a0% four in five are right. "
+        "On the validation rows: how often the first choice is right, and the expected calibration error (Guo et al. 2017, 15 bins), which is 0 "
+        "where of the choices made with 80\u00a0% four in five are right. "
         f"Always naming the largest cluster would be right {100 * prior:.0f}\u00a0% of the time."
     )
     header = ["accuracy, calibration error", *(f"t = {(b + 0.5) / bins:g}" for b in range(bins))]

@@ -114,6 +114,7 @@ def run(config: RunConfig, stage: str, place: Place, report: Callable[[dict[str,
     """
     from paris_ray.training import micro_batch, termination
     from paris_ray.training.loop import Loop
+    from paris_ray.training.trackers import Trackers
 
     asked = resources(config, stage)
     task = set_up(config, stage, place)
@@ -121,14 +122,21 @@ def run(config: RunConfig, stage: str, place: Place, report: Callable[[dict[str,
     train = micro_batch.settle(task, place)
     model = _wrap(task.model, place)
     loop = Loop(task, train, config.seed, task.folder, place, model, on_checkpoint=report, asked_to_go=termination.asked)
+    tracked = Trackers(config, stage, loop.images)
     if place.rank == 0:
         progress = Progress(Folder(config.run_dir) / "events", stage, loop.total)
         note = f"restart {attempts - 1}, from image {loop.images}" if attempts > 1 else ""
         progress.update(loop.images, message=note, force=True)
-        loop.on_step = lambda images, line: progress.update(images, line["loss"] if line else None)
+
+        def on_step(images: int, line: dict[str, Any] | None) -> None:
+            progress.update(images, line["loss"] if line else None)
+            if line:
+                tracked(line)
+
+        loop.on_step = on_step
         if asked.preemption:
             print(f"{stage}: {_what_preemption_costs(asked, train, task.folder, loop.ema.weights)}", flush=True)
-    with termination.training(), micro_batch.out_of_memory_explained(task, train, place):
+    with tracked if place.rank == 0 else contextlib.nullcontext(), termination.training(), micro_batch.out_of_memory_explained(task, train, place):
         last = loop.run()
     if place.rank == 0:
         task.export(loop.ema.weights)
