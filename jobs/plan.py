@@ -97,6 +97,9 @@ def advice(made: Plan) -> list[str]:
         if fit.loses_nothing and one.spec.resources.preemption != cloud:
             said = f"counted with preemptions that lose no step, for which their notice must be heeded: resources.preemption={cloud}"
             told.setdefault(said, []).append(one.stage)
+    experts = [one.stage for one in made.trainings if one.is_expert]
+    if len(experts) > 1:
+        told = {said: ["all experts", *names[len(experts) :]] if names[: len(experts)] == experts else names for said, names in told.items()}
     return [f"{', '.join(names)}: {said}" for said, names in told.items()]
 
 
