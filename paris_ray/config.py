@@ -241,6 +241,8 @@ class PartitionConfig(Strict):
     # Largest share of the corpus one expert may get, as a multiple of an equal share; null leaves sizes free.
     max_share: Annotated[float, Field(gt=1.0)] | None = None
     contact_sheet: Annotated[int, Field(ge=1, le=400)] = 48
+    # The last so many experts were added later, each with the rows of a source of its own (jobs.append --new-expert); no cluster was fitted for them.
+    added: Annotated[int, Field(ge=0)] = 0
 
 
 # -- models and training ------------------------------------------------------------------------------------------------
@@ -382,6 +384,8 @@ class RouterConfig(TrainedConfig):
 
     # pooled: reads the caption's pooled text. none: the paper's and its released weights.
     text: Literal["pooled", "none"] = "pooled"
+    # A router to start from, a folder with its config and weights; it may know fewer experts, the first ones of these. null: start anew.
+    init_from: str | None = None
 
 
 # -- sampling, serving, evaluation --------------------------------------------------------------------------------------
@@ -450,6 +454,11 @@ class RunConfig(Strict):
     def num_experts(self) -> int:
         return len(self.experts)
 
+    @property
+    def num_clusters(self) -> int:
+        """Experts that clusters were fitted for."""
+        return self.num_experts - self.partition.added
+
     @model_validator(mode="before")
     @classmethod
     def _expand(cls, value: Any) -> Any:
@@ -466,6 +475,8 @@ class RunConfig(Strict):
     def _consistent(self) -> RunConfig:
         if self.partition.fine < self.num_experts:
             raise ValueError(f"partition.fine is {self.partition.fine}, below the number of experts {self.num_experts}; raise it")
+        if self.num_clusters < 2:
+            raise ValueError(f"partition.added is {self.partition.added} of {self.num_experts} experts; at least two have clusters: lower it")
         codec = self.data.codec
         if self.sampling.steps > self.serve.max_steps:
             raise ValueError(f"sampling.steps is {self.sampling.steps}, above serve.max_steps {self.serve.max_steps}; raise serve.max_steps")

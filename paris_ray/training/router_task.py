@@ -9,14 +9,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from paris_ray import rng
-from paris_ray.config import RunConfig
+from paris_ray.config import ConfigError, RunConfig
 from paris_ray.data.encoders import pool
 from paris_ray.diffusion.path import interpolate, training_times
 from paris_ray.evaluation.metrics import calibration_error
+from paris_ray.inference.strict import load_router
 from paris_ray.layout import ROUTER_FILE, router_config
-from paris_ray.models.router import Router
+from paris_ray.models.router import Router, with_more_clusters
 from paris_ray.stages import CONTROL_ROUTER
 from paris_ray.storage import Folder
+from paris_ray.training import checkpoint
 from paris_ray.training.checkpoint import tensor_bytes
 from paris_ray.training.draws import Draw
 from paris_ray.training.loop import TIME_BINS, Batch
@@ -54,7 +56,11 @@ class RouterTask:
             torch.manual_seed(rng.key(config.seed, "init", self.stage))
             shape = self.spec.model.model_dump(exclude={"size"})
             width = self.encoders.text_width if self.reads_text else None
-            self.model = Router(config.num_experts, side, in_channels=channels, text_embed_dim=width, **shape).to(device)
+            model = Router(config.num_experts, side, in_channels=channels, text_embed_dim=width, **shape)
+        # A resumed training has all weights in its checkpoint, and the source may be gone by then.
+        if not control and self.spec.init_from is not None and checkpoint.latest(self.folder) is None:
+            start_from(model, self.spec.init_from, side)
+        self.model = model.to(device)
 
     # -- the loop's task ----------------------------------------------------------------------------------------
 
@@ -139,3 +145,29 @@ class RouterTask:
         out = self.folder / "export"
         out.write_bytes(ROUTER_FILE, tensor_bytes(weights))
         out.write_json("config.json", router_config(self.model))
+
+
+def start_from(model: Router, source: str, side: int) -> None:
+    """Give a router the weights of another, which may know fewer clusters.
+
+    Args:
+        model: it.
+        source: ``router.init_from``: a folder with ``config.json`` and weights.
+        side: of the latent.
+
+    Raises:
+        ConfigError: nothing is there, or it has another shape or knows more clusters.
+    """
+    try:
+        before = load_router(Folder(source), side)
+    except (ValueError, FileNotFoundError) as error:
+        raise ConfigError(f"router.init_from: {error}") from error
+    if before.num_clusters > model.num_clusters:
+        raise ConfigError(f"router.init_from: {source} knows {before.num_clusters} experts, the run has {model.num_clusters}; take one of no more")
+    weights = with_more_clusters(before.state_dict(), model.num_clusters)
+    own = model.state_dict()
+    if unlike := [name for name in {**own, **weights} if name not in own or name not in weights or own[name].shape != weights[name].shape]:
+        raise ConfigError(
+            f"router.init_from: {source} has another shape than router.model and router.text ({', '.join(sorted(unlike)[:3])} …); give it the same"
+        )
+    model.load_state_dict(weights)
