@@ -8,6 +8,9 @@ from __future__ import annotations
 
 import math
 
+NEVER = 100.0
+"""Of something so many times longer than the time between two interruptions nobody sees the end; a larger exponent would only be no number."""
+
 
 def goodput(interval: float, write: float, restart: float, between: float | None) -> float:
     """Expected share of the time that is spent in steps which count (Daly), for interruptions that come as a Poisson process.
@@ -23,7 +26,8 @@ def goodput(interval: float, write: float, restart: float, between: float | None
     """
     if between is None:
         return interval / (interval + write)
-    return interval / (between * math.exp(restart / between) * math.expm1((interval + write) / between))
+    attempts = math.expm1(min((interval + write) / between, NEVER))
+    return interval / (between * math.exp(min(restart / between, NEVER)) * attempts)
 
 
 def goodput_with_notice(interval: float, write: float, restart: float, between: float | None) -> float:

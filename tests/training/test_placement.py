@@ -108,6 +108,11 @@ def test_goodput_is_what_interruptions_leave(interval: float, write: float, rest
     assert notice == pytest.approx(1000 / (wall + wall * (restart + write) / between), rel=1e-9)
 
 
+def test_what_never_ends_is_a_number_all_the_same() -> None:
+    assert 0 < goodput(1e9, 30.0, 300.0, 3600.0) < 1e-30
+    assert 0 < goodput(600.0, 30.0, 1e9, 3600.0) < 1e-30
+
+
 def test_youngs_interval_is_near_the_best() -> None:
     write, between = 28.0, 14_400.0
     tried = np.linspace(100, 4000, 2000)

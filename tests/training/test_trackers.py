@@ -47,6 +47,7 @@ def scalars(folder: Path) -> dict[tuple[int, str], float]:
             if event.HasField("session_log"):  # what is past it is hidden
                 found = {key: value for key, value in found.items() if key[0] < event.step}
             for value in event.summary.value:
+                assert (event.step, value.tag) not in found  # would be drawn twice
                 found[event.step, value.tag] = value.simple_value
     return found
 
