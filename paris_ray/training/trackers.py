@@ -40,7 +40,7 @@ class TensorBoard:
         from tensorboardX import SummaryWriter
 
         folder, own = f"{Folder(config.run_dir).path}/tensorboard/{stage}", f".{time.time_ns()}"  # else a start in the same second has the same file
-        self.writer = SummaryWriter(folder, purge_step=images + 1 if images else None, filename_suffix=own)
+        self.writer = SummaryWriter(folder, purge_step=images + 1, filename_suffix=own)
 
     def log(self, images: int, figures: dict[str, float]) -> None:
         for name, value in figures.items():
