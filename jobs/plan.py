@@ -22,7 +22,7 @@ from paris_ray.data.report.cost import time_text
 from paris_ray.manifest import StaleError
 from paris_ray.storage import Folder
 from paris_ray.training import plan
-from paris_ray.training.plan import Machine, Machines, Plan
+from paris_ray.training.plan import Devices, MachineTable, Plan
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -38,14 +38,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         if len(sizes) != config.num_experts:
             raise StaleError(f"the clusters are of {len(sizes)} experts, the config has {config.num_experts}; make them anew, or set experts")
         found = plan.trainings(config, sizes, encoders)
-        machines = configs.read(Machines, args.machines).machines if args.machines else (measured(config),)
+        machines = configs.read(MachineTable, args.machines).machines if args.machines else (measured(config),)
         print(text(plan.make(found, machines), args.equal_hours))
     except (ConfigError, StaleError, FileNotFoundError) as error:
         return cli.complain(parser, error)
     return 0
 
 
-def measured(config: RunConfig) -> Machine:
+def measured(config: RunConfig) -> Devices:
     """Measure this machine and print what was found."""
     from paris_ray.training.measure import this_machine
 

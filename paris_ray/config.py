@@ -23,9 +23,6 @@ class ConfigError(ValueError):
     """A setting that cannot be used; the message names the key, the value, the rule and the remedy."""
 
 
-T = TypeVar("T", bound=BaseModel)
-
-
 class Strict(BaseModel):
     """Unknown keys are refused; a config never changes."""
 
@@ -573,6 +570,9 @@ def build(tree: dict[str, Any]) -> RunConfig:
         return RunConfig.model_validate(tree)
     except pydantic.ValidationError as error:
         raise ConfigError(_explain(error)) from None
+
+
+T = TypeVar("T", bound=BaseModel)
 
 
 def read(schema: type[T], source: str) -> T:

@@ -15,7 +15,7 @@ from paris_ray.stages import expert_name
 from paris_ray.storage import Folder
 from paris_ray.training import checkpoint, memory, micro_batch, worker
 from paris_ray.training.loop import Loop, Place
-from paris_ray.training.plan import Machine, size_name
+from paris_ray.training.plan import Devices, size_name
 
 WARM = 3
 """Steps before the clock starts: compilation, the optimiser's state, the allocator."""
@@ -30,7 +30,7 @@ class _Enough(Exception):
     """The measurement is over."""
 
 
-def this_machine(config: RunConfig) -> Machine:
+def this_machine(config: RunConfig) -> Devices:
     """Measure this machine: each size of expert, and the router, one after the other.
 
     As many trainings are assumed at once as it has GPUs or CPUs for (and ``max_parallel`` allows), each as fast as alone.
@@ -52,7 +52,7 @@ def this_machine(config: RunConfig) -> Machine:
         name, count = "cpu", max(1, int((os.cpu_count() or 1) / asked.cpus))
         room = free_memory(torch.device("cpu")) / count
     count = min(count, config.max_parallel)
-    return Machine(
+    return Devices(
         name="here", device=name, count=count, memory_gib=round(room / 2**30, 2), images_per_second=rates, storage_mb_per_s=round(min(speeds), 2)
     )
 

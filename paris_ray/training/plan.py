@@ -24,7 +24,7 @@ ENOUGH = 0.9
 """Goodput below which other checkpoints are proposed."""
 
 
-class Machine(Strict):
+class Devices(Strict):
     """Devices of one kind that can be had."""
 
     name: str
@@ -48,10 +48,10 @@ class Machine(Strict):
     start_seconds: Annotated[float, Field(ge=0)] = 300.0
 
 
-class Machines(Strict):
-    """All of them."""
+class MachineTable(Strict):
+    """What there is to train on."""
 
-    machines: Annotated[tuple[Machine, ...], Field(min_length=1)]
+    machines: Annotated[tuple[Devices, ...], Field(min_length=1)]
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ class Training:
 
     Attributes:
         stage: its name.
-        size: what :attr:`Machine.images_per_second` calls its like.
+        size: what :attr:`Devices.images_per_second` calls its like.
         images: its budget.
         flops: of one image, forward and backward.
         weights: numbers in its network.
@@ -151,7 +151,7 @@ class Fit:
     best_goodput: float
 
 
-def fit(one: Training, machine: Machine) -> Fit | None:
+def fit(one: Training, machine: Devices) -> Fit | None:
     """What a training takes on a kind of machine; ``None`` if its memory is too small.
 
     Several workers are counted as so many times faster, and as taken away so many times as often.
@@ -178,7 +178,7 @@ def fit(one: Training, machine: Machine) -> Fit | None:
     return Fit(rate, write, expected, hours, spared, images, best)
 
 
-def _rate(one: Training, machine: Machine) -> float:
+def _rate(one: Training, machine: Devices) -> float:
     for key in (one.stage, one.size):
         if key in machine.images_per_second:
             return machine.images_per_second[key]
@@ -203,7 +203,7 @@ class Plan:
     """
 
     trainings: list[Training]
-    machines: tuple[Machine, ...]
+    machines: tuple[Devices, ...]
     fits: list[Fit]
     placement: Placement
 
@@ -214,7 +214,7 @@ class Plan:
         return max(ends, key=lambda end: end[0])[1]
 
 
-def make(found: Sequence[Training], machines: Sequence[Machine]) -> Plan:
+def make(found: Sequence[Training], machines: Sequence[Devices]) -> Plan:
     """Place trainings on machines; see :func:`paris_ray.training.placement.place`.
 
     Raises:

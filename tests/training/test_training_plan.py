@@ -10,7 +10,7 @@ from paris_ray import config as configs
 from paris_ray.config import ConfigError
 from paris_ray.training import plan
 from paris_ray.training.memory import expert_activations
-from paris_ray.training.plan import Machine, Machines, equal_hours, fit, make, trainings
+from paris_ray.training.plan import Devices, MachineTable, equal_hours, fit, make, trainings
 
 ENCODERS = {"codec": {"channels": 4, "latent_size": 32}, "text": {"max_length": 77, "width": 768}}
 ROWS = [1_375_000] * 8
@@ -20,12 +20,12 @@ def paris(*sets: str):
     return trainings(configs.load("paris_xl2", ["evaluation.control_router=false", *sets]), ROWS, ENCODERS)
 
 
-def machine(**changes) -> Machine:
+def machine(**changes) -> Devices:
     settings = {"name": "a", "memory_gib": 80, "images_per_second": {"XL/2": 250, "router": 1000}, "storage_mb_per_s": 400, "start_seconds": 0}
-    return Machine(**{**settings, **changes})
+    return Devices(**{**settings, **changes})
 
 
-def fitted(one: plan.Training, where: Machine) -> plan.Fit:
+def fitted(one: plan.Training, where: Devices) -> plan.Fit:
     found = fit(one, where)
     assert found is not None
     return found
@@ -126,7 +126,7 @@ def test_a_table_that_is_wrong_is_refused_by_key(tmp_path) -> None:
     path = tmp_path / "machines.yaml"
     path.write_text("machines: [{name: a, memory: 80, storage_mb_per_s: 1}, {name: b, memory_gib: 8, storage_mb_per_s: -1}]")
     with pytest.raises(ConfigError) as caught:
-        configs.read(Machines, str(path))
+        configs.read(MachineTable, str(path))
     said = str(caught.value)
     assert said.startswith(f"{path}: machines.0.")
     assert "machines.0.memory: no such key. Did you mean 'memory_gib'?" in said
