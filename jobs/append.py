@@ -19,7 +19,7 @@ from collections.abc import Sequence
 from jobs import cli
 from paris_ray import stages
 from paris_ray.config import ConfigError, RunConfig
-from paris_ray.manifest import Lock, published
+from paris_ray.manifest import STARTED, Lock, published
 
 
 def action(config: RunConfig, args: argparse.Namespace) -> None:
@@ -45,9 +45,9 @@ def action(config: RunConfig, args: argparse.Namespace) -> None:
         raise ConfigError("--new-expert: the source has no row that the run does not have already, so that there is nothing to learn")
     keep_router(config)
     # Last: until then, the same command goes on.
-    outdated = list(cli.refused(more))
-    cli.write_config(more, outdated)
-    again = "".join(f" --rebuild {name}" for name in outdated)
+    knows_fewer = [name for name in ("router", stages.CONTROL_ROUTER, "assemble", "evaluate") if cli.status(more, name).state != "absent"]
+    cli.write_config(more, knows_fewer)
+    again = "".join(f" --rebuild {name}" for name in stages.names(more) if name in knows_fewer and stages.folder(more, name).exists(STARTED))
     print(f"expert-{k} is added; to train it and the router: python -m jobs.run_all --config {config.run_dir}/{cli.CONFIG}{again}")
 
 

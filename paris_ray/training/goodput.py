@@ -13,10 +13,10 @@ NEVER = 100.0
 
 
 def goodput(interval: float, write: float, restart: float, between: float | None) -> float:
-    """Expected share of the time that is spent in steps which count (Daly), for interruptions that come as a Poisson process.
+    """Expected share of the time that is spent in steps which count, for interruptions that come as a Poisson process.
 
-    It counts a checkpoint as if steps waited until it is written. Here they go on, and an interruption costs the time of a write more instead: less,
-    as long as interruptions are rarer than checkpoints.
+    Daly's formula has steps wait until a checkpoint is written. Here they go on, so that writing costs nothing between interruptions, and each of
+    these the time of a write, beside the restart: what was done since a checkpoint began that is not whole is lost, too.
 
     Args:
         interval: seconds of steps between two checkpoints.
@@ -25,17 +25,16 @@ def goodput(interval: float, write: float, restart: float, between: float | None
         between: mean seconds between two interruptions; ``None``: there are none.
     """
     if between is None:
-        return interval / (interval + write)
-    attempts = math.expm1(min((interval + write) / between, NEVER))
-    return interval / (between * math.exp(min(restart / between, NEVER)) * attempts)
+        return 1.0
+    attempts = math.expm1(min(interval / between, NEVER))
+    return interval / (between * math.exp(min((restart + write) / between, NEVER)) * attempts)
 
 
-def goodput_with_notice(interval: float, write: float, restart: float, between: float | None) -> float:
+def goodput_with_notice(write: float, restart: float, between: float | None) -> float:
     """The same where each interruption is announced early enough for a checkpoint: it costs this one and the restart, and no step."""
-    lost = 0.0 if between is None else (restart + write) / between
-    return interval / (interval + write) / (1.0 + lost)
+    return 1.0 if between is None else 1.0 / (1.0 + (restart + write) / between)
 
 
 def best_interval(write: float, between: float) -> float:
-    """Young's interval in seconds, √(2 · write · between): what longer ones lose to interruptions, shorter ones lose to writing."""
+    """Young's interval in seconds, √(2 · write · between): where steps wait for writing, the best; where they do not, short enough and no burden."""
     return math.sqrt(2 * write * between)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import tempfile
 import time
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -40,10 +41,7 @@ def this_machine(config: RunConfig) -> Devices:
         FileNotFoundError: shards or encoders are not there.
     """
     stages = {size_name(config.experts[k].model): expert_name(k) for k in reversed(range(config.num_experts))} | {"router": "router"}
-    rates, speeds = {}, []
-    for size, stage in stages.items():
-        rates[size], speed = measure(config, stage)
-        speeds.append(speed)
+    found = {size: measure(config, stage) for size, stage in stages.items()}
     asked = config.expert.resources
     if asked.gpus:
         name, count = torch.cuda.get_device_name(0), int(torch.cuda.device_count() / min(1.0, asked.gpus))
@@ -53,16 +51,37 @@ def this_machine(config: RunConfig) -> Devices:
         room = free_memory(torch.device("cpu")) / count
     count = min(count, config.max_parallel)
     return Devices(
-        name="here", device=name, count=count, memory_gib=round(room / 2**30, 2), images_per_second=rates, storage_mb_per_s=round(min(speeds), 2)
+        name="here",
+        device=name,
+        count=count,
+        memory_gib=round(room / 2**30, 2),
+        images_per_second={size: one.images_per_second for size, one in found.items()},
+        storage_mb_per_s=min(one.storage_mb_per_s for one in found.values()),
+        start_seconds=max(one.start_seconds for one in found.values()),
     )
 
 
-def measure(config: RunConfig, stage: str) -> tuple[float, float]:
-    """Images a second of a stage's loop on one device, and megabytes a second of its checkpoints; nothing stays in the run's directory.
+@dataclass(frozen=True)
+class Measured:
+    """What a stage does here.
+
+    Attributes:
+        images_per_second: of its loop on one device.
+        storage_mb_per_s: at which its checkpoints are written.
+        start_seconds: until the first steps are over: reading rows, making networks, compiling.
+    """
+
+    images_per_second: float
+    storage_mb_per_s: float
+    start_seconds: float
+
+
+def measure(config: RunConfig, stage: str) -> Measured:
+    """Train a stage for some seconds; nothing stays in the run's directory.
 
     The loop is the one that trains, on the stage's own rows and settings: drawing, forward, backward, clipping, optimiser, average.
     """
-    asked = worker.resources(config, stage)
+    entered, asked = time.perf_counter(), worker.resources(config, stage)
     if asked.gpus and not torch.cuda.is_available():
         raise ConfigError(f"{stage}: resources.gpus is {asked.gpus:g}, and this machine has no GPU to measure; describe the machines with --machines")
     # Of a rank that reports nothing: a start from others' weights would be written down.
@@ -98,4 +117,4 @@ def measure(config: RunConfig, stage: str) -> tuple[float, float]:
     seconds = checkpoint.write_seconds(Folder(config.run_dir), loop.ema.weights)
     written = memory.CHECKPOINT_BYTES * sum(p.numel() for p in task.model.parameters())
     print(f"{stage}: {images_per_second:.1f} images/s, a checkpoint in {seconds:.1f} s", flush=True)
-    return round(images_per_second, 2), written / 1e6 / seconds
+    return Measured(round(images_per_second, 2), round(written / 1e6 / seconds, 2), round(began - entered, 1))

@@ -165,15 +165,19 @@ def fit(one: Training, machine: Devices) -> Fit | None:
     write = memory.CHECKPOINT_BYTES * one.weights / (machine.storage_mb_per_s * 1e6)
     between = None if machine.hours_between_preemptions is None else 3600 * machine.hours_between_preemptions / one.workers
     spared = machine.preemption is not None and preemption.loses_nothing(machine.preemption, write, one.workers)
-    share = goodput_with_notice if spared else goodput
-    # One that is due while another is written is left out.
-    interval = max(write, min(one.images, one.spec.train.checkpoint_images or one.images) / rate)
-    expected = best = share(interval, write, machine.start_seconds, between)
+
+    def share(images: int) -> float:
+        if spared:
+            return goodput_with_notice(write, machine.start_seconds, between)
+        # One that is due while another is written is left out.
+        return goodput(max(write, min(one.images, images) / rate), write, machine.start_seconds, between)
+
+    expected = best = share(one.spec.train.checkpoint_images or one.images)
     images = None
     if between is not None:
         batch = one.spec.train.batch_size
-        images = max(1, math.ceil(max(write, best_interval(write, between)) * rate / batch)) * batch
-        best = share(min(one.images, images) / rate, write, machine.start_seconds, between)
+        images = max(1, math.ceil(best_interval(write, between) * rate / batch)) * batch
+        best = share(images)
     hours = (machine.start_seconds + one.images / rate / expected) / 3600
     return Fit(rate, write, expected, hours, spared, images, best)
 

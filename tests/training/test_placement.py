@@ -72,18 +72,17 @@ def test_a_search_that_is_cut_short_says_so_and_still_has_a_placement(monkeypatc
     assert found.hours < 1.34 * sum(min(row) for row in hours if row) / 3  # no worse than longest-first on the three fast ones (Graham 1969)
 
 
-def simulated(interval: float, write: float, restart: float, between: float, beside: bool, segments: int = 60_000) -> float:
-    """Share of time in steps that counted, over exponential interruptions; ``beside``: steps go on while a checkpoint is written."""
+def simulated(interval: float, write: float, restart: float, between: float, segments: int = 100_000) -> float:
+    """Share of time in steps that counted, over exponential interruptions; steps go on while a checkpoint is written."""
     g = np.random.default_rng(0)
     clock, done, unsafe = 0.0, 0, 0.0
     upcoming = g.exponential(between)
     while done < segments:
-        lasts = interval if beside else interval + write
-        if clock + lasts <= upcoming:
-            clock, unsafe = clock + lasts, write if beside else 0.0
+        if clock + interval <= upcoming:
+            clock, unsafe = clock + interval, write
             done += 1
             continue
-        if beside and unsafe and upcoming - clock < unsafe:
+        if upcoming - clock < unsafe:
             done -= 1  # the checkpoint was not whole yet
         clock, unsafe = upcoming, 0.0
         while True:  # an interruption may come during the restart, too
@@ -98,14 +97,13 @@ def simulated(interval: float, write: float, restart: float, between: float, bes
 @pytest.mark.parametrize(("interval", "write", "restart", "between"), [(900, 28, 300, 14_400), (4000, 60, 300, 14_400), (600, 100, 60, 1800)])
 def test_goodput_is_what_interruptions_leave(interval: float, write: float, restart: float, between: float) -> None:
     expected = goodput(interval, write, restart, between)
-    assert simulated(interval, write, restart, between, beside=False) == pytest.approx(expected, rel=0.01)
-    assert simulated(interval, write, restart, between, beside=True) > expected  # what is really done
+    assert simulated(interval, write, restart, between) == pytest.approx(expected, rel=0.01)
     assert goodput(interval, write, restart, 1e12) == pytest.approx(goodput(interval, write, restart, None), rel=1e-6)
-    notice = goodput_with_notice(interval, write, restart, between)
-    assert notice > expected
-    # In 1000 hours of steps, written by hand: each interval a write, each interruption a restart and a write.
-    wall = 1000 * (interval + write) / interval
-    assert notice == pytest.approx(1000 / (wall + wall * (restart + write) / between), rel=1e-9)
+    # In 1000 hours of steps that are announced to be interrupted, by hand: each time a restart and a write.
+    notice = goodput_with_notice(write, restart, between)
+    wall = 1000 / notice
+    assert wall == pytest.approx(1000 + 1000 * 3600 / between * (restart + write) / 3600, rel=1e-9)
+    assert expected < notice < 1 == goodput_with_notice(write, restart, None)
 
 
 def test_what_never_ends_is_a_number_all_the_same() -> None:
@@ -113,8 +111,14 @@ def test_what_never_ends_is_a_number_all_the_same() -> None:
     assert 0 < goodput(600.0, 30.0, 1e9, 3600.0) < 1e-30
 
 
-def test_youngs_interval_is_near_the_best() -> None:
-    write, between = 28.0, 14_400.0
-    tried = np.linspace(100, 4000, 2000)
-    best = max(goodput(t, write, 300.0, between) for t in tried)
-    assert goodput(best_interval(write, between), write, 300.0, between) > best - 0.001
+def test_youngs_interval_is_the_best_where_steps_wait() -> None:
+    """By Daly's formula, written out."""
+    write, restart, between = 28.0, 300.0, 14_400.0
+
+    def waiting(interval: float) -> float:
+        return interval / (between * math.exp(restart / between) * (math.exp((interval + write) / between) - 1))
+
+    best = max(waiting(t) for t in np.linspace(100, 4000, 2000))
+    young = best_interval(write, between)
+    assert waiting(young) > best - 0.001
+    assert goodput(young, write, restart, between) > waiting(young)

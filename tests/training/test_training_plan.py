@@ -115,11 +115,11 @@ def test_equal_hours() -> None:
     assert sorted(spot.kind for spot in ours.placement.spots) == [0, 0, 1, 1]
     budgets = equal_hours(ours)  # two on the fast device, each at half its speed, and one on each slow one
     assert budgets == dict.fromkeys(budgets, 2_560_000)
-    one_each = make(found[:2], [fast, slow.model_copy(update={"count": 1})])
+    one_each = make(found[:2], [fast, machine(images_per_second={"XL/2": 120}, storage_mb_per_s=1e9)])
     split = equal_hours(one_each)
     again = [split[one.stage] / there.rate / there.goodput for one, there in zip(one_each.trainings, one_each.fits, strict=True)]
     assert again[0] == pytest.approx(again[1], rel=1e-3)
-    assert sorted(split.values()) == pytest.approx([5_120_000 / 3, 5_120_000 * 2 / 3], rel=1e-3)
+    assert sorted(split.values()) == pytest.approx([5_120_000 * 120 / 320, 5_120_000 * 200 / 320], rel=1e-3)
 
 
 def test_a_table_that_is_wrong_is_refused_by_key(tmp_path) -> None:
