@@ -2,8 +2,12 @@
 
     python -m jobs.append --config RUN/config.yaml --source '{kind: folder, uri: s3://bucket/more}'
 
+    python -m jobs.append --config RUN/config.yaml --source '{kind: folder, uri: s3://bucket/other}' --new-expert
+
 Encoders, centroids and everything trained stay as they are; ``--dry-run`` of any job says what was made from an earlier version. To train an expert
-on the new rows too: ``--rebuild expert-K``, with ``init_from`` from its old weights. A run of this job that was stopped goes on where it was.
+on the new rows too: ``--rebuild expert-K``, with ``init_from`` from its old weights. With ``--new-expert`` the rows go to an expert of their own,
+which ``RUN/config.yaml`` then has, and to no other; the router is to be trained anew, from what it knows. A run of this job that was stopped goes on
+where it was.
 """
 
 from __future__ import annotations
@@ -14,14 +18,16 @@ from collections.abc import Sequence
 
 from jobs import cli
 from paris_ray import stages
-from paris_ray.config import RunConfig
-from paris_ray.manifest import Lock
+from paris_ray.config import ConfigError, RunConfig
+from paris_ray.manifest import STARTED, Lock, published
 
 
 def action(config: RunConfig, args: argparse.Namespace) -> None:
     """Embed the source, if there is one, and label and cut what the clusters do not know yet."""
-    from paris_ray.data.append import append_corpus, append_partition
+    from paris_ray.data.append import append_corpus, append_partition, keep_router, with_another_expert
 
+    if args.new_expert and not args.source:
+        raise ConfigError("--new-expert: it learns what a source has; name it with --source")
     if args.source:
         named = argparse.Namespace(config=args.config, sets=[*args.sets, f"data.source={args.source}"], rebuild=[])
         other = cli.load(named)
@@ -30,13 +36,26 @@ def action(config: RunConfig, args: argparse.Namespace) -> None:
     if args.source:
         with Lock(stages.folder(config, "embed"), "append"):
             print(f"{append_corpus(config, other.data.source)} rows appended to {config.run_dir}/corpus")
-    print(f"{append_partition(config)} rows appended to {config.run_dir}/clusters and shards")
+    if not args.new_expert:
+        print(f"{append_partition(config)} rows appended to {config.run_dir}/clusters and shards")
+        return
+    more, k = with_another_expert(config), config.num_experts
+    append_partition(more, k)
+    if published(stages.folder(more, f"shard-{k}")) is None:
+        raise ConfigError("--new-expert: the source has no row that the run does not have already, so that there is nothing to learn")
+    keep_router(config)
+    # Last: until then, the same command goes on.
+    knows_fewer = [name for name in ("router", stages.CONTROL_ROUTER, "assemble", "evaluate") if cli.status(more, name).state != "absent"]
+    cli.write_config(more, knows_fewer)
+    again = "".join(f" --rebuild {name}" for name in stages.names(more) if name in knows_fewer and stages.folder(more, name).exists(STARTED))
+    print(f"expert-{k} is added; to train it and the router: python -m jobs.run_all --config {config.run_dir}/{cli.CONFIG}{again}")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the job; returns the exit code."""
     parser = argparse.ArgumentParser(prog="python -m jobs.append", description="Add rows to the corpus and the shards of a run.")
     parser.add_argument("--source", metavar="YAML", help="where the rows come from, as data.source of a config; without it, what the corpus has more")
+    parser.add_argument("--new-expert", action="store_true", help="give the source's rows to an expert of their own")
     return cli.run(parser, action, argv, stage="partition")
 
 

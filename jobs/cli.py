@@ -87,7 +87,7 @@ def load(args: argparse.Namespace, stages_named: Sequence[str] = ()) -> RunConfi
         raise ConfigError(f"sampling.{error}") from None
     data = tree["data"]
     named = [(data["source"], "uri"), (data["source"], "images"), (data["codec"], "source"), (data["text"], "source"), (data["embedding"], "weights")]
-    for part, key in [*named, *((expert, "init_from") for expert in (tree["expert"], *tree["experts"]))]:
+    for part, key in [*named, *((expert, "init_from") for expert in (tree["expert"], *tree["experts"], tree["router"]))]:
         value = part.get(key)
         if value and "://" not in value and os.path.exists(os.path.expanduser(value)):
             part[key] = os.path.abspath(os.path.expanduser(value))

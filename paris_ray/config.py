@@ -10,7 +10,7 @@ import argparse
 import difflib
 import os
 from collections.abc import Iterable
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 import pydantic
 import yaml
@@ -238,6 +238,8 @@ class PartitionConfig(Strict):
     # Largest share of the corpus one expert may get, as a multiple of an equal share; null leaves sizes free.
     max_share: Annotated[float, Field(gt=1.0)] | None = None
     contact_sheet: Annotated[int, Field(ge=1, le=400)] = 48
+    # The last so many experts were added later, each with the rows of a source of its own (jobs.append --new-expert); no cluster was fitted for them.
+    added: Annotated[int, Field(ge=0)] = 0
 
 
 # -- models and training ------------------------------------------------------------------------------------------------
@@ -309,8 +311,9 @@ class TrainConfig(Strict):
     compile: bool = False
     # Compute the blocks' activations again for the backward pass instead of keeping them: a third more work, far less memory.
     gradient_checkpointing: bool = False
-    # Rows in one forward and backward pass of one worker, whose gradients add up to the batch's; null: its whole share of batch_size.
-    micro_batch: Annotated[int, Field(ge=1)] | None = None
+    # Rows in one forward and backward pass of one worker, whose gradients add up to the batch's; null: its whole share of batch_size; auto: as many
+    # as the memory takes where training first starts, kept from then on.
+    micro_batch: Annotated[int, Field(ge=1)] | Literal["auto"] | None = None
     # null: one checkpoint at the end only.
     checkpoint_images: Annotated[int, Field(ge=1)] | None = None
     keep_checkpoints: Annotated[int, Field(ge=1)] = 2
@@ -325,10 +328,10 @@ class TrainConfig(Strict):
                 f"train.batch_size {self.batch_size} must be a multiple of resources.num_workers {num_workers}: each worker takes an equal share"
             )
         share = self.batch_size // num_workers
-        if self.micro_batch is not None and share % self.micro_batch:
+        if isinstance(self.micro_batch, int) and share % self.micro_batch:
             raise ConfigError(
                 f"train.micro_batch {self.micro_batch} must divide the {share} rows of a worker's share (train.batch_size {self.batch_size} over "
-                f"resources.num_workers {num_workers}); set it to a divisor, or null for the whole share"
+                f"resources.num_workers {num_workers}); set it to a divisor, to null for the whole share, or to auto"
             )
 
 
@@ -378,6 +381,8 @@ class RouterConfig(TrainedConfig):
 
     # pooled: reads the caption's pooled text. none: the paper's and its released weights.
     text: Literal["pooled", "none"] = "pooled"
+    # A router to start from, a folder with its config and weights; it may know fewer experts, the first ones of these. null: start anew.
+    init_from: str | None = None
 
 
 # -- sampling, serving, evaluation --------------------------------------------------------------------------------------
@@ -437,12 +442,19 @@ class RunConfig(Strict):
     sampling: SamplingConfig = SamplingConfig()
     serve: ServeConfig = ServeConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
+    # Where the metrics of trainings go beside their files.
+    tracking: tuple[Literal["tensorboard", "mlflow", "wandb"], ...] = ()
     # Training jobs (experts and routers) at once; the others wait.
     max_parallel: Annotated[int, Field(ge=1)] = 8
 
     @property
     def num_experts(self) -> int:
         return len(self.experts)
+
+    @property
+    def num_clusters(self) -> int:
+        """Experts that clusters were fitted for."""
+        return self.num_experts - self.partition.added
 
     @model_validator(mode="before")
     @classmethod
@@ -460,6 +472,8 @@ class RunConfig(Strict):
     def _consistent(self) -> RunConfig:
         if self.partition.fine < self.num_experts:
             raise ValueError(f"partition.fine is {self.partition.fine}, below the number of experts {self.num_experts}; raise it")
+        if self.num_clusters < 2:
+            raise ValueError(f"partition.added is {self.partition.added} of {self.num_experts} experts; at least two have clusters: lower it")
         codec = self.data.codec
         if self.sampling.steps > self.serve.max_steps:
             raise ValueError(f"sampling.steps is {self.sampling.steps}, above serve.max_steps {self.serve.max_steps}; raise serve.max_steps")
@@ -558,6 +572,17 @@ def build(tree: dict[str, Any]) -> RunConfig:
         raise ConfigError(_explain(error)) from None
 
 
+T = TypeVar("T", bound=BaseModel)
+
+
+def read(schema: type[T], source: str) -> T:
+    """A YAML file with another schema than a run's. Raises ConfigError as :func:`load` does."""
+    try:
+        return schema.model_validate(_read_yaml(source))
+    except pydantic.ValidationError as error:
+        raise ConfigError(_explain(error, schema, source)) from None
+
+
 def dump(config: RunConfig) -> str:
     """The resolved config as YAML; :func:`load` reads it back to the same config.
 
@@ -618,9 +643,9 @@ def _nearest(word: str, known: Iterable[str]) -> str:
     return f" Did you mean {close[0]!r}?" if close else ""
 
 
-def _known_keys(location: tuple[Any, ...]) -> list[str]:
-    """Keys of the model at a location of the schema (list indices and union tags are passed over)."""
-    kinds: list[type[BaseModel]] = [RunConfig]
+def _known_keys(schema: type[BaseModel], location: tuple[Any, ...]) -> list[str]:
+    """Keys of the model at a location of a schema (list indices and union tags are passed over)."""
+    kinds: list[type[BaseModel]] = [schema]
     for part in location:
         inner: list[type[BaseModel]] = []
         for kind in kinds:
@@ -640,14 +665,20 @@ _UNIONS = ("source", "embedding", "codec", "text")
 _TAGS = ("openmoji", "folder", "parquet", "webdataset", "hf_dataset", "timm", "open_clip", "efficientnet_lite0", "vae", "patch_pca", "clip", "minilm")
 
 
-def _explain(error: pydantic.ValidationError) -> str:
+def _is_type(part: Any) -> bool:
+    """Whether a part of a location names a type of a union: ``int``, ``constrained-int``, ``literal['auto']``."""
+    return isinstance(part, str) and (part == "int" or any(mark in part for mark in "-[<"))
+
+
+def _explain(error: pydantic.ValidationError, schema: type[BaseModel] = RunConfig, source: str = "config") -> str:
     lines = []
     for item in error.errors():
         location = item["loc"]
         # A union's tag is pydantic's, not a key that anybody writes.
-        key = ".".join(str(part) for i, part in enumerate(location) if not (i and location[i - 1] in _UNIONS and part in _TAGS)) or "config"
+        tags = [bool(i) and ((location[i - 1] in _UNIONS and part in _TAGS) or _is_type(part)) for i, part in enumerate(location)]
+        key = ".".join(str(part) for part, tag in zip(location, tags, strict=True) if not tag) or "config"
         if item["type"] == "extra_forbidden":
-            known = _known_keys(location[:-1])
+            known = _known_keys(schema, location[:-1])
             hint = _nearest(str(location[-1]), known) or f" Known here: {', '.join(known)}."
             lines.append(f"{key}: no such key.{hint}")
         elif item["type"] == "missing":
@@ -661,7 +692,7 @@ def _explain(error: pydantic.ValidationError) -> str:
     # A wrong default is reported once, not again for each expert that inherits it.
     own = {line.split(": ", 1)[0].split(".", 1)[-1] for line in lines if line.startswith("expert.")}
     kept = [line for line in lines if not (line.startswith("experts.") and line.split(": ", 1)[0].split(".", 2)[-1] in own)]
-    return "config: " + "\n        ".join(dict.fromkeys(kept))
+    return f"{source}: " + "\n        ".join(dict.fromkeys(kept))
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

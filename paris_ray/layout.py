@@ -13,6 +13,9 @@ ROUTER_FILE = "pytorch_model.safetensors"
 VAE_FILE = "diffusion_pytorch_model.safetensors"
 TEXT_FILE = "model.safetensors"
 
+EARLIER_ROUTERS = "routers"
+"""Below the run's directory: the routers before experts were added, by how many they know."""
+
 INFO = "paris.json"
 """What the released layout does not say; written beside it by us."""
 

@@ -193,9 +193,10 @@ def require(folder: Folder, made_by: str) -> dict[str, Any]:
 def refuse_half_appended(folder: Folder) -> None:
     """Raise StaleError while an append to a folder, which leaves :data:`APPENDING` there until its new version is published, is not finished."""
     if folder.exists(APPENDING):
-        source = folder.read_json(APPENDING).get("source")
+        half = folder.read_json(APPENDING)
         again = f"python -m jobs.append --config {posixpath.dirname(folder.uri)}/config.yaml"
-        again += f" --source {shlex.quote(json.dumps(source))}" if source else ""
+        again += f" --source {shlex.quote(json.dumps(half['source']))}" if "source" in half else ""
+        again += " --source … --new-expert" if "expert" in half else ""
         raise StaleError(f"{folder.uri} is half appended; when nobody does so now, finish it with the same command again: {again}")
 
 

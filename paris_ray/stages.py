@@ -81,9 +81,9 @@ def config_part(config: RunConfig, name: str) -> dict[str, Any]:
         rest = _without(data, "min_encoders", "max_encoders", "encoder_cpus", "encoder_gpus")
         return {"seed": config.seed, "encoder_device": "cuda" if data["encoder_gpus"] > 0 else "cpu", **rest}
     if name == "partition":
-        return {"seed": config.seed, "num_experts": config.num_experts, **_without(tree["partition"], "backend")}
+        return {"seed": config.seed, "num_experts": config.num_clusters, **_without(tree["partition"], "backend", "added")}
     if name.startswith("shard-"):
-        return {"seed": config.seed, "num_experts": config.num_experts, **_without(tree["partition"], "backend", "contact_sheet")}
+        return {"seed": config.seed, "num_experts": config.num_clusters, **_without(tree["partition"], "backend", "contact_sheet", "added")}
     if name.startswith("expert-"):
         k = int(name.removeprefix("expert-"))
         if not 0 <= k < config.num_experts:
@@ -91,7 +91,7 @@ def config_part(config: RunConfig, name: str) -> dict[str, Any]:
         spec = _without(tree["experts"][k], "init_from")  # what it holds counts, not where it lies: a parent of the stage
         return {"seed": config.seed, "expert": k, **_weights_part(spec)}
     if name in ("router", CONTROL_ROUTER):
-        spec = tree["router"] | ({"text": "none"} if name == CONTROL_ROUTER else {})
+        spec = _without(tree["router"], "init_from") | ({"text": "none"} if name == CONTROL_ROUTER else {})
         return {"seed": config.seed, "num_experts": config.num_experts, **_weights_part(spec)}
     if name == "assemble":
         return {"name": config.name, "sampling": tree["sampling"], "text": data["text"], "image_size": config.data.image_size}
@@ -101,7 +101,7 @@ def config_part(config: RunConfig, name: str) -> dict[str, Any]:
 
 
 def _source_print(source: str, made: Folder) -> str:
-    """Fingerprint of the weights that an expert starts from. An expert that has started has them in its checkpoints: then they may be gone."""
+    """Fingerprint of the weights that a network starts from. One that has started has them in its checkpoints: then they may be gone."""
     found, names = hub.weights_here(source)
     if not names:
         if (then := recorded(made)) is not None and "init_from" in then["parents"]:
@@ -139,6 +139,8 @@ def stage(config: RunConfig, name: str) -> Stage:
         parent("encoders", run / "encoders", "embed")
         for k in range(config.num_experts):
             parent(f"shard-{k}", folder(config, f"shard-{k}"), "partition")
+        if name == "router" and config.router.init_from is not None:
+            prints["init_from"] = _source_print(config.router.init_from, folder(config, name))
     elif name == "assemble":
         parent("encoders", run / "encoders", "embed")
         parent("clusters", run / "clusters", "partition")

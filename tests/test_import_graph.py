@@ -24,12 +24,14 @@ WITHOUT_RAY = [
     "paris_ray.data.clip", "paris_ray.data.codec", "paris_ray.data.embedding", "paris_ray.data.encoders", "paris_ray.data.openmoji",
     "paris_ray.data.kmeans", "paris_ray.data.nearest", "paris_ray.data.balance",
     "paris_ray.training.loop", "paris_ray.training.ema", "paris_ray.training.checkpoint", "paris_ray.training.shard", "paris_ray.training.draws",
-    "paris_ray.training.budget", "paris_ray.pages.blocks", "paris_ray.pages.charts", "paris_ray.evaluation.metrics",
+    "paris_ray.training.budget", "paris_ray.training.memory", "paris_ray.training.goodput", "paris_ray.training.placement", "paris_ray.training.plan",
+    "paris_ray.training.micro_batch", "paris_ray.training.trackers",
+    "paris_ray.pages.blocks", "paris_ray.pages.charts", "paris_ray.evaluation.metrics",
     "paris_ray.hub", "paris_ray.models.network", "paris_ray.models.fold", "paris_ray.models.init_from",
 ]  # fmt: skip
 """Modules that a machine without Ray can use; all of paris_ray/inference as well."""
 
-DRIVERS = ["jobs.embed", "jobs.partition", "jobs.train_expert", "jobs.train_router", "jobs.assemble", "jobs.evaluate", "jobs.run_all"]
+DRIVERS = ["jobs.embed", "jobs.partition", "jobs.train_expert", "jobs.train_router", "jobs.assemble", "jobs.evaluate", "jobs.run_all", "jobs.plan"]
 """Job scripts, which must start fast: importing torch takes seconds, and eight of them start at once."""
 
 BLOCK = """

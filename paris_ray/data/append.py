@@ -13,6 +13,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
+from paris_ray import config as configs
 from paris_ray import stages
 from paris_ray.config import RunConfig, Source
 from paris_ray.data import embed, schema
@@ -21,9 +22,10 @@ from paris_ray.data.fit import Index, Model, label_others, random_experts
 from paris_ray.data.partition import shard_counts
 from paris_ray.data.sources import open_source
 from paris_ray.data.sources.base import listing
-from paris_ray.manifest import APPENDING, Stage, StaleError, refuse_half_appended, require
+from paris_ray.layout import EARLIER_ROUTERS, ROUTER_FILE
+from paris_ray.manifest import APPENDING, Stage, StaleError, published, refuse_half_appended, require
 from paris_ray.progress import Progress
-from paris_ray.storage import Folder
+from paris_ray.storage import Folder, copy_file
 
 
 def append_corpus(config: RunConfig, source: Source) -> int:
@@ -81,17 +83,40 @@ def append_corpus(config: RunConfig, source: Source) -> int:
     return more
 
 
-def append_partition(config: RunConfig) -> int:
+def with_another_expert(config: RunConfig) -> RunConfig:
+    """A run with one expert more, as ``expert`` says, and a router that starts from the one there is, if there is one."""
+    tree = config.model_dump(mode="json")
+    tree["experts"] = [*tree["experts"], {}]
+    tree["partition"]["added"] += 1
+    run, earlier = Folder(config.run_dir), f"{EARLIER_ROUTERS}/{config.num_experts}"
+    if published(run / "router") is not None or (run / earlier).exists("config.json"):
+        tree["router"]["init_from"] = f"{run.uri}/{earlier}"
+    return configs.build(tree)
+
+
+def keep_router(config: RunConfig) -> None:
+    """Copy the router's weights to where they outlive its training anew."""
+    run = Folder(config.run_dir)
+    if published(run / "router") is not None:
+        for name in (ROUTER_FILE, "config.json"):
+            copy_file(run / "router" / "export", name, run / EARLIER_ROUTERS / str(config.num_experts))
+
+
+def append_partition(config: RunConfig, expert: int | None = None) -> int:
     """Label what ``RUN/corpus`` has more than ``RUN/clusters``, and publish new versions of ``clusters/`` and of each ``shards/expert=K``.
 
     Running it again after it died finishes what is left; once all is done it does nothing. Needs a connection to Ray.
+
+    Args:
+        config: of the run.
+        expert: whose the rows are, instead of their clusters'; one that has no shard yet gets one.
 
     Returns:
         rows appended.
 
     Raises:
         FileNotFoundError: the run has no corpus or no clusters yet.
-        StaleError: the clusters are not of an earlier version of this corpus, or a source is half appended to it.
+        StaleError: the clusters are not of an earlier version of this corpus, a source is half appended to it, or other rows to the clusters.
     """
     run, clusters = Folder(config.run_dir), stages.stage(config, "partition")
     before = require(clusters.folder, "partition")
@@ -106,23 +131,25 @@ def append_partition(config: RunConfig) -> int:
         clusters.folder.delete(APPENDING)
         return 0
     begun = time.monotonic()
-    clusters.folder.write_json(APPENDING, {})
+    if clusters.folder.exists(APPENDING) and clusters.folder.read_json(APPENDING).get("expert") != expert:
+        refuse_half_appended(clusters.folder)
+    clusters.folder.write_json(APPENDING, {} if expert is None else {"expert": expert})
     with Progress(run / "events", "append", more, "rows") as progress:
         progress.update(0, message="labelling", force=True)
         new = np.arange(len(index.split)) >= known
         parts = [name for name, rows in index.parts.items() if rows.start >= known]
-        added = _label(config, run / "corpus", index, new, Model.read(clusters.folder))
+        added = _label(config, run / "corpus", index, new, Model.read(clusters.folder), expert)
         grouped = groups(run / "corpus", parts)
         done = 0
-        fine, expert = (added[name].to_numpy() for name in ("fine", "expert"))
-        for rows in cut_all(run / "corpus", grouped, fine, expert, run / "shards", before["counts"]["groups"]):
+        fine, experts = (added[name].to_numpy() for name in ("fine", "expert"))
+        for rows in cut_all(run / "corpus", grouped, fine, experts, run / "shards", before["counts"]["groups"]):
             done += rows
             progress.update(done, message="cutting shards")
         labels = pa.concat_tables([labels, added.select(labels.column_names)])
         for k in range(config.num_experts):
             shard = stages.stage(config, f"shard-{k}")
-            old = require(shard.folder, "partition")
-            if old["inputs"]["parents"] != shard.parents:  # else this has been done
+            old = published(shard.folder) if k == expert else require(shard.folder, "partition")
+            if old is None or old["inputs"]["parents"] != shard.parents:  # else this has been done
                 shard.publish(shard_counts(labels, k), time.monotonic() - begun, after=old)
         schema.write_table(clusters.folder, schema.version_name(schema.LABELS, before["version"] + 1), added)
         train = labels["expert"].to_numpy()[labels["split"].to_numpy() == "train"]
@@ -142,13 +169,13 @@ def _check_inputs(stage: Stage) -> None:
         raise StaleError(f"append: {stage.folder.uri} was made from other inputs:\n{listed}\nPut back what changed; nothing was appended.")
 
 
-def _label(config: RunConfig, corpus: Folder, index: Index, new: NDArray[np.bool_], model: Model) -> pa.Table:
-    """Labels of the new rows."""
+def _label(config: RunConfig, corpus: Folder, index: Index, new: NDArray[np.bool_], model: Model, given_to: int | None) -> pa.Table:
+    """Labels of the new rows; their distances are to their clusters, whoever gets them."""
     first = int(new.argmax())
-    given = random_experts(corpus, index, config.num_experts, config.seed) if config.partition.method == "random" else None
+    given = random_experts(corpus, index, config.num_clusters, config.seed) if config.partition.method == "random" else None
     fine, distance = np.empty(int(new.sum()), np.int32), np.empty(int(new.sum()), np.float32)
     for places, own_fine, own_distance in label_others(corpus, index, new, config.partition, model, given):
         fine[places - first], distance[places - first] = own_fine, own_distance
-    expert = model.fine_to_coarse[fine].astype(np.int32)
+    expert = model.fine_to_coarse[fine].astype(np.int32) if given_to is None else np.full(len(fine), given_to, np.int32)
     split = pa.array([schema.SPLITS[code] for code in index.split[new]], pa.string())
     return pa.table({"id": index.ids.slice(first), "fine": fine, "expert": expert, "distance": distance, "split": split})

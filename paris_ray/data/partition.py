@@ -14,7 +14,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from paris_ray import stages
-from paris_ray.config import RunConfig
+from paris_ray.config import ConfigError, RunConfig
 from paris_ray.data import schema
 from paris_ray.data.cluster_report import draw_sheets, write_report
 from paris_ray.data.cut import cut_all, groups
@@ -34,7 +34,7 @@ def partition(config: RunConfig) -> None:
 
     Raises:
         FileNotFoundError: the corpus is not there yet.
-        ConfigError: the corpus is too small for the number of clusters, or the cap on an expert's share cannot be held.
+        ConfigError: the corpus is too small for the number of clusters, the cap on an expert's share cannot be held, or experts were added later.
         StaleError: the folders hold something made from other inputs, or an append was cut off.
     """
     begun = time.monotonic()
@@ -45,6 +45,11 @@ def partition(config: RunConfig) -> None:
     found = [stage.begin() for stage in (clusters, *shards)]
     if all(status.state == "valid" for status in found):
         return
+    if config.partition.added:
+        raise ConfigError(
+            f"partition.added is {config.partition.added}: what these experts learn is of no cluster but of sources that were appended, which would "
+            "be lost; to make clusters for all experts anew, set partition.added=0 and pass --rebuild partition"
+        )
     with Progress(run / "events", "partition", 0, "rows") as progress:
         if not schema.versions(clusters.folder, schema.LABELS):  # the last file of the fit
             fit_clusters(config, run / "corpus", clusters, progress)

@@ -1,4 +1,4 @@
-"""Retrieval, copies, chance and intervals: what the table's shares mean. NumPy only.
+"""Retrieval, copies, chance and intervals: what the table's shares mean; calibration of a router. NumPy only.
 
 A generated picture is *right* when its nearest original, among all rows of the corpus, belongs to its caption's group. Nearest is by cosine in the
 space of the frozen image embedder, in float32, over embeddings as they are stored (float16).
@@ -118,6 +118,27 @@ def right_ground(picture: NDArray[np.uint8], originals: NDArray[np.uint8], own: 
         return None
     distance = np.abs(border_colour(picture[None]) - colours).sum(1)
     return bool(distance.argmin() == own)
+
+
+CALIBRATION_BINS = 15
+
+
+def calibration_error(confidence: NDArray[np.floating], right: NDArray[np.bool_]) -> float:
+    """Expected calibration error (Guo et al., ICML 2017, equation 3): how far a classifier's confidence is from how often it is right.
+
+    The confidences are cut into 15 bins of equal width, open below and closed above; each bin's difference counts by its rows.
+
+    Args:
+        confidence: probability of the class that was named, (N,).
+        right: whether it was the right one, (N,).
+
+    Returns:
+        between 0, where of the rows of each bin as many are right as it says, and 1; NaN for no rows.
+    """
+    if len(confidence) == 0:
+        return math.nan
+    bins = np.clip(np.ceil(confidence.astype(np.float64) * CALIBRATION_BINS).astype(np.int64) - 1, 0, CALIBRATION_BINS - 1)
+    return float(np.abs(np.bincount(bins, right - confidence.astype(np.float64))).sum() / len(confidence))
 
 
 @dataclass(frozen=True)

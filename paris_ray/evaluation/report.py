@@ -144,10 +144,12 @@ def clusters_section(facts: Facts) -> str:
         )
     said = (
         f"Two-level k-means ({clusters.get('metric', facts.config.partition.metric)}): {facts.config.partition.fine} fine clusters, then "
-        f"{facts.config.num_experts} coarse ones over their centroids. The largest holds {max(sizes) / total:.0%} of the training rows, the smallest "
-        f"{min(sizes) / total:.0%}; an equal share would be {1 / len(sizes):.0%}. Below each sheet, the words that set its captions apart. "
+        f"{facts.config.num_clusters} coarse ones over their centroids. The largest holds {max(sizes) / total:.0%} of the training rows, the "
+        f"smallest {min(sizes) / total:.0%}; an equal share would be {1 / len(sizes):.0%}. Below each sheet, the words that set its captions apart. "
         f"{blocks.CODEC_NOTE} The clusters' own page, clusters/report.html, has a map and what training was estimated to cost."
     )
+    if facts.config.partition.added:
+        said += f" The last {facts.config.partition.added} experts were added later, each with a source of its own."
     if clusters["version"] > 1:
         said += f" Rows were appended since: sizes are of version {clusters['version']} of the clusters, sheets and their own page of version 1."
     return blocks.paragraph(said) + charts.share_bar(sizes, "Shares of the training rows") + f'<div class="cards">{"".join(cards)}</div>'

@@ -5,6 +5,7 @@ Without text, tensor names and shapes are those of the released Paris checkpoint
 
 from __future__ import annotations
 
+import math
 from typing import Any, ClassVar
 
 import torch
@@ -43,6 +44,24 @@ class RouterBlock(nn.Module):
         shift_msa, scale_msa, gate_msa, shift_mlp, scale_mlp, gate_mlp = self.adaLN_modulation(c).chunk(6, dim=1)  # 6 × (N, D)
         x = x + gate_msa.unsqueeze(1) * self.attn(modulate(self.norm1(x), shift_msa, scale_msa).to(dtype))  # (N, T, D)
         return x + gate_mlp.unsqueeze(1) * self.mlp(modulate(self.norm2(x), shift_mlp, scale_mlp).to(dtype))  # (N, T, D)
+
+
+NEW_SHARE = 0.01
+"""Probability that a cluster which a router does not know yet has at most."""
+
+
+def with_more_clusters(weights: dict[str, Tensor], num_clusters: int) -> dict[str, Tensor]:
+    """A router's weights with rows for further clusters, after those that it knows.
+
+    The probabilities of the old ones keep their ratios. A new one's logit is the mean of the old K ones, plus what makes its probability at most
+    :data:`NEW_SHARE`: that mean alone makes it at most 1 / (K + 1), as the mean of exponentials is no less than the exponential of the mean.
+    """
+    grown = dict(weights)
+    shift = {"head.4.weight": 0.0, "head.4.bias": math.log(len(weights["head.4.bias"]) * NEW_SHARE / (1 - NEW_SHARE))}
+    for name, more in shift.items():
+        old = weights[name]  # (K, D), (K,)
+        grown[name] = torch.cat([old, (old.mean(0, keepdim=True) + more).expand(num_clusters - len(old), *old.shape[1:])])
+    return grown
 
 
 class Router(Network):

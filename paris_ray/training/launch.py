@@ -12,6 +12,7 @@ from paris_ray.config import RunConfig
 from paris_ray.progress import Progress, counted
 from paris_ray.stages import stage as find_stage
 from paris_ray.storage import Folder
+from paris_ray.training import trackers
 from paris_ray.training.termination import listen
 from paris_ray.training.wall import Wall, last_sign
 from paris_ray.training.worker import resources, work
@@ -35,11 +36,13 @@ def train_stage(config: RunConfig, name: str) -> dict[str, Any]:
         the stage's manifest.
 
     Raises:
+        ConfigError: a package that ``tracking`` needs is not installed.
         StaleError: the folder was made from other inputs.
         FileNotFoundError: a parent is missing.
         TrainingError: a loss or gradient was not finite, or the shard is empty.
     """
     started = time.monotonic()
+    trackers.check(config)
     stage = find_stage(config, name)
     status = stage.begin()
     if status.manifest is not None and status.state == "valid":

@@ -27,7 +27,7 @@ from paris_ray.training import checkpoint
 from paris_ray.training.budget import total_images
 from paris_ray.training.draws import Draw, Draws
 from paris_ray.training.ema import Ema
-from paris_ray.training.saver import Saver
+from paris_ray.training.saver import CheckpointError, Saver
 from paris_ray.training.termination import TerminatedError
 
 TIME_BINS = 4
@@ -192,7 +192,8 @@ class Loop:
         return self.place.world == 1 and self.asked_to_go()
 
     def _go(self) -> None:
-        """Leave a checkpoint here, and go."""
+        """Leave a checkpoint here, and go; a store that fails is not waited for."""
+        self.saver.hurry()
         if self._saved != self.images and self.place.world == 1:
             if self._broken.item():
                 raise self._non_finite(int(self._broken_at.item()), "found when asked to go")
@@ -223,9 +224,15 @@ class Loop:
             TerminatedError: the process was asked to go.
         """
         try:
-            return self._run()
-        finally:
-            self.saver.close()
+            line = self._run()
+        except BaseException:
+            try:
+                self.saver.close()
+            except CheckpointError as error:  # said, and no more: what ended the training is what counts
+                print(f"{self.task.stage}: {error}", flush=True)
+            raise
+        self.saver.close()
+        return line
 
     def _run(self) -> dict[str, Any]:
         config, size, clock = self.config, self.config.batch_size, self._clock
@@ -293,7 +300,7 @@ class Loop:
     def _gradients(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Gradients of the mean loss of this worker's slice, summed over equal micro-batches; returns losses (n,) and times (n,)."""
         share = self.config.batch_size // self.place.world
-        rows = self.config.micro_batch or share
+        rows = share if self.config.micro_batch is None else int(self.config.micro_batch)  # a number, once it is settled
         found = []
         for start in range(0, share, rows):
             # Several workers average their gradients once, after the last micro-batch.

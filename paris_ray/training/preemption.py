@@ -24,11 +24,22 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+GRACE_S = {"aws": 120.0, "gcp": 30.0, "azure": 30.0}
+"""Seconds from a notice to the end, by the clouds' documents."""
+
 EVERY_S = 5.0
 TIMEOUT_S = 3.0
 MOST_BYTES = 1 << 20
 GOING = ("Preempt", "Terminate", "Redeploy", "Reboot")
 """Azure's events after which the processes of a machine are gone; ``Freeze`` is a pause."""
+
+
+def loses_nothing(cloud: str, checkpoint_seconds: float, workers: int) -> bool:
+    """Whether a checkpoint is written between a cloud's notice and the end: the notice is seen late, and one that is being written goes first.
+
+    Several workers agree to go at a metrics line, which may come too late.
+    """
+    return workers == 1 and EVERY_S + 2 * checkpoint_seconds <= GRACE_S[cloud]
 
 
 @dataclass(frozen=True)

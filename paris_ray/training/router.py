@@ -17,7 +17,7 @@ def train_router(config: RunConfig, control: bool = False) -> dict[str, Any]:
         control: train the paper's text-blind router instead, into ``control_router/``: a row of the evaluation's table.
 
     Returns:
-        the stage's manifest; counts as for an expert, and the accuracy on validation rows.
+        the stage's manifest; counts as for an expert, and accuracy and calibration error (``ece``) on validation rows.
 
     Raises:
         what :func:`paris_ray.training.launch.train_stage` raises.

@@ -9,13 +9,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from paris_ray import rng
-from paris_ray.config import RunConfig
+from paris_ray.config import ConfigError, RunConfig
 from paris_ray.data.encoders import pool
 from paris_ray.diffusion.path import interpolate, training_times
+from paris_ray.evaluation.metrics import calibration_error
+from paris_ray.inference.strict import load_router
 from paris_ray.layout import ROUTER_FILE, router_config
-from paris_ray.models.router import Router
+from paris_ray.models.router import Router, with_more_clusters
 from paris_ray.stages import CONTROL_ROUTER
 from paris_ray.storage import Folder
+from paris_ray.training import checkpoint
 from paris_ray.training.checkpoint import tensor_bytes
 from paris_ray.training.draws import Draw
 from paris_ray.training.loop import TIME_BINS, Batch
@@ -53,7 +56,11 @@ class RouterTask:
             torch.manual_seed(rng.key(config.seed, "init", self.stage))
             shape = self.spec.model.model_dump(exclude={"size"})
             width = self.encoders.text_width if self.reads_text else None
-            self.model = Router(config.num_experts, side, in_channels=channels, text_embed_dim=width, **shape).to(device)
+            model = Router(config.num_experts, side, in_channels=channels, text_embed_dim=width, **shape)
+        # A resumed training has all weights in its checkpoint, and the source may be gone by then.
+        if not control and self.spec.init_from is not None and checkpoint.latest(self.folder) is None:
+            start_from(model, self.spec.init_from, side)
+        self.model = model.to(device)
 
     # -- the loop's task ----------------------------------------------------------------------------------------
 
@@ -91,29 +98,44 @@ class RouterTask:
         """Cross-entropy of each sample: (n,), and its time: (n,)."""
         return F.cross_entropy(self._logits(model, batch), batch["label"], reduction="none"), batch["time"]
 
-    @torch.no_grad()
     def evaluate(self, images: int) -> dict[str, Any]:
-        """Loss and accuracy on the validation rows at the middle of each time bin, with noises that are the same every time."""
-        n, size = min(len(self.validation), VALIDATION_ROWS), self.spec.train.batch_size
-        if n == 0:
+        """Loss, accuracy and calibration error on the validation rows at the middle of each time bin, with noises that are the same every time.
+
+        With the captions, and ``without_text`` where captions are read at all; beside them the accuracy of the ``prior``, always naming the largest
+        cluster.
+        """
+        if len(self.validation) == 0:
             return {}
-        loss, right = torch.zeros(TIME_BINS, dtype=torch.float64), torch.zeros(TIME_BINS, dtype=torch.float64)
+        by_time = self._judge(without_text=False)
+        largest = torch.bincount(self.train.labels).argmax()
+        return {
+            **{f"validation_{name}" if name == "loss" else name: sum(values) / TIME_BINS for name, values in by_time.items()},
+            **{f"validation_{name}_by_time" if name == "loss" else f"{name}_by_time": values for name, values in by_time.items()},
+            "prior": (self.validation.labels == largest).double().mean().item(),
+            **({"without_text": {f"{name}_by_time": values for name, values in self._judge(without_text=True).items()}} if self.reads_text else {}),
+        }
+
+    @torch.no_grad()
+    def _judge(self, without_text: bool) -> dict[str, list[float]]:
+        """Mean loss, accuracy and expected calibration error of each time bin."""
+        n, size = min(len(self.validation), VALIDATION_ROWS), self.spec.train.batch_size
+        loss = torch.zeros(TIME_BINS, n, dtype=torch.float64)
+        confidence, right = torch.zeros(TIME_BINS, n), torch.zeros(TIME_BINS, n, dtype=torch.bool)
         for start in range(0, n, size):
             rows = torch.arange(start, min(start + size, n))
             noise = torch.from_numpy(rng.normal(self.config.seed, f"{self.stage}/validation", rows.numpy(), self.shape))
             for b in range(TIME_BINS):
                 time = torch.full((len(rows),), (b + 0.5) / TIME_BINS)
-                batch = self._batch(self.validation, rows, noise, time, torch.zeros(len(rows), dtype=torch.bool))
+                batch = self._batch(self.validation, rows, noise, time, torch.full((len(rows),), without_text))
                 batch = {name: tensor.to(self.device) for name, tensor in batch.items()}
                 logits = self._logits(self.model, batch)
-                loss[b] += F.cross_entropy(logits, batch["label"], reduction="sum").item()
-                right[b] += (logits.argmax(1) == batch["label"]).sum().item()
-        by_time = (loss / n).tolist(), (right / n).tolist()
+                most, named = logits.softmax(1).max(1)
+                loss[b, rows] = F.cross_entropy(logits, batch["label"], reduction="none").double().cpu()
+                confidence[b, rows], right[b, rows] = most.cpu(), (named == batch["label"]).cpu()
         return {
-            "validation_loss": sum(by_time[0]) / TIME_BINS,
-            "validation_loss_by_time": by_time[0],
-            "accuracy": sum(by_time[1]) / TIME_BINS,
-            "accuracy_by_time": by_time[1],
+            "loss": loss.mean(1).tolist(),
+            "accuracy": right.double().mean(1).tolist(),
+            "ece": [calibration_error(c, r) for c, r in zip(confidence.numpy(), right.numpy(), strict=True)],
         }
 
     # -- handing over -------------------------------------------------------------------------------------------
@@ -123,3 +145,29 @@ class RouterTask:
         out = self.folder / "export"
         out.write_bytes(ROUTER_FILE, tensor_bytes(weights))
         out.write_json("config.json", router_config(self.model))
+
+
+def start_from(model: Router, source: str, side: int) -> None:
+    """Give a router the weights of another, which may know fewer clusters.
+
+    Args:
+        model: it.
+        source: ``router.init_from``: a folder with ``config.json`` and weights.
+        side: of the latent.
+
+    Raises:
+        ConfigError: nothing is there, or it has another shape or knows more clusters.
+    """
+    try:
+        before = load_router(Folder(source), side)
+    except (ValueError, FileNotFoundError) as error:
+        raise ConfigError(f"router.init_from: {error}") from error
+    if before.num_clusters > model.num_clusters:
+        raise ConfigError(f"router.init_from: {source} knows {before.num_clusters} experts, the run has {model.num_clusters}; take one of no more")
+    weights = with_more_clusters(before.state_dict(), model.num_clusters)
+    own = model.state_dict()
+    if unlike := [name for name in {**own, **weights} if name not in own or name not in weights or own[name].shape != weights[name].shape]:
+        raise ConfigError(
+            f"router.init_from: {source} has another shape than router.model and router.text ({', '.join(sorted(unlike)[:3])} …); give it the same"
+        )
+    model.load_state_dict(weights)

@@ -65,9 +65,13 @@ class Saver:
             written, self._written = self._written, None
             written.result()
 
+    def hurry(self) -> None:
+        """From now on try once, at once, what is to be written: the process has to go."""
+        self._last_try.set()
+
     def close(self) -> None:
         """Give what is being written one more try, and let go of everything. Raises what ended it."""
-        self._last_try.set()
+        self.hurry()
         try:
             self.wait()
         finally:

@@ -43,6 +43,7 @@ def work(payload: dict[str, Any]) -> dict[str, Any]:
     import ray.train
 
     from paris_ray.training.loop import NonFiniteError, Place
+    from paris_ray.training.micro_batch import MemoryShortError
 
     config, stage = configs.build(payload["config"]), payload["stage"]
     context = ray.train.get_context()
@@ -54,7 +55,7 @@ def work(payload: dict[str, Any]) -> dict[str, Any]:
     try:
         with Watcher(asked.preemption, _leave) if asked.preemption else contextlib.nullcontext():
             return {"counts": run(config, stage, place, lambda line: ray.train.report({k: v for k, v in line.items() if isinstance(v, int | float)}))}
-    except (NonFiniteError, ConfigError) as error:
+    except (NonFiniteError, MemoryShortError, ConfigError) as error:
         return {"failure": str(error)}
     except TerminatedError as went:
         print(went, flush=True)
@@ -111,21 +112,31 @@ def run(config: RunConfig, stage: str, place: Place, report: Callable[[dict[str,
     Returns:
         figures for the manifest: images, seconds, images_per_second, loss, validation_loss, rows, restarts.
     """
-    from paris_ray.training import termination
+    from paris_ray.training import micro_batch, termination
     from paris_ray.training.loop import Loop
+    from paris_ray.training.trackers import Trackers
 
-    _prepare_process(resources(config, stage).threads, place)
-    task = _task(config, stage, place.device, place.rank)
-    _prepare_network(task.model, task.spec.train)
+    asked = resources(config, stage)
+    task = set_up(config, stage, place)
     attempts = _count_attempt(task.folder) if place.rank == 0 else 1
-    model, train = _wrap(task.model, place), task.spec.train
+    train = micro_batch.settle(task, place)
+    model = _wrap(task.model, place)
     loop = Loop(task, train, config.seed, task.folder, place, model, on_checkpoint=report, asked_to_go=termination.asked)
+    tracked = Trackers(config, stage, loop.images)
     if place.rank == 0:
         progress = Progress(Folder(config.run_dir) / "events", stage, loop.total)
         note = f"restart {attempts - 1}, from image {loop.images}" if attempts > 1 else ""
         progress.update(loop.images, message=note, force=True)
-        loop.on_step = lambda images, line: progress.update(images, line["loss"] if line else None)
-    with termination.training():
+
+        def on_step(images: int, line: dict[str, Any] | None) -> None:
+            progress.update(images, line["loss"] if line else None)
+            if line:
+                tracked(line)
+
+        loop.on_step = on_step
+        if asked.preemption:
+            print(f"{stage}: {_what_preemption_costs(asked, train, task.folder, loop.ema.weights)}", flush=True)
+    with tracked if place.rank == 0 else contextlib.nullcontext(), termination.training(), micro_batch.out_of_memory_explained(task, train, place):
         last = loop.run()
     if place.rank == 0:
         task.export(loop.ema.weights)
@@ -135,10 +146,35 @@ def run(config: RunConfig, stage: str, place: Place, report: Callable[[dict[str,
         "images_per_second": round(loop.images / loop.seconds, 1) if loop.seconds else None,
         "loss": last["loss"],
         "validation_loss": last.get("validation_loss"),
-        **({"accuracy": last["accuracy"]} if "accuracy" in last else {}),
+        **{name: last[name] for name in ("accuracy", "ece") if name in last},
         "rows": task.rows,
         "restarts": attempts - 1,
     }
+
+
+def set_up(config: RunConfig, stage: str, place: Place) -> ExpertTask | RouterTask:
+    """What a stage trains, in a process that is prepared for it."""
+    _prepare_process(resources(config, stage).threads, place)
+    task = _task(config, stage, place.device, place.rank)
+    _prepare_network(task.model, task.spec.train)
+    return task
+
+
+def _what_preemption_costs(asked: Resources, train: TrainConfig, folder: Folder, weights: dict[str, torch.Tensor]) -> str:
+    """Whether the grace after a cloud's notice is enough for a checkpoint, by a measurement."""
+    from paris_ray.training import checkpoint
+    from paris_ray.training.preemption import GRACE_S, loses_nothing
+
+    assert asked.preemption is not None
+    every = f"the interval of {train.checkpoint_images} images" if train.checkpoint_images else "nothing: set train.checkpoint_images"
+    try:
+        seconds = checkpoint.write_seconds(folder, weights)
+    except OSError as error:
+        return f"how long a checkpoint takes could not be measured ({error}); what a preemption loses is bounded by {every}"
+    said = f"a checkpoint takes {seconds:.1f} s, {asked.preemption} gives {GRACE_S[asked.preemption]:.0f} s"
+    if loses_nothing(asked.preemption, seconds, asked.num_workers):
+        return f"{said}: a preemption loses nothing"
+    return f"{said}{' and several workers must agree to go' if asked.num_workers > 1 else ''}: what a preemption loses is bounded by {every}"
 
 
 def _prepare_process(threads: int, place: Place) -> None:

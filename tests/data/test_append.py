@@ -13,7 +13,7 @@ import pytest
 from jobs import append as append_job
 from paris_ray import config as configs
 from paris_ray import stages
-from paris_ray.config import RunConfig
+from paris_ray.config import ConfigError, RunConfig
 from paris_ray.data import append, embed, partition, schema
 from paris_ray.data.duplicates import NEAR
 from paris_ray.data.fit import Model
@@ -94,6 +94,64 @@ def test_rows_are_appended_and_nothing_else_changes(tmp_path: Path, method: str)
     assert all(stages.status(one, name).notes == () for name in after)
 
 
+def test_an_expert_is_added_and_the_others_stay_as_they_are(tmp_path: Path) -> None:
+    one = make_corpus(tmp_path)
+    partition.partition(one)
+    run = Folder(tmp_path)
+    for name in ("expert-0", "expert-1", "expert-2", "router"):
+        stage = stages.stage(one, name)
+        stage.begin()
+        for file in ("diffusion_pytorch_model.safetensors", "pytorch_model.safetensors", "config.json"):
+            stage.folder.write_bytes(f"export/{file}", name.encode())
+        stage.publish(result="export/")
+    prints = [stages.status(one, f"expert-{k}").manifest for k in range(3)]
+    files = {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file() and p.name[0] != "_" and "events" not in p.parts}
+    publish_more(one, range(240, 300), 4)
+    more = append.with_another_expert(one)
+    assert (more.num_experts, more.num_clusters) == (4, 3)
+    assert more.experts[3] == more.expert
+    assert append.append_partition(more, 3) == 60
+    append.keep_router(one)
+    assert append.append_partition(more, 3) == 0
+    assert {p: p.read_bytes() for p in files} == files
+    corpus = schema.read_columns(run / "corpus", ["id", "split"])
+    new = schema.read_columns(run / "shards" / "expert=3", ["id", "split"])
+    wanted = {(i, split) for i, split in zip(corpus["id"][240:], corpus["split"][240:], strict=True) if split != "held_out"}
+    assert set(zip(new["id"], new["split"], strict=True)) == wanted
+    assert stages.cluster_sizes(more) == [*stages.require(run / "clusters", "")["counts"]["sizes"][:3], sum(split == "train" for _, split in wanted)]
+    assert sum(stages.cluster_sizes(more)) == (corpus["split"] == "train").sum()
+    assert [stages.status(more, f"expert-{k}").manifest for k in range(3)] == prints
+    states = {name: stages.status(more, name).state for name in ("partition", "expert-0", "expert-1", "expert-2", "expert-3", "router")}
+    assert states == {"partition": "valid", "expert-0": "valid", "expert-1": "valid", "expert-2": "valid", "expert-3": "absent", "router": "stale"}
+    assert more.router.init_from == f"{tmp_path}/routers/3"
+    assert (tmp_path / "routers" / "3" / "pytorch_model.safetensors").read_bytes() == b"router"
+    # Rows that come later go to their clusters again, and clusters are not made anew without the added expert's rows being missed.
+    partition.partition(more)
+    (tmp_path / "shards" / "expert=3" / "_manifest.json").unlink()
+    with pytest.raises(ConfigError, match=r"partition.added is 1: .*partition.added=0 and pass --rebuild partition"):
+        partition.partition(more)
+
+
+def test_an_expert_that_is_half_added_is_finished_as_it_was_begun(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    one = make_corpus(tmp_path)
+    partition.partition(one)
+    publish_more(one, range(240, 300), 4)
+    more = append.with_another_expert(one)
+    assert more.router.init_from is None  # there is none yet
+
+    def killed(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(append, "shard_counts", killed)
+        with pytest.raises(KeyboardInterrupt):
+            append.append_partition(more, 3)
+    with pytest.raises(StaleError, match=r"is half appended.*--source … --new-expert"):
+        append.append_partition(one)
+    assert append.append_partition(more, 3) == 60
+    assert stages.status(more, "partition").state == stages.status(more, "shard-3").state == "valid"
+
+
 def test_unused_rows_are_labelled_and_in_no_shard(tmp_path: Path) -> None:
     one = make_corpus(tmp_path)
     partition.partition(one)
@@ -153,3 +211,17 @@ def test_pictures_are_appended_by_the_job(tmp_path: Path, ray_local: None, capsy
     assert append_job.main(job) == 0
     assert [line.split()[0] for line in capsys.readouterr().out.splitlines()] == ["0", "0"]
     assert append_job.main([*job[:2], "--source", "{kind: folder, uri: /nowhere}"]) == 2
+    assert append_job.main([*job, "--new-expert"]) == 2
+    assert "the source has no row that the run does not have already" in capsys.readouterr().err
+    assert append_job.main([*job[:2], "--new-expert"]) == 2
+    assert "name it with --source" in capsys.readouterr().err
+    assert configs.load(job[1]).num_experts == 3
+    # A ground that only the new expert learns.
+    job[3] = "{kind: openmoji, emoji: 16, grounds: [white, green]}"
+    assert append_job.main([*job, "--new-expert"]) == 0
+    assert f"expert-3 is added; to train it and the router: python -m jobs.run_all --config {tmp_path}/config.yaml" in capsys.readouterr().out
+    four = configs.load(job[1])
+    assert (four.num_experts, four.partition.added) == (4, 1)
+    rows = schema.read_columns(run / "corpus", ["id", "caption", "split"])
+    learns = set(schema.read_columns(run / "shards" / "expert=3", ["id"])["id"])
+    assert learns == {i for i, caption, split in zip(*rows.values(), strict=True) if "green" in caption and split in ("train", "validation")}

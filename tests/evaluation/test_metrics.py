@@ -110,3 +110,27 @@ def test_right_ground_compares_within_the_group_and_knows_when_it_cannot():
     assert metrics.right_ground(flat(240, 240, 240), group, own=1) is False
     assert metrics.right_ground(flat(0, 0, 0), group[:1], own=0) is None
     assert metrics.right_ground(flat(0, 0, 0), np.stack([flat(250, 250, 250), flat(255, 255, 255)]), own=0) is None
+
+
+def test_calibration_error_equals_a_loop_over_bins():
+    g = np.random.default_rng(0)
+    confidence, right = g.random(500), g.random(500) < 0.6
+    expected = 0.0
+    for b in range(15):
+        rows = [i for i in range(500) if b / 15 < confidence[i] <= (b + 1) / 15]
+        if rows:
+            accuracy, mean = sum(bool(right[i]) for i in rows) / len(rows), sum(float(confidence[i]) for i in rows) / len(rows)
+            expected += len(rows) / 500 * abs(accuracy - mean)
+    assert metrics.calibration_error(confidence, right) == pytest.approx(expected, rel=1e-12)
+    assert expected > 0.1
+
+
+def test_a_classifier_that_means_what_it_says_has_no_calibration_error():
+    g = np.random.default_rng(1)
+    confidence = g.uniform(0.1, 1.0, 400_000)
+    assert metrics.calibration_error(confidence, g.random(400_000) < confidence) < 0.005  # 1/√(rows of a bin)
+    # Three in four right at 75 %: none at all. Ninety per cent sure of what is right six times in ten: the difference.
+    assert metrics.calibration_error(np.full(8, 0.75), np.arange(8) < 6) == 0
+    assert metrics.calibration_error(np.full(10, 0.9), np.arange(10) < 6) == pytest.approx(0.3)
+    assert metrics.calibration_error(np.array([0.0, 1.0]), np.array([False, True])) == 0
+    assert math.isnan(metrics.calibration_error(np.zeros(0), np.zeros(0, bool)))

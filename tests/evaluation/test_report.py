@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from html.parser import HTMLParser
 
@@ -167,3 +168,20 @@ def test_one_expert_of_three(tmp_path, stand_ins):
         (Folder(config.run_dir) / name).delete_all()
     _, page = read(config)
     assert "1 of 3 trained" in page.text
+
+
+def test_a_routers_calibration_is_that_of_its_last_look(tmp_path, stand_ins):
+    config = fabricated.run_config(tmp_path / "run")
+    fabricated.write_data(config)
+    fabricated.write_training(config)
+    assert "Calibration" not in read(config)[1].text  # trained before it was measured
+    looks = [
+        {"images": 100, "accuracy_by_time": [0.5, 0.5], "ece_by_time": [0.5, 0.5], "prior": 0.4},
+        {"images": 200, "accuracy_by_time": [0.9, 0.8], "ece_by_time": [0.0124, 0.2], "prior": 0.4,
+         "without_text": {"accuracy_by_time": [0.7, 0.3], "ece_by_time": [0.05, 0.06]}},
+    ]  # fmt: skip
+    folder = stages.folder(config, "router")
+    folder.write_bytes("metrics/images-000000640.jsonl", "".join(json.dumps({"loss": 1.0, **look}) + "\n" for look in looks).encode())
+    text = read(config)[1].text
+    assert "t = 0.25 t = 0.75 router 90 %, 0.012 80 %, 0.200 router, without its caption 70 %, 0.050 30 %, 0.060" in text
+    assert "Always naming the largest cluster would be right 40 % of the time" in text

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import threading
+import time
 
 import numpy as np
 import pytest
@@ -13,13 +14,14 @@ from torch import nn
 from paris_ray.config import ConfigError, TrainConfig
 from paris_ray.diffusion.path import Flow
 from paris_ray.storage import Folder
-from paris_ray.training import checkpoint
+from paris_ray.training import checkpoint, saver
 from paris_ray.training.draws import Draws
 from paris_ray.training.loop import Loop, NonFiniteError, Place, learning_rate, optimizer_for
-from paris_ray.training.saver import Saver
+from paris_ray.training.saver import CheckpointError, Saver
 from paris_ray.training.termination import TerminatedError
 
 CPU = torch.device("cpu")
+READY = Saver.ready
 
 
 @pytest.fixture(autouse=True)
@@ -178,6 +180,43 @@ def test_asked_to_go_it_leaves_a_checkpoint_where_it_is_and_goes_on_as_if_nothin
     # Asked with the last step: there is nothing more to do than to end.
     last = Loop(GaussianTask(), config(), 1, Folder(tmp_path / "last"), asked_to_go=lambda: last.images == 160)
     assert last.run()["images"] == 160
+
+
+def test_asked_to_go_while_the_store_fails_it_tries_once_and_goes(tmp_path, monkeypatch):
+    """Not waiting out a pause of up to a minute, of which a cloud gives half."""
+    save, tries = checkpoint.save, []
+
+    def lost(stage, images, *rest):
+        tries.append(images)
+        if len(tries) < 3:
+            raise ConnectionResetError("lost")
+        save(stage, images, *rest)
+
+    monkeypatch.setattr(checkpoint, "save", lost)
+    monkeypatch.setattr(saver, "FIRST_PAUSE_S", 60.0)
+    monkeypatch.setattr(Saver, "ready", READY)
+    began = time.monotonic()
+    settings = config(checkpoint_images=40, log_images=200)
+    loop = Loop(GaussianTask(), settings, 1, Folder(tmp_path), asked_to_go=lambda: loop.images >= 48 and bool(tries))
+    # The second try, at once, fails as well; that is the end, and nothing hides it.
+    with pytest.raises(CheckpointError, match="image 40 cannot be written"):
+        loop.run()
+    assert tries == [40, 40]
+    assert time.monotonic() - began < 20
+
+
+def test_a_checkpoint_that_fails_at_the_end_does_not_hide_what_ended_training(tmp_path, monkeypatch, capsys):
+    def lost(stage, images, *rest):
+        raise ConnectionResetError("lost")
+
+    monkeypatch.setattr(checkpoint, "save", lost)
+    monkeypatch.setattr(saver, "FIRST_PAUSE_S", 60.0)
+    monkeypatch.setattr(Saver, "ready", READY)
+    task = GaussianTask()
+    task.poison_at = 7
+    with pytest.raises(NonFiniteError, match="at image 56"):
+        Loop(task, config(), 1, Folder(tmp_path)).run()
+    assert "expert-0: checkpoint at image 40 cannot be written to" in capsys.readouterr().out
 
 
 def test_a_value_that_is_not_finite_is_not_saved_when_asked_to_go(tmp_path):
@@ -420,7 +459,7 @@ def test_workers_average_their_gradients_once_a_step(tmp_path):
 
 
 def test_a_micro_batch_must_divide_a_workers_share(tmp_path):
-    with pytest.raises(ConfigError, match=r"train.micro_batch 3 must divide the 8 rows of a worker's share .*set it to a divisor, or null"):
+    with pytest.raises(ConfigError, match=r"train.micro_batch 3 must divide the 8 rows of a worker's share .*set it to a divisor, to null"):
         Loop(GaussianTask(), config(micro_batch=3), 1, Folder(tmp_path))
     with pytest.raises(ConfigError, match=r"train.micro_batch 8 must divide the 4 rows"):
         Loop(GaussianTask(), config(micro_batch=8), 1, Folder(tmp_path), Place(CPU, 0, 2))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import threading
+import time
 
 import pytest
 import torch
@@ -100,3 +101,29 @@ def test_an_error_of_the_code_is_not_tried_again(store):
     with pytest.raises(ValueError, match="mine"):
         one.close()
     assert store.tries == [40]
+
+
+def test_in_a_hurry_it_is_tried_once_and_at_once(store, capsys):
+    """A process that has to go does not wait out the pause after a failure, here a second, then two …"""
+    store.failures = [ConnectionResetError("lost")]
+    store.go.set()
+    one = Saver(store, 2)
+    one.save(40, tensors(1.0), {}, [{"images": 40}])
+    while "tried again in 1 s" not in capsys.readouterr().out:
+        time.sleep(0.001)
+    began = time.monotonic()
+    one.hurry()
+    one.save(48, tensors(2.0), {}, [{"images": 48}])
+    one.close()
+    assert time.monotonic() - began < 0.5
+    assert store.tries == [40, 40, 48]
+    assert [line["images"] for line in checkpoint.read_metrics(store)] == [40, 48]
+    # A store that is still lost ends it, without a second try.
+    store.tries.clear()
+    store.failures = [ConnectionResetError("lost")] * 9
+    two = Saver(store, 2)
+    two.hurry()
+    two.save(56, tensors(3.0), {}, [])
+    with pytest.raises(CheckpointError, match="image 56"):
+        two.close()
+    assert store.tries == [56]

@@ -62,3 +62,48 @@ def test_compilation_is_switched_on(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     compiled = trained(tmp_path / "compiled", stage, compile="true", micro_batch=4)
     assert 1 <= len(graphs) <= 4  # not one for each of the steps and sizes
     torch.testing.assert_close(compiled, plain, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("cloud", "seconds", "workers", "said"),
+    [
+        # Seen up to 5 s late, and after one that is being written.
+        ("aws", 57.0, 1, "a checkpoint takes 57.0 s, aws gives 120 s: a preemption loses nothing"),
+        ("aws", 58.0, 1, "aws gives 120 s: what a preemption loses is bounded by the interval of 16 images"),
+        ("gcp", 12.0, 1, "gcp gives 30 s: a preemption loses nothing"),
+        ("azure", 13.0, 1, "azure gives 30 s: what a preemption loses is bounded by the interval of 16 images"),
+        ("aws", 1.0, 2, "aws gives 120 s and several workers must agree to go: what a preemption loses is bounded by the interval of 16 images"),
+    ],
+)
+def test_it_says_at_the_start_what_a_preemption_costs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cloud: str, seconds: float, workers: int, said: str
+) -> None:
+    monkeypatch.setattr(checkpoint, "write_seconds", lambda folder, weights: seconds)
+    resources = {"expert__resources__preemption": cloud, "expert__resources__num_workers": workers, "expert__train__checkpoint_images": 16}
+    spec = fake.make_config(tmp_path, **resources).experts[0]
+    assert worker._what_preemption_costs(spec.resources, spec.train, Folder(tmp_path), {}).endswith(said)
+
+
+def test_the_time_of_a_checkpoint_is_measured_where_it_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    store, write = [], Folder.write_bytes
+    monkeypatch.setattr(Folder, "write_bytes", lambda self, name, data: store.append((self.uri, len(data))) or write(self, name, data))
+    config = fake.make_run(tmp_path, expert__resources__preemption="aws", expert__train__images=8, expert__train__checkpoint_images="null")
+    worker.run(config, "expert-0", Place(torch.device("cpu")))
+    assert "expert-0: a checkpoint takes 0.0 s, aws gives 120 s: a preemption loses nothing" in capsys.readouterr().out
+    folder = Folder(tmp_path) / "experts" / "0"
+    assert not folder.exists(checkpoint.PROBE)
+    (real,) = [size for uri, size in store if uri.startswith(f"{folder.uri}/checkpoints") and size > 10_000][:1]
+    assert (folder.uri, real) in store  # the probe was of a network's weights
+
+    def full(self: Folder, name: str, data: bytes) -> None:
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(Folder, "write_bytes", full)
+    spec = config.experts[0]
+    said = worker._what_preemption_costs(spec.resources, spec.train, folder, {"a": torch.zeros(1)})
+    assert said == (
+        "how long a checkpoint takes could not be measured (No space left on device); what a preemption loses is bounded by nothing: "
+        "set train.checkpoint_images"
+    )

@@ -1,0 +1,107 @@
+"""Where to train what, how long it will take, what it will cost, and what preemptions will take of it.
+
+    python -m jobs.plan --config RUN/config.yaml                            # measures this machine: the run's own training steps
+    python -m jobs.plan --config RUN/config.yaml --machines machines.yaml   # trains nothing
+
+Needs the run's encoders and clusters. What is measured is printed as a table of machines, to be edited and given with ``--machines``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+import yaml
+
+from jobs import cli
+from paris_ray import config as configs
+from paris_ray import stages
+from paris_ray.config import ConfigError, RunConfig
+from paris_ray.data.report.cost import time_text
+from paris_ray.manifest import StaleError
+from paris_ray.storage import Folder
+from paris_ray.training import plan
+from paris_ray.training.plan import Devices, MachineTable, Plan
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Plan; returns the exit code."""
+    parser = argparse.ArgumentParser(prog="plan", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    configs.add_arguments(parser)
+    parser.add_argument("--machines", metavar="YAML", help="what there is to train on; without it, this machine is measured")
+    parser.add_argument("--equal-hours", action="store_true", help="give unequal machines unequal budgets, so that all experts end together")
+    args = parser.parse_args(argv)
+    try:
+        config = cli.load(args)
+        sizes, encoders = stages.cluster_sizes(config), Folder(config.run_dir).read_json("encoders/encoders.json")
+        if len(sizes) != config.num_experts:
+            raise StaleError(f"the clusters are of {len(sizes)} experts, the config has {config.num_experts}; make them anew, or set experts")
+        found = plan.trainings(config, sizes, encoders)
+        machines = configs.read(MachineTable, args.machines).machines if args.machines else (measured(config),)
+        print(text(plan.make(found, machines), args.equal_hours))
+    except (ConfigError, StaleError, FileNotFoundError) as error:
+        return cli.complain(parser, error)
+    return 0
+
+
+def measured(config: RunConfig) -> Devices:
+    """Measure this machine and print what was found."""
+    from paris_ray.training.measure import this_machine
+
+    machine = this_machine(config)
+    print(yaml.safe_dump({"machines": [machine.model_dump(exclude_defaults=True)]}, sort_keys=False))
+    return machine
+
+
+COLUMNS = {"stage": 16, "machine": 24, "begins": 13, "ends": 13, "images/s": 11, "checkpoint": 13, "goodput": 10, "price": 0}
+
+
+def text(made: Plan, equal: bool = False) -> str:
+    """A plan for people."""
+    lines = ["".join(f"{name:<{width}}" for name, width in COLUMNS.items())]
+    for one, spot, fit in zip(made.trainings, made.placement.spots, made.fits, strict=True):
+        machine = made.machines[spot.kind]
+        cells = {
+            "stage": one.stage,
+            "machine": f"{machine.name} {', '.join(str(d) for d in spot.devices)}" + (f" ({machine.cluster})" if machine.cluster else ""),
+            "begins": time_text(spot.begins) if spot.begins else "at once",
+            "ends": time_text(spot.ends),
+            "images/s": f"{fit.rate:.4g}",
+            "checkpoint": f"{fit.checkpoint:.1f} s",
+            "goodput": f"{fit.goodput:.1%}",
+            "price": f"{(spot.ends - spot.begins) * machine.price_per_hour * one.workers:,.2f}",
+        }
+        lines.append("".join(f"{cells[name]:<{width}}" for name, width in COLUMNS.items()).rstrip())
+    placed = made.placement
+    lines.append("")
+    lines.append(f"All have ended after {time_text(placed.hours)}, for {placed.cost:,.2f}; of the experts {made.critical} ends last.")
+    if not placed.exact:
+        lines.append("There were too many placements to look at all; a better one may exist.")
+    lines += advice(made)
+    if equal:
+        lines.append("Budgets with which the experts end together there (in proportion to their speed, the same number of images in all):")
+        lines += [f"  --set experts.{name.removeprefix('expert-')}.train.images={images}" for name, images in plan.equal_hours(made).items()]
+    return "\n".join(lines)
+
+
+def advice(made: Plan) -> list[str]:
+    """What to set so that preemptions cost less; trainings that are told the same share a line."""
+    told: dict[str, list[str]] = {}
+    for one, spot, fit in zip(made.trainings, made.placement.spots, made.fits, strict=True):
+        cloud, train = made.machines[spot.kind].preemption, one.spec.train
+        if fit.checkpoint_images is not None and fit.goodput < plan.ENOUGH and fit.best_goodput > fit.goodput:
+            every = f"every {train.checkpoint_images} images" if train.checkpoint_images else "at the end only"
+            best = f"at Young's interval it is {fit.best_goodput:.0%}: train.checkpoint_images={fit.checkpoint_images}"
+            told.setdefault(f"{fit.goodput:.0%} of the time in steps, with checkpoints {every}; {best}", []).append(one.stage)
+        if fit.loses_nothing and one.spec.resources.preemption != cloud:
+            said = f"counted with preemptions that lose no step, for which their notice must be heeded: resources.preemption={cloud}"
+            told.setdefault(said, []).append(one.stage)
+    experts = [one.stage for one in made.trainings if one.is_expert]
+    if len(experts) > 1:
+        told = {said: ["all experts", *names[len(experts) :]] if names[: len(experts)] == experts else names for said, names in told.items()}
+    return [f"{', '.join(names)}: {said}" for said, names in told.items()]
+
+
+if __name__ == "__main__":
+    sys.exit(main())
