@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shlex
 import sys
@@ -13,7 +14,7 @@ from typing import Any
 from jobs.local_cluster import PROJECT, LocalCluster
 from paris_ray.config import ConfigError, RunConfig
 from paris_ray.progress import clock
-from paris_ray.resources import HERE, ClusterConfig
+from paris_ray.resources import HERE
 from paris_ray.storage import Folder
 
 FIRST_SECONDS, LAST_SECONDS = 1.0, 30.0
@@ -151,17 +152,12 @@ def here(config: RunConfig, where: LocalCluster | str) -> Cluster:
             raise ConfigError(f"--address: {address} wants its token: RAY_AUTH_MODE=token and RAY_AUTH_TOKEN_PATH=FILE in the environment") from error
 
     run_dir = Folder(config.run_dir).uri
-    return Cluster(HERE, connect, run_dir, shlex.quote(sys.executable) if ours else "python", None if ours else _project())
+    return Cluster(HERE, connect, run_dir, shlex.quote(sys.executable) if ours else "python", None if ours else _project(config))
 
 
-def other(name: str, spec: ClusterConfig, run_dir: str) -> Cluster:
-    """A cluster of the config.
-
-    Args:
-        name: its name.
-        spec: how it is reached.
-        run_dir: the run directory as it is seen here.
-    """
+def other(config: RunConfig, name: str) -> Cluster:
+    """One of the config's other clusters."""
+    spec = config.clusters[name]
 
     def connect() -> Any:
         from ray.exceptions import AuthenticationError
@@ -180,15 +176,18 @@ def other(name: str, spec: ClusterConfig, run_dir: str) -> Cluster:
                 "(the file that RAY_AUTH_TOKEN_PATH names on its head)"
             ) from None
 
-    runtime_env = _project() if spec.image is None else {"image_uri": spec.image}
-    return Cluster(name, connect, spec.storage or run_dir, runtime_env=runtime_env)
+    runtime_env = _project(config) if spec.image is None else {"image_uri": spec.image}
+    return Cluster(name, connect, spec.storage or Folder(config.run_dir).uri, runtime_env=runtime_env)
 
 
-def _project() -> dict[str, Any] | None:
-    """For somebody's cluster, which has its own Python and does not see this project's files."""
+def _project(config: RunConfig) -> dict[str, Any] | None:
+    """For somebody's cluster, which has its own Python and does not see this project's files. Tokens that lie among them stay here."""
     if not (PROJECT / "pyproject.toml").exists():
         return None
-    return {"working_dir": str(PROJECT), "excludes": [".git", ".venv", "runs", "tests", "benchmarks", "docs", ".*_cache"]}
+    tokens = [one.token_file for one in config.clusters.values()] + [os.environ.get("RAY_AUTH_TOKEN_PATH")]
+    files = [Path(file).expanduser().resolve() for file in tokens if file]
+    own = [f"/{file.relative_to(PROJECT)}" for file in files if file.is_relative_to(PROJECT)]
+    return {"working_dir": str(PROJECT), "excludes": [".git", ".venv", "runs", "tests", "benchmarks", "docs", ".*_cache", *own]}
 
 
 def _token(name: str, file: str) -> str:

@@ -142,7 +142,7 @@ def make_runner(config: RunConfig, where: LocalCluster | str, **options: Any) ->
         ConfigError: no dashboard answers here, or one of the clusters refuses its token.
     """
     here = clusters.here(config, where)
-    runner = Runner(config, here, [clusters.other(name, spec, here.run_dir) for name, spec in config.clusters.items()], **options)
+    runner = Runner(config, here, [clusters.other(config, name) for name in config.clusters], **options)
     for one in runner.clusters.values():
         one.check()
     return runner

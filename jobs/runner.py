@@ -10,12 +10,11 @@ import contextlib
 import hashlib
 import json
 import re
-import shlex
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
 
 from jobs import cli
+from jobs.attempt import Attempt
 from jobs.board import Board
 from jobs.clusters import AwayError, Cluster
 from jobs.forecast import training_to_go, work
@@ -49,19 +48,6 @@ class ClusterLostError(RuntimeError):
 
 class CostReachedError(RuntimeError):
     """As much money is spent as may be; the trainings have stopped in order."""
-
-
-@dataclass
-class Attempt:
-    """One submitted job."""
-
-    stage: str
-    number: int
-    id: str
-    since: float = field(default_factory=time.time)
-    rebuild: bool = False
-    fallback: bool = False
-    told: bool = False  # that it waits for machines
 
 
 class Runner:
@@ -297,15 +283,12 @@ class Runner:
         with contextlib.suppress(AwayError):
             number = self._next_number(name)
             attempt = Attempt(name, number, f"{self.prefix}-{name}-a{number}", rebuild=name in self.rebuild, fallback=fallback)
-            words = [*module(name), "--config", f"{cluster.run_dir}/{cli.CONFIG}", *arguments]
-            words += ["--set", f"run_dir={cluster.run_dir}"] if cluster.run_dir != self.run_folder.uri else []
-            words += ["--fallback"] if fallback else []
-            words += ["--rebuild", name] if attempt.rebuild else []
+            arguments = [*arguments, *(["--set", f"run_dir={cluster.run_dir}"] if cluster.run_dir != self.run_folder.uri else [])]
             meta = {"run_dir": self.run_folder.uri, "stage": name, "attempt": str(number), "config": self._fingerprint(name)}
             try:
                 cluster.call(
                     "submit_job",
-                    entrypoint=f"{cluster.python} -m {shlex.join(words)}",
+                    entrypoint=f"{cluster.python} -m {attempt.command(f'{cluster.run_dir}/{cli.CONFIG}', arguments)}",
                     submission_id=attempt.id,
                     metadata={**meta, "fallback": "yes"} if fallback else meta,
                     entrypoint_num_cpus=0,
@@ -416,12 +399,3 @@ class Runner:
 
     def _fingerprint(self, name: str) -> str:
         return fingerprint(json.loads(json.dumps([stages.config_part(self.config, part) for part in cli.parts(self.config, name)])))
-
-
-def module(name: str) -> list[str]:
-    """The job script of a stage with its own arguments."""
-    if name.startswith("expert-"):
-        return ["jobs.train_expert", "--expert", name.removeprefix("expert-")]
-    if name == stages.CONTROL_ROUTER:
-        return ["jobs.train_router", "--control"]
-    return ["jobs.train_router"] if name == "router" else [f"jobs.{name}"]

@@ -17,7 +17,7 @@ import yaml
 from pydantic import BaseModel, Field, model_validator
 
 from paris_ray.presets import PRESETS
-from paris_ray.resources import HERE, ClusterConfig, Resources
+from paris_ray.resources import HERE, SECRET, ClusterConfig, Resources
 from paris_ray.strict import ConfigError, Strict
 
 # -- data ---------------------------------------------------------------------------------------------------------------
@@ -666,6 +666,8 @@ def _explain(error: pydantic.ValidationError) -> str:
             lines.append(f"{key}: required and not given.")
         elif item["type"] == "too_short" and len(item["input"]) >= item["ctx"]["min_length"]:
             continue  # pydantic counts the valid items only; what is wrong with the others has lines of its own
+        elif item["type"] == SECRET:
+            lines.append(f"{key}: {item['msg']}")
         else:
             value = repr(item["input"])
             shown = value if len(value) < 80 else value[:77] + "…"

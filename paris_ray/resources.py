@@ -7,11 +7,15 @@ import urllib.parse
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
+from pydantic_core import PydanticCustomError
 
 from paris_ray.strict import Strict
 
 HERE = "here"
 """The name of the cluster in which all stages run but the experts that say otherwise."""
+
+SECRET = "secret"
+"""Type of the errors whose value nobody should see."""
 
 
 class Machine(Strict):
@@ -80,7 +84,7 @@ class ClusterConfig(Strict):
     def _url(cls, value: str) -> str:
         parts = urllib.parse.urlsplit(value)
         if parts.username is not None or parts.password is not None:
-            raise ValueError("it holds a user's name or password, which would be written into the run; name a token_file instead")
+            raise PydanticCustomError(SECRET, "it holds a user's name or password, which would be written into the run; name a token_file instead")
         if parts.scheme not in ("http", "https") or not parts.hostname:
             raise ValueError("it must be the URL of a Ray dashboard: http://HOST:8265, or https://…")
         return value.rstrip("/")

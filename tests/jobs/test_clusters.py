@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 import threading
 import time
+import zipfile
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 from fabricated_cluster import FakeClient, on, publish, tiny
+from ray._private.runtime_env.packaging import create_package
 
 from jobs import cli, clusters, run_all, runner
 from jobs.clusters import AwayError
@@ -282,7 +284,25 @@ def cluster(server, tmp_path, token=None):
     (tmp_path / "token").write_text(token or "")
     spec = {"address": f"http://127.0.0.1:{server.server_port}", **({"token_file": str(tmp_path / "token")} if token is not None else {})}
     config = configs.load("tiny", [f"clusters.eu={json.dumps(spec)}"])
-    return clusters.other("eu", config.clusters["eu"], "/run")
+    return clusters.other(config, "eu")
+
+
+def test_what_is_sent_along_holds_no_token(tmp_path, monkeypatch):
+    (tmp_path / "pyproject.toml").touch()
+    (tmp_path / "secrets").mkdir()
+    for name in ("jobs.py", "secrets/eu", "secrets/us"):
+        (tmp_path / name).write_text(name)
+    monkeypatch.setattr(clusters, "PROJECT", tmp_path)
+    both = {name: {"address": "http://h:1", "token_file": f"{tmp_path}/secrets/{name}"} for name in ("eu", "us")}
+    sent = clusters.other(configs.load("tiny", [f"clusters={json.dumps(both)}"]), "eu").runtime_env
+    create_package(str(tmp_path), tmp_path / "out.zip", include_gitignore=True, excludes=[*sent["excludes"], "/out.zip"])
+    with zipfile.ZipFile(tmp_path / "out.zip") as package:
+        assert [name for name in package.namelist() if not name.endswith("/")] == ["jobs.py", "pyproject.toml"]
+
+
+def test_with_an_image_nothing_is_sent_along():
+    config = configs.load("tiny", ["clusters.eu={address: 'http://h:1', image: example.org/paris}"])
+    assert clusters.other(config, "eu").runtime_env == {"image_uri": "example.org/paris"}
 
 
 def test_a_cluster_gets_its_own_token_and_no_other(dashboard, tmp_path, monkeypatch):
