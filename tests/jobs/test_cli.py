@@ -63,7 +63,11 @@ def test_another_cluster_leaves_the_config_to_who_follows_the_run(tmp_path):
     assert (tmp_path / "here/config.yaml").read_text() == before
     # The owner may change it.
     cli.write_config(tiny(tmp_path / "here", eu, "max_parallel=1"))
-    assert (tmp_path / "here/config.yaml").read_text() != before
+    changed = (tmp_path / "here/config.yaml").read_text()
+    assert changed != before
+    # Also where that cluster sees the run as it is seen here.
+    cli.write_config(tiny(tmp_path / "here", f"clusters.eu={{address: 'http://h:1', storage: {tmp_path}/here}}"))
+    assert (tmp_path / "here/config.yaml").read_text() != changed
 
 
 def test_missing_folder_of_images(capsys, tmp_path):

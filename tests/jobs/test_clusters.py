@@ -59,9 +59,12 @@ def away(client, monkeypatch, error=None):
     return patch.undo
 
 
-def test_each_expert_goes_to_its_own_cluster(tmp_path):
-    both = Both(tmp_path, "max_parallel=1")
-    assert both.run()
+def test_each_expert_goes_to_its_own_cluster(tmp_path, monkeypatch):
+    both, at_once = Both(tmp_path, "max_parallel=1"), []
+    one = both.runner()
+    monkeypatch.setattr(one.board, "show", lambda done, total, running, *_: at_once.append(sum(map(stages.trains, running))))
+    assert one.run(stages.names(both.config))
+    assert max(at_once) == 2  # one in each
     assert sorted(both.eu.order) == ["expert-1", "expert-2"]
     assert sorted(both.here.order) == sorted({*stages.names(both.config)} - {"expert-1", "expert-2"})
     assert (both.here.most_training, both.eu.most_training) == (1, 1)
