@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 import shlex
@@ -23,6 +24,9 @@ SAY_SECONDS = 5.0
 """For how long it may not answer before that is worth a line."""
 TIMEOUT_SECONDS = (10.0, 60.0)
 """For a connection, and for each part of an answer; Ray's own client waits for ever."""
+
+QUIET = ("ray.dashboard.modules.dashboard_sdk", "ray._private.runtime_env")
+"""Loggers that would say of each job which files are sent along."""
 
 
 class AwayError(RuntimeError):
@@ -211,6 +215,8 @@ def _client(address: str, headers: dict[str, Any] | None = None) -> Any:
             # Not its own __init__, which takes another address when RAY_ADDRESS names one.
             SubmissionClient.__init__(self, address, headers=headers)
             self._check_connection_and_version("2.2", "Ray 2.2 or later is needed there.")
+            for name in QUIET:
+                logging.getLogger(name).setLevel(logging.ERROR)
 
         def _do_request(self, *args: Any, **options: Any) -> Any:
             return super()._do_request(*args, timeout=TIMEOUT_SECONDS, **options)
