@@ -18,7 +18,7 @@ from paris_ray.progress import clock
 from paris_ray.resources import HERE
 from paris_ray.storage import Folder
 
-FIRST_SECONDS, LAST_SECONDS = 1.0, 30.0
+FIRST_SECONDS, LAST_SECONDS = 1.0, 15.0
 """After how long a cluster that does not answer is asked again: at first, and at last; twice as long each time."""
 SAY_SECONDS = 5.0
 """For how long it may not answer before that is worth a line."""

@@ -337,7 +337,7 @@ class Runner:
         """Account for an ended job; whether its stage is valid now."""
         attempt, cluster = self.running[name], self._cluster(name)
         try:
-            text = "" if status == LOST else self._save_log(attempt)
+            text = self._save_log(attempt)
             info = None if status == LOST else cluster.call("get_job_info", attempt.id)
         except AwayError:
             return False  # asked again when it is back

@@ -85,6 +85,8 @@ class FakeClient:
         return self.jobs[submission_id]
 
     def get_job_logs(self, submission_id: str) -> str:
+        if submission_id not in self.jobs:
+            raise RuntimeError(f"Request failed with status code 404: Job {submission_id} does not exist.")
         return "".join(f"{submission_id} line {n}\n" for n in range(50))
 
     def list_jobs(self) -> list[SimpleNamespace]:

@@ -140,6 +140,7 @@ def test_a_head_that_was_started_anew_costs_no_retry(tmp_path, monkeypatch, caps
     assert both.run()
     assert sorted(both.eu.order) == ["expert-1", "expert-1", "expert-2", "expert-2"]
     assert "the cluster eu no longer knows" in capsys.readouterr().out
+    assert sorted(job.rsplit("-", 1)[1] for job in both.eu.jobs) == ["a2", "a2"]
 
 
 def test_an_expert_that_moves_leaves_nothing_behind(tmp_path, capsys):
