@@ -91,16 +91,11 @@ def load(args: argparse.Namespace, stages_named: Sequence[str] = ()) -> RunConfi
         Routing.parse(config.sampling.routing, config.num_experts)
     except ValueError as error:
         raise ConfigError(f"sampling.{error}") from None
+    for cluster in tree["clusters"].values():
+        if file := cluster["token_file"]:
+            cluster["token_file"] = os.path.abspath(os.path.expanduser(file))
     data = tree["data"]
-    tokens = [(cluster, "token_file") for cluster in tree["clusters"].values()]
-    named = [
-        *tokens,
-        (data["source"], "uri"),
-        (data["source"], "images"),
-        (data["codec"], "source"),
-        (data["text"], "source"),
-        (data["embedding"], "weights"),
-    ]
+    named = [(data["source"], "uri"), (data["source"], "images"), (data["codec"], "source"), (data["text"], "source"), (data["embedding"], "weights")]
     for part, key in [*named, *((expert, "init_from") for expert in (tree["expert"], *tree["experts"]))]:
         value = part.get(key)
         if value and "://" not in value and os.path.exists(os.path.expanduser(value)):
