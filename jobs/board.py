@@ -6,12 +6,13 @@ import shutil
 import sys
 import textwrap
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from paris_ray import stages
 from paris_ray.progress import clock
 from paris_ray.storage import Folder
+from paris_ray.training.machines import QUEUED
 
 LINE_SECONDS = 10.0
 TABLE_SECONDS = 2.0
@@ -40,7 +41,14 @@ class Board:
         self._wipe()
         print(f"[{clock(time.monotonic() - self.began)}] {text}", flush=True)
 
-    def show(self, done: int, total: int, running: Mapping[str, float], to_go: Callable[[Events], float | None] = lambda events: None) -> None:
+    def show(
+        self,
+        done: int,
+        total: int,
+        running: Mapping[str, float],
+        to_go: Callable[[Events], float | None] = lambda events: None,
+        notes: Sequence[str] = (),
+    ) -> None:
         """Show where the running stages are, at most every few seconds.
 
         Args:
@@ -48,14 +56,15 @@ class Board:
             total: all stages.
             running: since when (unix time) each runs; older events belong to an earlier attempt.
             to_go: seconds of training left, from the running stages' events; ``None`` while unknown.
+            notes: what else is to be said.
         """
         now = time.monotonic()
         if now - self._shown < (TABLE_SECONDS if self.terminal else LINE_SECONDS):
             return
         self._shown = now
-        events: Events = {name: self._event(name, since) for name, since in running.items()}
+        events: Events = {name: self.event(name, since) for name, since in running.items()}
         left = to_go(events)
-        head = f"{done} of {total} stages done" + (f", about {clock(left)} of training to go" if left is not None else "")
+        head = ", ".join([f"{done} of {total} stages done", *([f"about {clock(left)} of training to go"] if left is not None else []), *notes])
         parts = [(name, describe(name, event, time.time() - running[name])) for name, event in events.items()]
         if not self.terminal:
             self.say(" | ".join([head, *(f"{name} {text}" for name, text in parts)]))
@@ -66,18 +75,19 @@ class Board:
         print("\n".join(lines), flush=True)
         self._drawn = len(lines)
 
-    def _wipe(self) -> None:
-        if self._drawn:
-            # Up to the table's first line, and clear from there.
-            print(f"\x1b[{self._drawn}F\x1b[J", end="")
-            self._drawn = 0
-
-    def _event(self, name: str, since: float) -> Mapping[str, Any] | None:
+    def event(self, name: str, since: float) -> Mapping[str, Any] | None:
+        """The last event of a stage; ``None`` while the attempt that runs since then has said nothing."""
         try:
             event = dict(self.events.read_json(f"{name}.json"))
         except (OSError, ValueError):
             return None
         return event if event["updated"] >= since and event["state"] != "starting" else None
+
+    def _wipe(self) -> None:
+        if self._drawn:
+            # Up to the table's first line, and clear from there.
+            print(f"\x1b[{self._drawn}F\x1b[J", end="")
+            self._drawn = 0
 
 
 def table(head: str, parts: list[tuple[str, str]], width: int) -> list[str]:
@@ -99,6 +109,8 @@ def describe(name: str, event: Mapping[str, Any] | None, seconds: float) -> str:
     if event is None:
         why = " (Ray Train takes 15–30 s, once what the stage asks for is free)" if stages.trains(name) else ""
         return f"starting for {clock(seconds)}{why}"
+    if event["state"] == QUEUED:
+        return str(event["message"])
     share = f" ({100 * event['done'] / event['total']:.0f} %)" if event["total"] else ""
     of = f"/{event['total']}" if event["total"] else ""
     parts = [f"{event['done']}{of} {event['unit']}{share}"]

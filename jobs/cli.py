@@ -10,6 +10,8 @@ import signal
 import sys
 from collections.abc import Callable, Sequence
 
+import yaml
+
 from paris_ray import config as configs
 from paris_ray import stages
 from paris_ray.config import ConfigError, RunConfig
@@ -20,6 +22,10 @@ from paris_ray.storage import Folder
 
 CONFIG = "config.yaml"
 USER_ERROR = 2
+STOPPED = 3
+"""Exit code of what ended in order before it was done, because somebody asked or a limit was reached."""
+LOCK_SECONDS = 60.0
+"""How long a job waits for another that writes the same stage: one whose cluster has just died may take so long to notice."""
 
 Action = Callable[[RunConfig, argparse.Namespace], int | None]
 """What a job does; returns its exit code, ``None`` for 0."""
@@ -49,7 +55,7 @@ def run(parser: argparse.ArgumentParser, action: Action, argv: Sequence[str] | N
             return 0
         check_parents(config, name)
         write_config(config, args.rebuild)
-        with Lock(stages.folder(config, name), f"the stage {name}"):
+        with Lock(stages.folder(config, name), f"the stage {name}", wait=LOCK_SECONDS):
             if name in args.rebuild:
                 clear(config, name)
             return action(config, args) or 0
@@ -85,6 +91,9 @@ def load(args: argparse.Namespace, stages_named: Sequence[str] = ()) -> RunConfi
         Routing.parse(config.sampling.routing, config.num_experts)
     except ValueError as error:
         raise ConfigError(f"sampling.{error}") from None
+    for cluster in tree["clusters"].values():
+        if file := cluster["token_file"]:
+            cluster["token_file"] = os.path.abspath(os.path.expanduser(file))
     data = tree["data"]
     named = [(data["source"], "uri"), (data["source"], "images"), (data["codec"], "source"), (data["text"], "source"), (data["embedding"], "weights")]
     for part, key in [*named, *((expert, "init_from") for expert in (tree["expert"], *tree["experts"], tree["router"]))]:
@@ -100,6 +109,37 @@ def load(args: argparse.Namespace, stages_named: Sequence[str] = ()) -> RunConfi
         if name not in allowed:
             raise ConfigError(f"{name!r} is not a stage of this run; its stages are {', '.join(allowed)}")
     return config
+
+
+def train(name: str, args: argparse.Namespace, config: RunConfig, action: Callable[[RunConfig], object]) -> int:
+    """The body of a job that trains: connect, train, say why not; returns the exit code.
+
+    Args:
+        name: the stage.
+        args: with ``fallback``, see :func:`add_fallback`.
+        config: the run's.
+        action: the training.
+    """
+    from paris_ray.training.launch import TrainingError
+    from paris_ray.training.stopping import StoppedError
+
+    if args.fallback:
+        config = config.on_fallback(name)
+    connect()
+    try:
+        action(config)
+    except TrainingError as error:
+        print(error, file=sys.stderr)
+        return USER_ERROR  # another try would end the same
+    except StoppedError as error:
+        print(error, file=sys.stderr)
+        return STOPPED
+    return 0
+
+
+def add_fallback(parser: argparse.ArgumentParser) -> None:
+    """The argument of jobs that train."""
+    parser.add_argument("--fallback", action="store_true", help="ask for the machine under resources.fallback")
 
 
 def check_source(config: RunConfig) -> None:
@@ -191,12 +231,15 @@ def refused(config: RunConfig, rebuild: Sequence[str] = ()) -> dict[str, Status]
 def write_config(config: RunConfig, rebuild: Sequence[str] = ()) -> None:
     """Write ``RUN/config.yaml``; one that says something else is replaced only when no stage was made from what differs.
 
+    In another cluster, which sees the run under another name, it is left as it is.
+
     Raises:
         StaleError: a stage was; the message lists which and what.
     """
     run, text = Folder(config.run_dir), configs.dump(config).encode()
     try:
-        if run.read_bytes(CONFIG) == text:
+        found = run.read_bytes(CONFIG)
+        if found == text or (run.uri in [one.storage for one in config.clusters.values()] and yaml.safe_load(found)["run_dir"] != run.uri):
             return
     except FileNotFoundError:
         pass

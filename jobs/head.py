@@ -20,6 +20,7 @@ def main(argv: list[str]) -> int:
     """Start the node that ``argv[0]`` (a JSON file) describes, write its addresses beside it, and keep it up until SIGTERM."""
     from ray._private.node import Node
     from ray._private.parameter import RayParams
+    from ray._private.utils import write_ray_address
 
     spec = Path(argv[0])
     wanted = json.loads(spec.read_text())
@@ -30,7 +31,7 @@ def main(argv: list[str]) -> int:
         # Port 0: the system chooses, so two clusters never meet. The agents' are chosen here, see announce.
         gcs_server_port=0,
         dashboard_host="127.0.0.1",
-        dashboard_port=0,
+        dashboard_port=wanted["port"],
         dashboard_agent_listen_port=ports[0],
         metrics_agent_port=ports[1],
         metrics_export_port=ports[2],
@@ -46,6 +47,8 @@ def main(argv: list[str]) -> int:
     )
     threading.Thread(target=announce, args=(spec.parent / "ray", ports[0]), daemon=True).start()
     node = Node(params, head=True, shutdown_at_exit=True, spawn_reaper=True)
+    # Where jobs learn it; without the file they would be told the address of any Ray on this machine.
+    write_ray_address(node.gcs_address, params.temp_dir)
 
     def stop(*_: object) -> None:
         # The exit hook of Node ends what it started.

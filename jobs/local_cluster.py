@@ -47,12 +47,13 @@ class LocalCluster:
         folder: local folder of the state file, as a rule the run directory.
         num_cpus: CPUs that Ray may hand out; ``None`` takes the machine's, at least two.
         object_store_bytes: shared memory for objects.
+        port: of the dashboard; 0 takes a free one.
     """
 
-    def __init__(self, folder: str | os.PathLike[str], num_cpus: int | None = None, object_store_bytes: int = 512 << 20):
+    def __init__(self, folder: str | os.PathLike[str], num_cpus: int | None = None, object_store_bytes: int = 512 << 20, port: int = 0):
         self.folder = Path(folder).absolute()
         self.num_cpus = num_cpus or max(2, os.cpu_count() or 2)
-        self.object_store_bytes = object_store_bytes
+        self.object_store_bytes, self.port = object_store_bytes, port
         self.state: dict[str, Any] = {}
 
     # -- what clients need --------------------------------------------------------------------------------------
@@ -140,7 +141,8 @@ class LocalCluster:
         token = self.temp_dir / "token"
         token.touch(mode=0o600)
         token.write_text(secrets.token_hex(32))
-        (self.temp_dir / "head.json").write_text(json.dumps({"num_cpus": self.num_cpus, "object_store_bytes": self.object_store_bytes}))
+        wanted = {"num_cpus": self.num_cpus, "object_store_bytes": self.object_store_bytes, "port": self.port}
+        (self.temp_dir / "head.json").write_text(json.dumps(wanted))
         self._save()
         try:
             with open(self.temp_dir / "head.log", "wb") as log:

@@ -3,23 +3,22 @@
 python -m jobs.run_all --config demo
 python -m jobs.run_all --config RUN/config.yaml --address http://head:8265
 
-Without an address a Ray cluster is started on this machine for as long as the run takes. The same command again skips what is done, follows what is
-running and resumes what was cut off.
+Without an address a Ray cluster is started on this machine for as long as the run takes. Experts whose `cluster` is one of the config's `clusters`
+are trained there. The same command again skips what is done, follows what is running in any of them, and resumes what was cut off.
 """
 
 from __future__ import annotations
 
 import argparse
 import os
-import shlex
 import sys
 from collections.abc import Sequence
 from contextlib import ExitStack
 from typing import Any
 
-from jobs import cli
-from jobs.local_cluster import PROJECT, ClusterError, LocalCluster, exit_on_signals
-from jobs.runner import ClusterLostError, Runner
+from jobs import cli, clusters
+from jobs.local_cluster import ClusterError, LocalCluster, exit_on_signals
+from jobs.runner import ClusterLostError, CostReachedError, Runner
 from paris_ray import config as configs
 from paris_ray import stages
 from paris_ray.config import ConfigError, RunConfig
@@ -30,17 +29,25 @@ INTERRUPTED = 130
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run it; returns the exit code: 0 all valid, 1 something failed, 2 wrong input, 130 interrupted."""
+    """Run it; returns the exit code: 0 all valid, 1 something failed, 2 wrong input, 3 ``--max-cost`` is spent, 130 interrupted."""
     parser = argparse.ArgumentParser(prog="run_all", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     configs.add_arguments(parser)
     parser.add_argument("--address", help="URL of a Ray dashboard, http://HOST:8265; default: a cluster of our own on this machine")
     parser.add_argument("--retries", type=int, default=1, metavar="N", help="how often a failed job is tried again (default 1)")
+    parser.add_argument(
+        "--max-cost",
+        type=float,
+        metavar="MONEY",
+        help="when the run's trainings have cost so much, by resources.price_per_hour, stop them, with checkpoints",
+    )
     parser.add_argument("--detach", action="store_true", help="on Ctrl-C leave the jobs running; the same command follows them again")
     args = parser.parse_args(argv)
     exit_on_signals()
     try:
         config = cli.load(args)
         check_source(config, args.rebuild)
+        if args.max_cost is not None:
+            check_prices(config)
         if args.dry_run:
             cli.print_plan(config)
             return 0
@@ -55,6 +62,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (ClusterError, ClusterLostError) as error:
         print(f"{parser.prog}: {error}", file=sys.stderr)
         return 1
+    except CostReachedError as error:
+        print(f"{parser.prog}: {error}", file=sys.stderr)
+        return cli.STOPPED
     except KeyboardInterrupt:
         return INTERRUPTED
 
@@ -67,7 +77,7 @@ def _run(config: RunConfig, args: argparse.Namespace) -> int:
             cluster = LocalCluster.find(folder) or LocalCluster(folder).start()
             if cluster.ours:
                 stack.callback(cluster.stop)
-        runner = make_runner(config, cluster or args.address, retries=args.retries, rebuild=args.rebuild)
+        runner = make_runner(config, cluster or args.address, retries=args.retries, rebuild=args.rebuild, max_cost=args.max_cost)
         try:
             if not follow(runner, stages.names(config), detach=args.detach):
                 return 1
@@ -83,6 +93,15 @@ def check_source(config: RunConfig, rebuild: Sequence[str] = ()) -> None:
     """Raise ConfigError when the folder of images is not there and has yet to be read."""
     if "embed" in rebuild or cli.status(config, "embed").state != "valid":
         cli.check_source(config)
+
+
+def check_prices(config: RunConfig) -> None:
+    """Raise ConfigError when something trains whose price is not known."""
+    parts = [*((f"experts.{k}", one) for k, one in enumerate(config.experts)), ("router", config.router)]
+    if unknown := [f"{name}.resources.price_per_hour" for name, one in parts if one.resources.price_per_hour is None]:
+        raise ConfigError(
+            f"--max-cost: what {', '.join(unknown)} is must be known, 0 for machines of your own; --set expert.resources.price_per_hour=…"
+        )
 
 
 def prepare(config: RunConfig, rebuild: Sequence[str] = ()) -> None:
@@ -117,25 +136,16 @@ def local_folder(config: RunConfig) -> str:
 
 
 def make_runner(config: RunConfig, where: LocalCluster | str, **options: Any) -> Runner:
-    """A runner on our own cluster, or on the one whose dashboard is at a URL."""
-    if isinstance(where, LocalCluster):
-        where.use()
-    elif (PROJECT / "pyproject.toml").exists():
-        # Somebody's cluster: it has its own Python and does not see this project's files.
-        options["runtime_env"] = {"working_dir": str(PROJECT), "excludes": [".git", ".venv", "runs", "tests", "benchmarks", "docs", ".*_cache"]}
-    from ray.exceptions import AuthenticationError
-    from ray.job_submission import JobSubmissionClient
+    """A runner on our own cluster, or on the one whose dashboard is at a URL, and on the clusters that the config names.
 
-    address = where.address if isinstance(where, LocalCluster) else where
-    try:
-        client = JobSubmissionClient(address)
-    except AuthenticationError as error:
-        raise ConfigError(f"--address: {address} wants its token: RAY_AUTH_MODE=token and RAY_AUTH_TOKEN_PATH=FILE in the environment") from error
-    except (ConnectionError, RuntimeError) as error:
-        raise ConfigError(f"--address: no Ray dashboard answers at {address} ({error}); give the URL that `ray start` printed") from error
-    # Where more than one Ray runs on a machine, a job is told the address of any of them; ours is said again.
-    python = f"RAY_ADDRESS={where.gcs} {shlex.quote(sys.executable)}" if isinstance(where, LocalCluster) else "python"
-    return Runner(config, client, python=python, **options)
+    Raises:
+        ConfigError: no dashboard answers here, or one of the clusters refuses its token.
+    """
+    here = clusters.here(config, where)
+    runner = Runner(config, here, [clusters.other(config, name) for name in config.clusters], **options)
+    for one in runner.clusters.values():
+        one.check()
+    return runner
 
 
 def follow(runner: Runner, names: Sequence[str], arguments: dict[str, Sequence[str]] | None = None, detach: bool = False) -> bool:

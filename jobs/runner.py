@@ -1,78 +1,82 @@
-"""Walks the stages of a run: a Ray job each, several at a time, followed to their end. Keeps nothing in memory that a restart would need.
+"""Walks the stages of a run: a Ray job each, several at a time, in one cluster or several, followed to their end. Keeps nothing in memory that a
+restart would need.
 
-What is done stands in the manifests, what is running in the cluster's list of jobs, so the same command picks up where another died.
+What is done stands in the manifests, what is running in the clusters' lists of jobs, so the same command picks up where another died.
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import re
-import shlex
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any
 
 from jobs import cli
+from jobs.attempt import Attempt
 from jobs.board import Board
+from jobs.clusters import AwayError, Cluster
 from jobs.forecast import training_to_go, work
 from paris_ray import stages
 from paris_ray.config import RunConfig
 from paris_ray.manifest import fingerprint
 from paris_ray.progress import clock
+from paris_ray.resources import HERE
 from paris_ray.storage import Folder
+from paris_ray.training import stopping
+from paris_ray.training.machines import QUEUED, bill, wants
+from paris_ray.training.worker import resources
 
 POLL_SECONDS = 1.0
+LOOK_SECONDS = 5.0
+"""How often the events of trainings are looked at for what they wait for and what they have cost."""
 LOST_SECONDS = 60.0
-"""How long a cluster may not answer before it counts as gone."""
+"""How long the cluster here may not answer before it counts as gone."""
 LOG_LINES = 30
 STOP_SECONDS = 20.0
+CHECKPOINT_SECONDS = 600.0
+"""How long a training that is asked to stop may take for its checkpoint."""
 ENDED = ("SUCCEEDED", "FAILED", "STOPPED")
+LOST = "LOST"
+"""Of a job that its cluster no longer knows, because its head was started anew."""
 
 
 class ClusterLostError(RuntimeError):
-    """The cluster no longer answers."""
+    """The cluster here no longer answers."""
 
 
-@dataclass
-class Attempt:
-    """One submitted job."""
-
-    stage: str
-    number: int
-    id: str
-    since: float = field(default_factory=time.time)
-    rebuild: bool = False
+class CostReachedError(RuntimeError):
+    """As much money is spent as may be; the trainings have stopped in order."""
 
 
 class Runner:
-    """Runs stages of one config on one cluster.
+    """Runs stages of one config.
 
     Args:
         config: the run's; ``RUN/config.yaml`` holds the same.
-        client: a ``ray.job_submission.JobSubmissionClient``.
-        python: what starts Python in an entrypoint: an interpreter, with variables before it where needed.
-        runtime_env: for a cluster that does not see this project: ``working_dir`` and so on.
+        here: the cluster of all stages but the experts that the config has elsewhere.
+        others: the clusters that the config names.
         retries: how often a failed job is submitted again.
         rebuild: stages to delete and make anew.
         on_done: called with each stage that becomes valid.
         planned: all stages that the caller will run, in this walk or a later one, for the count on the board; ``None`` for the run's own.
+        max_cost: money after which the trainings are asked to stop.
     """
 
     def __init__(
         self,
         config: RunConfig,
-        client: Any,
-        python: str = "python",
-        runtime_env: dict[str, Any] | None = None,
+        here: Cluster,
+        others: Sequence[Cluster] = (),
         retries: int = 1,
         rebuild: Sequence[str] = (),
         on_done: Callable[[str], None] | None = None,
         planned: Sequence[str] | None = None,
+        max_cost: float | None = None,
     ):
-        self.config, self.client, self.python = config, client, python
-        self.runtime_env, self.retries, self.rebuild, self.on_done = runtime_env, retries, set(rebuild), on_done
+        self.config, self.retries, self.rebuild, self.on_done, self.max_cost = config, retries, set(rebuild), on_done, max_cost
+        self.clusters = {one.name: one for one in (here, *others)}
         self.run_folder = Folder(config.run_dir)
         self.events = self.run_folder / "events"
         self.logs = self.events / "logs"
@@ -82,6 +86,13 @@ class Runner:
         self.seconds: dict[str, float] = {}
         self.planned = stages.names(config) if planned is None else planned
         self.board = Board(self.events)
+        for one in self.clusters.values():
+            one.say = self._say
+        self._met: dict[str, int] = {}  # after which of its losses each cluster's jobs have been looked at
+        self._looked = 0.0
+
+    def _say(self, text: str) -> None:
+        self.board.say(text)
 
     # -- the walk -----------------------------------------------------------------------------------------------
 
@@ -96,21 +107,24 @@ class Runner:
             whether all are; what failed has been printed.
 
         Raises:
-            ClusterLostError: the cluster is gone.
+            ClusterLostError: the cluster here is gone. Another that does not answer is asked again for as long as it takes.
+            CostReachedError: ``max_cost`` is spent.
         """
         arguments = arguments or {}
         every = {*stages.names(self.config), *self.planned, *names}
         done = {name for name in every if name not in self.rebuild and cli.status(self.config, name).state == "valid"}
         todo = [name for name in names if name not in done]
         failed: list[str] = []
-        self.adopt(todo)
+        self._met.clear()
         while True:
-            for name in self._ended():
-                if self._settle(name):
+            self._meet(todo)
+            for name, status in self._ended().items():
+                if self._settle(name, status):
                     todo.remove(name)
                     done.add(name)
                     if self.on_done:
                         self.on_done(name)
+            self._look(todo, arguments)
             for name in self._ready(todo, done):
                 self._submit(name, arguments.get(name, ()))
             for name in self._given_up(todo):
@@ -119,7 +133,7 @@ class Runner:
             if not self.running and not self._ready(todo, done):
                 break
             running = {name: one.since for name, one in self.running.items()}
-            self.board.show(len(done), len(every), running, lambda events: training_to_go(self.config, todo, events))
+            self.board.show(len(done), len(every), running, lambda events: training_to_go(self.config, todo, events), self._notes())
             time.sleep(POLL_SECONDS)
         for name in failed:
             self.board.say(f"{name}: failed; its logs are in {self.logs.uri}/{name}-a*.log")
@@ -127,99 +141,221 @@ class Runner:
             self.board.say(f"not started, because what they need failed: {', '.join(todo)}")
         return not failed and not todo
 
-    def adopt(self, todo: Sequence[str]) -> None:
-        """Take over this run's jobs that already run on the cluster; end those that were submitted with another config."""
-        for job in self._call(self.client.list_jobs):
+    def stop(self, names: Sequence[str] | None = None) -> None:
+        """End the jobs of some stages that run, or of all."""
+        attempts = [self.running.pop(name) for name in (list(self.running) if names is None else names)]
+        for attempt in attempts:
+            self.board.say(f"{attempt.stage}: stopping")
+            with contextlib.suppress(AwayError):
+                self._cluster(attempt.stage).call("stop_job", attempt.id)
+        for attempt in attempts:
+            cluster = self._cluster(attempt.stage)
+            try:
+                self._end(cluster, attempt.id)
+                self._save_log(attempt)
+            except AwayError:
+                self.board.say(f"{attempt.stage}: {cluster.label} does not answer, so {attempt.id} may go on there")
+
+    # -- the clusters -------------------------------------------------------------------------------------------
+
+    def _cluster(self, name: str) -> Cluster:
+        """Where a stage runs."""
+        return self.clusters[self.config.cluster_of(name)]
+
+    def _meet(self, todo: Sequence[str]) -> None:
+        """Learn what runs in each cluster, now or as soon as it answers again."""
+        for name, cluster in self.clusters.items():
+            if not self._known(cluster):
+                with contextlib.suppress(AwayError):
+                    losses = cluster.losses
+                    self._adopt(cluster, todo)
+                    self._met[name] = losses
+        here = self.clusters[HERE]
+        if here.away > LOST_SECONDS:
+            raise ClusterLostError(f"the cluster has not answered for {LOST_SECONDS:.0f} s ({here.why})")
+
+    def _known(self, cluster: Cluster) -> bool:
+        """Whether it answers, and what runs there has been looked at since it last did not."""
+        return cluster.answers and self._met.get(cluster.name) == cluster.losses
+
+    def _adopt(self, cluster: Cluster, todo: Sequence[str]) -> None:
+        """Take over this run's jobs that already run in a cluster; end those that were submitted with another config."""
+        for job in cluster.call("list_jobs"):
             meta = job.metadata or {}
             if meta.get("run_dir") != self.run_folder.uri or job.submission_id is None or job.status in ENDED:
                 continue
             name = meta["stage"]
             if name not in (*stages.names(self.config), "evaluate"):
-                self.board.say(f"{name}: {job.submission_id} is of a stage that this config does not have, ending it")
-                self._end(job.submission_id)
+                why = "is of a stage that this config does not have"
             elif name in self.rebuild:
-                self.board.say(f"{name}: ending {job.submission_id}, it is to be made anew")
-                self._end(job.submission_id)
-            elif name in todo and meta["config"] == self._fingerprint(name) and name not in self.running:
-                number = int(meta["attempt"])
-                self.running[name] = Attempt(name, number, job.submission_id, (job.start_time or time.time() * 1000) / 1000)
-                self.board.say(f"{name}: already running as {job.submission_id}, following it")
+                why = "is to be made anew"
+            elif self.config.cluster_of(name) != cluster.name:
+                why = f"runs in {cluster.label}, and the config now has it in {self._cluster(name).label}"
             elif meta["config"] != self._fingerprint(name):
-                self.board.say(f"{name}: {job.submission_id} was submitted with another config, ending it")
-                self._end(job.submission_id)
+                why = "was submitted with another config"
+            else:
+                if name in todo and name not in self.running:
+                    since = (job.start_time or time.time() * 1000) / 1000
+                    self.running[name] = Attempt(name, int(meta["attempt"]), job.submission_id, since, fallback=meta.get("fallback") == "yes")
+                    self.board.say(f"{name}: already running as {job.submission_id}{self._at(name)}, following it")
+                continue
+            self.board.say(f"{name}: {job.submission_id} {why}, ending it")
+            self._end(cluster, job.submission_id)
 
-    def stop(self) -> None:
-        """End the jobs that run."""
-        for attempt in self.running.values():
-            self.board.say(f"{attempt.stage}: stopping")
-            self._call(self.client.stop_job, attempt.id)
-        for attempt in self.running.values():
-            self._end(attempt.id)
+    def _at(self, name: str) -> str:
+        """For people: where, if not here."""
+        return "" if self.config.cluster_of(name) == HERE else f" in {self.config.cluster_of(name)}"
+
+    def _notes(self) -> list[str]:
+        """What is worth saying all the time: the clusters that do not answer."""
+        return [f"{one.label} has not answered for {clock(one.away)}" for one in self.clusters.values() if not one.answers]
+
+    # -- waiting, and money -------------------------------------------------------------------------------------
+
+    def _look(self, todo: Sequence[str], arguments: Mapping[str, Sequence[str]]) -> None:
+        """See now and then which trainings have no room, and what all have cost."""
+        if time.monotonic() - self._looked < LOOK_SECONDS:
+            return
+        self._looked = time.monotonic()
+        if self.max_cost is not None and any(map(stages.trains, todo)) and (spent := self.spent()) >= self.max_cost:
+            self._stop_in_order(f"{spent:.2f} is spent, and --max-cost is {self.max_cost:g}")
+        for name, attempt in list(self.running.items()):
+            event = self.board.event(name, attempt.since)
+            if event is not None and event["state"] == QUEUED:
+                self._no_room(attempt, event["message"], arguments.get(name, ()))
+
+    def spent(self) -> float:
+        """Money that this run's trainings have cost, over all their starts."""
+        return sum(bill(self.events, name)["cost"] or 0.0 for name in stages.names(self.config) if stages.trains(name))
+
+    def _no_room(self, attempt: Attempt, message: str, arguments: Sequence[str]) -> None:
+        """A training's machines do not come: take the fallback, or say it once."""
+        name, fallback = attempt.stage, resources(self.config, attempt.stage).on_fallback
+        if resources(self.config, name).fallback is None or attempt.fallback:
+            if not attempt.told:
+                self.board.say(f"{name}: {message}; it goes on waiting")
+                attempt.told = True
+            return
+        with contextlib.suppress(AwayError):
+            self._end(self._cluster(name), attempt.id)
             self._save_log(attempt)
-        self.running.clear()
+            self.board.say(f"{name}: {message}; now its fallback: {wants(fallback())}")
+            del self.running[name]
+            self._submit(name, arguments, fallback=True)
+
+    def _stop_in_order(self, why: str) -> None:
+        """Have the trainings leave a checkpoint and end, then raise CostReachedError."""
+        self.board.say(f"{why}: the trainings are asked to stop")
+        training = {name: self.board.event(name, attempt.since) for name, attempt in self.running.items()}
+        asked = [name for name, event in training.items() if event is not None and event["state"] == "running"]
+        for name in asked:
+            stopping.wish(self.events, name)
+        self.stop([name for name in self.running if name not in asked])  # they have nothing to save
+        deadline = time.monotonic() + CHECKPOINT_SECONDS
+        while self.running and time.monotonic() < deadline:
+            for name, status in self._ended().items():
+                self._settle(name, status)
+            time.sleep(POLL_SECONDS)
+        self.stop()
+        raise CostReachedError(f"{why}. The same command with a higher one goes on from the checkpoints")
 
     # -- parts --------------------------------------------------------------------------------------------------
 
     def _ready(self, todo: Sequence[str], done: set[str]) -> list[str]:
-        """What can be submitted now, in the order of submission; a stage that trains waits for one of ``max_parallel`` places."""
+        """What can be submitted now, in the order of submission; a stage that trains waits for one of its cluster's ``max_parallel`` places."""
         given_up = self._given_up(todo)
         ready = [name for name in todo if name not in self.running and name not in given_up and done.issuperset(stages.parents(self.config, name))]
         training = sorted((name for name in ready if stages.trains(name)), key=lambda name: (name == stages.CONTROL_ROUTER, -work(self.config, name)))
-        free = self.config.max_parallel - sum(stages.trains(name) for name in self.running)
-        return [name for name in ready if not stages.trains(name)] + training[: max(0, free)]
+        chosen = [name for name in ready if not stages.trains(name)]
+        for place in self.clusters:
+            free = self.config.max_parallel - sum(stages.trains(name) and self.config.cluster_of(name) == place for name in self.running)
+            chosen += [name for name in training if self.config.cluster_of(name) == place][: max(0, free)]
+        return chosen
 
     def _given_up(self, todo: Sequence[str]) -> list[str]:
         return [name for name in todo if self.failures.get(name, 0) > self.retries]
 
-    def _submit(self, name: str, arguments: Sequence[str]) -> None:
-        number = self._next_number(name)
-        attempt = Attempt(name, number, f"{self.prefix}-{name}-a{number}", rebuild=name in self.rebuild)
-        words = [*module(name), "--config", f"{self.run_folder.uri}/{cli.CONFIG}", *arguments]
-        if attempt.rebuild:
-            # Once: the next attempt resumes what this one begins.
-            words += ["--rebuild", name]
-            self.rebuild.discard(name)
-        meta = {"run_dir": self.run_folder.uri, "stage": name, "attempt": str(number), "config": self._fingerprint(name)}
-        options = {"runtime_env": self.runtime_env} if self.runtime_env else {}
-        try:
-            self._call(
-                self.client.submit_job,
-                entrypoint=f"{self.python} -m {shlex.join(words)}",
-                submission_id=attempt.id,
-                metadata=meta,
-                entrypoint_num_cpus=0,
-                **options,
-            )
-        except (RuntimeError, ValueError) as error:
-            self.failures[name] = self.failures.get(name, 0) + 1
-            self.board.say(f"{name}: could not be submitted: {error}")
+    def _submit(self, name: str, arguments: Sequence[str], fallback: bool = False) -> None:
+        """Submit a stage, if its cluster answers: what may run there already must be known first."""
+        cluster = self._cluster(name)
+        if not self._known(cluster):
             return
-        self.running[name] = attempt
-        self.board.say(f"{name}: submitted as {attempt.id}")
+        with contextlib.suppress(AwayError):
+            number = self._next_number(name)
+            attempt = Attempt(name, number, f"{self.prefix}-{name}-a{number}", rebuild=name in self.rebuild, fallback=fallback)
+            arguments = [*arguments, *(["--set", f"run_dir={cluster.run_dir}"] if cluster.run_dir != self.run_folder.uri else [])]
+            meta = {"run_dir": self.run_folder.uri, "stage": name, "attempt": str(number), "config": self._fingerprint(name)}
+            try:
+                cluster.call(
+                    "submit_job",
+                    entrypoint=f"{cluster.python} -m {attempt.command(f'{cluster.run_dir}/{cli.CONFIG}', arguments)}",
+                    submission_id=attempt.id,
+                    metadata={**meta, "fallback": "yes"} if fallback else meta,
+                    entrypoint_num_cpus=0,
+                    **({"runtime_env": cluster.runtime_env} if cluster.runtime_env else {}),
+                )
+            except AwayError:
+                raise
+            except (RuntimeError, ValueError) as error:
+                self.failures[name] = self.failures.get(name, 0) + 1
+                self.board.say(f"{name}: could not be submitted{self._at(name)}: {error}")
+                return
+            self.rebuild.discard(name)  # once: the next attempt resumes what this one begins
+            self.running[name] = attempt
+            self.board.say(f"{name}: submitted{self._at(name)} as {attempt.id}")
 
     def _next_number(self, name: str) -> int:
-        """One above every attempt that the cluster or the saved logs know."""
+        """One above every attempt that the clusters or the saved logs know."""
         pattern = re.compile(rf"{re.escape(name)}-a(\d+)(\.log)?$")
-        known = [job.submission_id or "" for job in self._call(self.client.list_jobs) if (job.submission_id or "").startswith(self.prefix)]
-        known += [entry.name for entry in self.logs.files()]
+        known = [entry.name for entry in self.logs.files()]
+        for cluster in self.clusters.values():
+            if self._known(cluster):
+                known += [job.submission_id for job in cluster.call("list_jobs") if (job.submission_id or "").startswith(self.prefix)]
         return 1 + max((int(found[1]) for one in known if (found := pattern.search(one))), default=0)
 
-    def _ended(self) -> list[str]:
-        return [name for name, attempt in self.running.items() if str(self._call(self.client.get_job_status, attempt.id)) in ENDED]
+    def _ended(self) -> dict[str, str]:
+        """The jobs that have ended, and how, as far as their clusters answer."""
+        found = {}
+        for name, attempt in self.running.items():
+            with contextlib.suppress(AwayError):
+                if (status := self._status(attempt)) in (*ENDED, LOST):
+                    found[name] = status
+        return found
 
-    def _settle(self, name: str) -> bool:
+    def _status(self, attempt: Attempt) -> str:
+        cluster = self._cluster(attempt.stage)
+        try:
+            return str(cluster.call("get_job_status", attempt.id))
+        except AwayError:
+            raise
+        except RuntimeError:
+            if attempt.id in [job.submission_id for job in cluster.call("list_jobs")]:
+                raise
+            return LOST
+
+    def _settle(self, name: str, status: str) -> bool:
         """Account for an ended job; whether its stage is valid now."""
-        attempt = self.running.pop(name)
+        attempt, cluster = self.running[name], self._cluster(name)
+        try:
+            text = self._save_log(attempt)
+            info = None if status == LOST else cluster.call("get_job_info", attempt.id)
+        except AwayError:
+            return False  # asked again when it is back
+        del self.running[name]
         took = time.time() - attempt.since
-        text = self._save_log(attempt)
         state = cli.status(self.config, name).state
-        info = self._call(self.client.get_job_info, attempt.id)
-        if state == "valid" and (not attempt.rebuild or str(info.status) == "SUCCEEDED"):
+        if state == "valid" and (not attempt.rebuild or status == "SUCCEEDED"):
             self.seconds[name] = took
             self.board.say(f"{name}: done in {clock(took)}{self._counts(name)}")
             return True
         if attempt.rebuild and state not in ("absent", "partial"):
             self.rebuild.add(name)  # it did not get as far as deleting the old one
+        if info is None:
+            self.board.say(f"{name}: {cluster.label} no longer knows {attempt.id}, its head must have been started anew; trying again")
+            return False
+        if info.driver_exit_code == cli.STOPPED:
+            self.board.say(f"{name}: stopped in order, with a checkpoint")
+            return False
         # A wrong input stays wrong.
         self.failures[name] = self.retries + 1 if info.driver_exit_code == cli.USER_ERROR else self.failures.get(name, 0) + 1
         again = self.failures[name] <= self.retries
@@ -229,6 +365,10 @@ class Runner:
             f"{name}: {attempt.id} ended without finishing the stage ({why}; the stage is {state}). Its last lines:\n{tail}\n"
             f"{name}: {'trying again' if again else 'giving up'}"
         )
+        if cluster.name != HERE and (status == "SUCCEEDED" or info.driver_exit_code == cli.USER_ERROR):
+            self.board.say(
+                f"{name}: {cluster.label} was told that {cluster.run_dir} is this run; see that it is the same store as {self.run_folder.uri}"
+            )
         return False
 
     def _counts(self, name: str) -> str:
@@ -241,38 +381,21 @@ class Runner:
         return f" ({', '.join(shown[:6])})" if shown else ""
 
     def _save_log(self, attempt: Attempt) -> str:
+        """Keep a job's log in the run directory. Raises AwayError."""
         try:
-            text = str(self._call(self.client.get_job_logs, attempt.id))
+            text = str(self._cluster(attempt.stage).call("get_job_logs", attempt.id))
+        except AwayError:
+            raise
         except RuntimeError as error:
             text = f"(no log: {error})"
         self.logs.write_bytes(f"{attempt.stage}-a{attempt.number}.log", text.encode())
         return text
 
-    def _end(self, submission_id: str) -> None:
-        self._call(self.client.stop_job, submission_id)
+    def _end(self, cluster: Cluster, submission_id: str) -> None:
+        cluster.call("stop_job", submission_id)
         deadline = time.monotonic() + STOP_SECONDS
-        while time.monotonic() < deadline and str(self._call(self.client.get_job_status, submission_id)) not in ENDED:
+        while time.monotonic() < deadline and str(cluster.call("get_job_status", submission_id)) not in ENDED:
             time.sleep(0.3)
 
     def _fingerprint(self, name: str) -> str:
         return fingerprint(json.loads(json.dumps([stages.config_part(self.config, part) for part in cli.parts(self.config, name)])))
-
-    def _call(self, function: Callable[..., Any], *args: Any, **options: Any) -> Any:
-        """One call of the Jobs API; a cluster that is away for a moment is asked again."""
-        asked = time.monotonic()
-        while True:
-            try:
-                return function(*args, **options)
-            except OSError as error:  # requests' errors are OSErrors
-                if time.monotonic() - asked > LOST_SECONDS:
-                    raise ClusterLostError(f"the cluster has not answered for {LOST_SECONDS:.0f} s ({error})") from error
-                time.sleep(POLL_SECONDS)
-
-
-def module(name: str) -> list[str]:
-    """The job script of a stage with its own arguments."""
-    if name.startswith("expert-"):
-        return ["jobs.train_expert", "--expert", name.removeprefix("expert-")]
-    if name == stages.CONTROL_ROUTER:
-        return ["jobs.train_router", "--control"]
-    return ["jobs.train_router"] if name == "router" else [f"jobs.{name}"]

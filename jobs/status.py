@@ -2,8 +2,8 @@
 
 python -m jobs.status --config RUN/config.yaml
 
-One line a stage: what is found, how far it is, how fast, its loss, how long it will take, how often its training began anew, which share of the time
-went into steps that counted, and when it last gave a sign of life.
+One line a stage: what is found, in which cluster and on what kind of node it trains, how far it is, how fast, its loss, how long it will take, how
+often its training began anew, which share of the time went into steps that counted, what its machines have cost, and when it was last heard of.
 """
 
 from __future__ import annotations
@@ -21,11 +21,16 @@ from paris_ray import stages
 from paris_ray.config import ConfigError, RunConfig
 from paris_ray.progress import clock
 from paris_ray.storage import Folder
+from paris_ray.training.machines import QUEUED, bill
+from paris_ray.training.worker import ATTEMPTS
 
 SILENT_S = 60.0
 """Running stages give a sign of life every few seconds; after so long without one nobody may be at it."""
 
-COLUMNS = {"stage": 16, "state": 10, "done": 26, "rate": 10, "loss": 9, "to go": 14, "restarts": 9, "in steps": 9, "last seen": 0}
+COLUMNS = {
+    "stage": 16, "state": 10, "cluster": 12, "node": 16, "done": 26, "rate": 10, "loss": 9, "to go": 14, "restarts": 9, "in steps": 9, "cost": 9,
+    "last seen": 0,
+}  # fmt: skip
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -43,8 +48,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.json:
         print("\n".join(json.dumps(one) for one in found))
     else:
-        print("".join(f"{name:<{width}}" for name, width in COLUMNS.items()))
-        print("\n".join(line(one).rstrip() for one in found))
+        shown = [cells(one) for one in found]
+        widths = {name: max(width, *(len(one[name]) + 1 for one in shown)) for name, width in COLUMNS.items() if any(one[name] for one in shown)}
+        print("".join(f"{name:<{width}}" for name, width in widths.items()))
+        for one, texts in zip(found, shown, strict=True):
+            print("".join(f"{texts[name]:<{width}}" for name, width in widths.items()).rstrip())
+            if one["state"] in ("failed", "silent", QUEUED) and one["message"]:
+                print(f"    {one['message']}")
     return 0
 
 
@@ -57,9 +67,9 @@ def look(config: RunConfig, name: str, now: float) -> dict[str, Any]:
         now: unix time.
 
     Returns:
-        ``stage, state, done, total, unit, rate, loss, eta, restarts, goodput, seen`` (seconds ago), ``message``; ``None`` for what is not known. The
-        state is that of its files (``valid``, ``stale``, ``damaged``, ``absent``, ``waiting``, ``partial``); of one that is not whole, ``running``,
-        ``starting``, ``failed``, or ``silent`` by its last event.
+        ``stage, state, cluster, node, done, total, unit, rate, loss, eta, restarts, goodput, cost, seen`` (seconds ago), ``message``; ``None`` for
+        what is not known. The state is that of its files (``valid``, ``stale``, ``damaged``, ``absent``, ``waiting``, ``partial``); of one that is
+        not whole, ``running``, ``starting``, ``queued`` (no room for its workers), ``failed``, or ``silent`` by its last event.
     """
     status = cli.status(config, name)
     state = status.state
@@ -70,36 +80,49 @@ def look(config: RunConfig, name: str, now: float) -> dict[str, Any]:
     seen = now - event["updated"] if "updated" in event else None
     if state in ("absent", "partial") and seen is not None and event["state"] != "done":
         state = event["state"] if event["state"] == "failed" or seen < SILENT_S else "silent"
+    taken = bill(Folder(config.run_dir) / "events", name)
     counts = status.manifest["counts"] if state == "valid" and status.manifest else {}
     return {
         "stage": name,
         "state": state,
+        "cluster": config.cluster_of(name) if config.clusters else None,
+        "node": taken["node"],
         **{key: event.get(key) for key in ("done", "total", "unit", "message")},
         "rate": counts.get("images_per_second") or (event.get("rate") if state == "running" else None),
         "loss": counts.get("loss", event.get("loss")),
         "eta": event.get("eta") if state == "running" else None,
-        "restarts": counts.get("restarts"),
+        "restarts": counts.get("restarts", restarts(config, name) if stages.trains(name) else None),
         "goodput": counts.get("goodput"),
+        "cost": taken["cost"],
         "seen": seen,
     }
 
 
-def line(found: dict[str, Any]) -> str:
-    """A stage for people."""
+def restarts(config: RunConfig, name: str) -> int | None:
+    """How often the workers of a training that is not done began anew, ``None`` if they never began."""
+    try:
+        return int(stages.folder(config, name).read_json(ATTEMPTS)["attempts"]) - 1
+    except (OSError, ValueError):
+        return None
+
+
+def cells(found: dict[str, Any]) -> dict[str, str]:
+    """A stage for people, by column."""
     of = f" / {found['total']}" if found["total"] else ""
-    cells = {
+    return {
         "stage": found["stage"],
         "state": found["state"],
+        "cluster": found["cluster"] or "",
+        "node": found["node"] or "",
         "done": f"{found['done']}{of} {found['unit']}" if found["done"] is not None else "",
         "rate": f"{found['rate']:.1f}/s" if found["rate"] else "",
         "loss": f"{found['loss']:.4f}" if found["loss"] is not None else "",
         "to go": clock(found["eta"]) if found["eta"] is not None else "",
         "restarts": "" if found["restarts"] is None else str(found["restarts"]),
         "in steps": "" if found["goodput"] is None else f"{found['goodput']:.0%}",
+        "cost": "" if found["cost"] is None else f"{found['cost']:.2f}",
         "last seen": f"{clock(max(0.0, found['seen']))} ago" if found["seen"] is not None else "",
     }
-    text = "".join(f"{cells[name]:<{width}}" for name, width in COLUMNS.items())
-    return f"{text}\n    {found['message']}" if found["state"] in ("failed", "silent") and found["message"] else text
 
 
 if __name__ == "__main__":

@@ -12,26 +12,25 @@ from collections.abc import Sequence
 from jobs import cli
 from paris_ray.config import RunConfig
 from paris_ray.stages import CONTROL_ROUTER
-from paris_ray.training.launch import TrainingError
 from paris_ray.training.router import train_router
 
 
+def stage(args: argparse.Namespace) -> str:
+    """Which router."""
+    return CONTROL_ROUTER if args.control else "router"
+
+
 def action(config: RunConfig, args: argparse.Namespace) -> int:
-    """Train the router; exit code 1 if training itself cannot go on."""
-    cli.connect()
-    try:
-        train_router(config, control=args.control)
-    except TrainingError as error:
-        print(error, file=sys.stderr)
-        return cli.USER_ERROR  # another try would end the same
-    return 0
+    """Train the router."""
+    return cli.train(stage(args), args, config, lambda config: train_router(config, control=args.control))
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Parse, train, return the exit code."""
     parser = argparse.ArgumentParser(prog="train_router", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--control", action="store_true", help="the paper's text-blind router, for the evaluation's table")
-    return cli.run(parser, action, argv, stage=lambda args: CONTROL_ROUTER if args.control else "router")
+    cli.add_fallback(parser)
+    return cli.run(parser, action, argv, stage=stage)
 
 
 if __name__ == "__main__":

@@ -14,20 +14,11 @@ from typing import Annotated, Any, Literal, TypeVar
 
 import pydantic
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, Field, model_validator
 
 from paris_ray.presets import PRESETS
-
-
-class ConfigError(ValueError):
-    """A setting that cannot be used; the message names the key, the value, the rule and the remedy."""
-
-
-class Strict(BaseModel):
-    """Unknown keys are refused; a config never changes."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
-
+from paris_ray.resources import HERE, SECRET, ClusterConfig, Resources
+from paris_ray.strict import ConfigError, Strict
 
 # -- data ---------------------------------------------------------------------------------------------------------------
 
@@ -335,22 +326,6 @@ class TrainConfig(Strict):
             )
 
 
-class Resources(Strict):
-    """What a training worker asks the cluster for."""
-
-    num_workers: Annotated[int, Field(ge=1)] = 1
-    cpus: Annotated[float, Field(gt=0)] = 1.0
-    gpus: Annotated[float, Field(ge=0)] = 0.0
-    accelerator_type: str | None = None
-    labels: dict[str, str] = {}
-    custom: dict[str, float] = {}
-    # Threads of one worker's matrix products on CPU; part of what "the same bits" means.
-    threads: Annotated[int, Field(ge=1)] = 1
-    max_failures: Annotated[int, Field(ge=-1)] = 3
-    # Whose notices of an interruption to heed, on machines that may be taken away: a checkpoint is left where training is, and the node is drained.
-    preemption: Literal["aws", "gcp", "azure"] | None = None
-
-
 class TrainedConfig(Strict):
     """What experts and the router have in common: a model, its training, its machine."""
 
@@ -374,6 +349,8 @@ class ExpertConfig(TrainedConfig):
     noise_schedule: Literal["cosine", "linear"] = "cosine"
     # Weights to start from: a safetensors file or a folder with one, of a DiT, PixArt-α or another expert; null: start anew.
     init_from: str | None = None
+    # Which of `clusters` trains it; here: the one where the other stages run.
+    cluster: str = HERE
 
 
 class RouterConfig(TrainedConfig):
@@ -444,8 +421,10 @@ class RunConfig(Strict):
     evaluation: EvaluationConfig = EvaluationConfig()
     # Where the metrics of trainings go beside their files.
     tracking: tuple[Literal["tensorboard", "mlflow", "wandb"], ...] = ()
-    # Training jobs (experts and routers) at once; the others wait.
+    # Training jobs (experts and routers) at once in one cluster; the others wait.
     max_parallel: Annotated[int, Field(ge=1)] = 8
+    # Other clusters, by names that experts give as their `cluster`.
+    clusters: dict[Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_-]{0,40}$")], ClusterConfig] = Field(default={})
 
     @property
     def num_experts(self) -> int:
@@ -486,11 +465,44 @@ class RunConfig(Strict):
             self.check_downsampling(codec.downsampling)
         if self.sampling.routing == "caption" and self.router.text == "none":
             raise ValueError("sampling.routing is caption, but router.text is none, which reads no caption; change one")
+        self._check_clusters()
         if isinstance(self.serve.placement, tuple):
             flat = sorted(k for group in self.serve.placement for k in group)
             if flat != list(range(self.num_experts)):
                 raise ValueError(f"serve.placement {self.serve.placement} must name each expert 0…{self.num_experts - 1} once")
         return self
+
+    def _check_clusters(self) -> None:
+        if HERE in self.clusters:
+            raise ValueError(f"clusters.{HERE}: that name is taken by the cluster where the other stages run; choose another")
+        known = [HERE, *self.clusters]
+        for k, expert in enumerate(self.experts):
+            if expert.cluster not in known:
+                raise ValueError(
+                    f"experts.{k}.cluster is {expert.cluster!r}, which is not under clusters.{_nearest(expert.cluster, known)} Known: "
+                    f"{', '.join(known)}"
+                )
+
+    def cluster_of(self, stage: str) -> str:
+        """The name of the cluster where a stage runs."""
+        return self.experts[int(stage.removeprefix("expert-"))].cluster if stage.startswith("expert-") else HERE
+
+    def on_fallback(self, stage: str) -> RunConfig:
+        """The config with a training stage's ``resources.fallback`` in the place of its machine. Raises ConfigError when there is none."""
+        expert = int(stage.removeprefix("expert-")) if stage.startswith("expert-") else None
+        part: TrainedConfig = self.router if expert is None else self.experts[expert]
+        try:
+            part = part.model_copy(update={"resources": part.resources.on_fallback()})
+        except ValueError as error:
+            raise ConfigError(f"{stage}: {error}") from None
+        if expert is None:
+            return self.model_copy(update={"router": part})
+        return self.model_copy(update={"experts": (*self.experts[:expert], part, *self.experts[expert + 1 :])})
+
+    def without_clusters(self) -> RunConfig:
+        """The config for somebody else, who has one cluster and need not know ours."""
+        experts = tuple(one.model_copy(update={"cluster": HERE}) for one in self.experts)
+        return self.model_copy(update={"clusters": {}, "expert": self.expert.model_copy(update={"cluster": HERE}), "experts": experts})
 
     def check_downsampling(self, down: int) -> None:
         """Raise ConfigError unless the codec's latents, ``down`` times smaller than the images, divide into every model's patches."""
@@ -685,6 +697,8 @@ def _explain(error: pydantic.ValidationError, schema: type[BaseModel] = RunConfi
             lines.append(f"{key}: required and not given.")
         elif item["type"] == "too_short" and len(item["input"]) >= item["ctx"]["min_length"]:
             continue  # pydantic counts the valid items only; what is wrong with the others has lines of its own
+        elif item["type"] == SECRET:
+            lines.append(f"{key}: {item['msg']}")
         else:
             value = repr(item["input"])
             shown = value if len(value) < 80 else value[:77] + "…"

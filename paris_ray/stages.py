@@ -59,12 +59,12 @@ def _without(tree: dict[str, Any], *keys: str) -> dict[str, Any]:
 
 
 def _weights_part(spec: dict[str, Any]) -> dict[str, Any]:
-    """What of a training spec decides the weights: neither the machine (but for its threads) nor how often the run is looked at and saved.
+    """What of a training spec decides the weights: neither cluster and machine (but for its threads) nor how often the run is looked at and saved.
 
     Compiled code and micro-batches add in another order, so they count. Gradient checkpointing does the same sums twice, to the same bits.
     """
     train = _without(spec["train"], "log_images", "checkpoint_images", "keep_checkpoints", "sample_images", "gradient_checkpointing")
-    return {**_without(spec, "resources"), "train": train, "threads": spec["resources"]["threads"]}
+    return {**_without(spec, "resources", "cluster"), "train": train, "threads": spec["resources"]["threads"]}
 
 
 def config_part(config: RunConfig, name: str) -> dict[str, Any]:

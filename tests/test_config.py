@@ -103,6 +103,13 @@ def fails(*sets: str, source: str = "demo") -> str:
         ("experts.2.train.micro_batch=0", ["experts.2.train.micro_batch: ", "greater than or equal to 1"]),
         ("expert.train.micro_batch=most", ["expert.train.micro_batch: Input should be 'auto' (got 'most')"]),
         ("partition.max_share=1.0", ["partition.max_share: ", "greater than 1"]),
+        ("experts.1.cluster=eu", ["experts.1.cluster is 'eu', which is not under clusters", "Known: here"]),
+        ("clusters.eu={adress: 'http://h:1'}", ["clusters.eu.adress: no such key", "'address'"]),
+        ("clusters.eu={address: 'h:8265'}", ["clusters.eu.address: it must be the URL of a Ray dashboard: http://HOST:8265"]),
+        ("clusters.eu={address: 'http://me:secret@h:1'}", ["clusters.eu.address: ", "name a token_file instead"]),
+        ("clusters.eu={address: 'http://h:1', storage: run}", ["clusters.eu.storage: it must be a URI or an absolute path"]),
+        ("clusters.here={address: 'http://h:1'}", ["clusters.here: that name is taken"]),
+        ("expert.resources.fallback={gpus: 1}", ["expert.resources: fallback.gpus is 1 and gpus 0", "both are 0 or neither is"]),
         ("seed", ["--set 'seed' has no '='"]),
         ("seed=[", ["--set 'seed=['", "not valid YAML"]),
         ("experts.2=5", ["experts.2: ", "valid dictionary", "got 5"]),
@@ -114,6 +121,22 @@ def test_errors_name_key_value_rule_and_remedy(setting: str, said: list[str]) ->
     text = fails(setting)
     for words in said:
         assert words in text
+
+
+def test_a_fallback_says_only_where_it_differs(tmp_path: Path) -> None:
+    sets = ["expert.resources={cpus: 3, labels: {market: spot}, fallback: {labels: {}, price_per_hour: 2}}", "experts.1.resources.cpus=5"]
+    (tmp_path / "config.yaml").write_text(config.dump(config.load("tiny", sets)))
+    one = config.load(str(tmp_path / "config.yaml"))
+    taken = one.on_fallback("expert-1").experts
+    assert (taken[1].resources.cpus, taken[1].resources.labels, taken[1].resources.price_per_hour) == (5, {}, 2)
+    assert (one.experts[1].resources.labels, one.experts[1].resources.price_per_hour) == ({"market": "spot"}, None)
+    assert (taken[0], taken[2]) == (one.experts[0], one.experts[2])
+    with pytest.raises(ConfigError, match=r"router: there is no resources\.fallback"):
+        one.on_fallback("router")
+
+
+def test_a_password_in_an_address_is_not_shown() -> None:
+    assert "secret" not in fails("clusters.eu={address: 'http://me:secret@h:1'}")
 
 
 def test_routing_by_caption_needs_a_router_that_reads_it() -> None:

@@ -15,7 +15,7 @@ ROOT = Path(__file__).parents[1]
 
 WITHOUT_RAY = [
     "paris_ray.config", "paris_ray.storage", "paris_ray.manifest", "paris_ray.stages", "paris_ray.rng", "paris_ray.progress", "paris_ray.presets",
-    "paris_ray.headers", "paris_ray.layout",
+    "paris_ray.headers", "paris_ray.layout", "paris_ray.resources", "paris_ray.strict",
     "paris_ray.models", "paris_ray.models.dit", "paris_ray.models.router", "paris_ray.models.layers",
     "paris_ray.diffusion.path", "paris_ray.diffusion.ensemble", "paris_ray.diffusion.routing", "paris_ray.diffusion.sampler",
     "paris_ray.data.schema", "paris_ray.data.sources", "paris_ray.data.sources.folder", "paris_ray.data.sources.parquet",
@@ -164,6 +164,8 @@ LEVELS = [
         "paris_ray.presets",
         "paris_ray.headers",
         "paris_ray.layout",
+        "paris_ray.resources",
+        "paris_ray.strict",
         "paris_ray.pages",
     },
     {"paris_ray.diffusion", "paris_ray.models", "paris_ray.data.kmeans", "paris_ray.data.nearest", "paris_ray.data.balance"},

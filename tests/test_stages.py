@@ -52,6 +52,8 @@ EXPERTS = {"expert-0", "expert-1", "expert-2"}
         ("evaluation.held_out_captions=9", {"evaluate"}),
         # Where and on how much a stage runs does not change its result …
         ("expert.resources.cpus=4", set()),
+        ("expert.resources.fallback={cpus: 9}", set()),
+        ("expert.cluster=eu", set()),
         ("data.max_encoders=9", set()),
         ("max_parallel=1", set()),
         ("serve.port=9000", set()),
@@ -74,9 +76,10 @@ EXPERTS = {"expert-0", "expert-1", "expert-2"}
     ],
 )
 def test_a_setting_makes_exactly_its_stages_stale(tmp_path: Path, setting: str, expected: set[str]) -> None:
-    make_all(run(tmp_path))
-    assert stale(run(tmp_path)) == set()
-    assert stale(run(tmp_path, setting)) == expected
+    made = run(tmp_path, "clusters.eu={address: 'http://h:1'}")
+    make_all(made)
+    assert stale(made) == set()
+    assert stale(run(tmp_path, "clusters.eu={address: 'http://h:2'}", setting)) == expected
 
 
 def test_a_share_of_a_gpu_is_a_gpu(tmp_path: Path) -> None:

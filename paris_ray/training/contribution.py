@@ -57,7 +57,7 @@ def bundle(config: RunConfig, k: int, target: Folder) -> int:
             copy_file(run / where, file["name"], target / where)
             size += file["bytes"]
         copy_file(run / where, manifest.MANIFEST, target / where)  # last, as always
-    target.write_bytes(CONFIG, configs.dump(config).encode())
+    target.write_bytes(CONFIG, configs.dump(config.without_clusters()).encode())
     return size
 
 

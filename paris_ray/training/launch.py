@@ -13,6 +13,8 @@ from paris_ray.progress import Progress, counted
 from paris_ray.stages import stage as find_stage
 from paris_ray.storage import Folder
 from paris_ray.training import trackers
+from paris_ray.training.machines import Machines
+from paris_ray.training.stopping import StoppedError, withdraw
 from paris_ray.training.termination import listen
 from paris_ray.training.wall import Wall, last_sign
 from paris_ray.training.worker import resources, work
@@ -40,6 +42,7 @@ def train_stage(config: RunConfig, name: str) -> dict[str, Any]:
         StaleError: the folder was made from other inputs.
         FileNotFoundError: a parent is missing.
         TrainingError: a loss or gradient was not finite, or the shard is empty.
+        StoppedError: it was asked to stop (:mod:`paris_ray.training.stopping`).
     """
     started = time.monotonic()
     trackers.check(config)
@@ -50,12 +53,15 @@ def train_stage(config: RunConfig, name: str) -> dict[str, Any]:
         return status.manifest
     events = Folder(config.run_dir) / "events"
     last = last_sign(events, name)  # of a driver before this one, until the next line
+    withdraw(events, name)
     progress, wall = Progress(events, name, 0), Wall(stage.folder, last)
     try:
-        with wall:
+        with wall, Machines(events, name, resources(config, name)):
             answer = _fit(config, name)
         if "failure" in answer:
             raise TrainingError(answer["failure"])
+        if "stopped" in answer:
+            raise StoppedError(answer["stopped"])
         counts = answer["counts"]
         counts["goodput"] = round(counts["seconds"] / wall.seconds, 4)
         manifest = stage.publish(counts, time.monotonic() - started, result="export/")

@@ -38,7 +38,8 @@ def work(payload: dict[str, Any]) -> dict[str, Any]:
         payload: ``config`` (the run's config as JSON) and ``stage``.
 
     Returns:
-        ``{"counts": …}``, or ``{"failure": message}`` for an error that would only happen again if the worker were restarted.
+        ``{"counts": …}``, ``{"failure": message}`` for an error that would only happen again if the worker were restarted, or
+        ``{"stopped": message}`` for a training that was asked to stop.
     """
     import ray.train
 
@@ -47,19 +48,23 @@ def work(payload: dict[str, Any]) -> dict[str, Any]:
 
     config, stage = configs.build(payload["config"]), payload["stage"]
     context = ray.train.get_context()
+    from paris_ray.training import termination
     from paris_ray.training.preemption import Watcher
-    from paris_ray.training.termination import EXIT_CODE, TerminatedError
+    from paris_ray.training.stopping import Listener
 
     asked = resources(config, stage)
     place = Place(_device(asked, context.get_world_size()), context.get_world_rank(), context.get_world_size())
+    stop = Listener(Folder(config.run_dir) / "events", stage, termination.ask)
     try:
-        with Watcher(asked.preemption, _leave) if asked.preemption else contextlib.nullcontext():
+        with stop, Watcher(asked.preemption, _leave) if asked.preemption else contextlib.nullcontext():
             return {"counts": run(config, stage, place, lambda line: ray.train.report({k: v for k, v in line.items() if isinstance(v, int | float)}))}
     except (NonFiniteError, MemoryShortError, ConfigError) as error:
         return {"failure": str(error)}
-    except TerminatedError as went:
+    except termination.TerminatedError as went:
+        if stop.wished():
+            return {"stopped": str(went)}
         print(went, flush=True)
-        os._exit(EXIT_CODE)  # to Ray Train the worker has died, and it starts another where there is room
+        os._exit(termination.EXIT_CODE)  # to Ray Train the worker has died, and it starts another where there is room
 
 
 def _leave(notice: Notice) -> None:

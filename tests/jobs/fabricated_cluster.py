@@ -8,9 +8,12 @@ from types import SimpleNamespace
 from typing import Any
 
 from jobs import cli
+from jobs.clusters import Cluster
 from paris_ray import config as configs
 from paris_ray import stages
 from paris_ray.config import RunConfig
+from paris_ray.resources import HERE
+from paris_ray.storage import Folder
 
 
 def tiny(folder: object, *sets: str) -> RunConfig:
@@ -64,6 +67,8 @@ class FakeClient:
         return submission_id
 
     def get_job_status(self, submission_id: str) -> str:
+        if submission_id not in self.jobs:
+            raise RuntimeError(f"Request failed with status code 404: Job {submission_id} does not exist.")
         job = self.jobs[submission_id]
         job.left -= 1
         if job.status == "RUNNING" and job.left <= 0:
@@ -80,6 +85,8 @@ class FakeClient:
         return self.jobs[submission_id]
 
     def get_job_logs(self, submission_id: str) -> str:
+        if submission_id not in self.jobs:
+            raise RuntimeError(f"Request failed with status code 404: Job {submission_id} does not exist.")
         return "".join(f"{submission_id} line {n}\n" for n in range(50))
 
     def list_jobs(self) -> list[SimpleNamespace]:
@@ -88,3 +95,8 @@ class FakeClient:
     def stop_job(self, submission_id: str) -> bool:
         self.jobs[submission_id].status = "STOPPED"
         return True
+
+
+def on(client: FakeClient, name: str = HERE, run_dir: str | None = None) -> Cluster:
+    """The cluster of a client, as the runner takes it."""
+    return Cluster(name, lambda: client, run_dir or Folder(client.config.run_dir).uri)

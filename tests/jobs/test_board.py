@@ -6,7 +6,7 @@ import os
 import time
 
 import pytest
-from fabricated_cluster import FakeClient, publish, tiny
+from fabricated_cluster import FakeClient, on, publish, tiny
 
 from jobs import board, runner
 from jobs.board import Board, describe, table
@@ -61,7 +61,7 @@ def test_stages_are_counted_over_the_whole_plan(tmp_path, monkeypatch):
     count = len(stages.names(config))
     for name in stages.names(config)[:-1]:
         publish(config, name)
-    one = Runner(config, FakeClient(config), planned=[*stages.names(config), "evaluate"])
+    one = Runner(config, on(FakeClient(config)), planned=[*stages.names(config), "evaluate"])
     shown = []
     monkeypatch.setattr(one.board, "show", lambda done, total, *rest: shown.append((done, total)))
     assert one.run(["assemble"])

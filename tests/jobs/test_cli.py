@@ -53,6 +53,23 @@ def test_what_would_fail_only_much_later_is_said_at_once(capsys, tmp_path, setti
     assert said in fails(capsys, run_all.main, arguments(tmp_path, "--set", setting))
 
 
+def test_another_cluster_leaves_the_config_to_who_follows_the_run(tmp_path):
+    (tmp_path / "there").symlink_to(tmp_path / "here")
+    (tmp_path / "here").mkdir()
+    eu = f"clusters.eu={{address: 'http://h:1', storage: {tmp_path}/there}}"
+    cli.write_config(tiny(tmp_path / "here", eu))
+    before = (tmp_path / "here/config.yaml").read_text()
+    cli.write_config(configs.load(str(tmp_path / "there/config.yaml"), [f"run_dir={tmp_path}/there"]))
+    assert (tmp_path / "here/config.yaml").read_text() == before
+    # The owner may change it.
+    cli.write_config(tiny(tmp_path / "here", eu, "max_parallel=1"))
+    changed = (tmp_path / "here/config.yaml").read_text()
+    assert changed != before
+    # Also where that cluster sees the run as it is seen here.
+    cli.write_config(tiny(tmp_path / "here", f"clusters.eu={{address: 'http://h:1', storage: {tmp_path}/here}}"))
+    assert (tmp_path / "here/config.yaml").read_text() != changed
+
+
 def test_missing_folder_of_images(capsys, tmp_path):
     message = fails(
         capsys, run_all.main, arguments(tmp_path / "run", "--set", "data.source={kind: folder, uri: /no/such/folder}")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from fabricated_cluster import FakeClient, publish, tiny
+from fabricated_cluster import FakeClient, on, publish, tiny
 
 from jobs import cli, runner
 from jobs.forecast import work
@@ -29,7 +29,7 @@ def names(config):
 def test_every_stage_is_its_own_job_after_its_parents(config):
     client = FakeClient(config)
     done = []
-    assert Runner(config, client, on_done=done.append).run(names(config))
+    assert Runner(config, on(client), on_done=done.append).run(names(config))
     assert sorted(client.order) == sorted(names(config))
     for name in names(config):
         assert all(client.order.index(parent) < client.order.index(name) for parent in stages.parents(config, name))
@@ -46,7 +46,7 @@ def test_every_stage_is_its_own_job_after_its_parents(config):
 def test_the_longest_training_starts_first_and_the_control_last(tmp_path):
     config = tiny(tmp_path, "expert.train.images=null", "expert.train.passes=10", "max_parallel=1")
     client = FakeClient(config)
-    assert Runner(config, client).run(names(config))
+    assert Runner(config, on(client)).run(names(config))
     training = [name for name in client.order if stages.trains(name)]
     assert training[-1] == stages.CONTROL_ROUTER
     # Ten passes over 10 and 30 rows, in whole batches of 8; expert 2 has one layer of 48 instead of two of 32.
@@ -59,13 +59,13 @@ def test_what_is_valid_is_not_submitted(config):
     for name in ("embed", "partition", "expert-1"):
         publish(config, name)
     client = FakeClient(config)
-    assert Runner(config, client).run(names(config))
+    assert Runner(config, on(client)).run(names(config))
     assert sorted(client.order) == sorted({*names(config)} - {"embed", "partition", "expert-1"})
 
 
 def test_a_failed_job_is_tried_again_and_shows_its_last_lines(config, capsys):
     client = FakeClient(config, fail={"expert-0": 1})
-    assert Runner(config, client, retries=1).run(names(config))
+    assert Runner(config, on(client), retries=1).run(names(config))
     assert client.order.count("expert-0") == 2
     out = capsys.readouterr().out
     assert "exit code 1" in out
@@ -79,7 +79,7 @@ def test_a_failed_job_is_tried_again_and_shows_its_last_lines(config, capsys):
 
 def test_one_that_keeps_failing_lets_the_others_finish(config, capsys):
     client = FakeClient(config, fail={"expert-1": 9})
-    assert not Runner(config, client, retries=2).run(names(config))
+    assert not Runner(config, on(client), retries=2).run(names(config))
     assert client.order.count("expert-1") == 3
     for name in ("expert-0", "expert-2", "router", "control_router"):
         assert cli.status(config, name).state == "valid"
@@ -91,15 +91,15 @@ def test_one_that_keeps_failing_lets_the_others_finish(config, capsys):
 
 def test_wrong_input_is_not_tried_again(config):
     client = FakeClient(config, fail={"partition": 1}, code=2)
-    assert not Runner(config, client, retries=5).run(names(config))
+    assert not Runner(config, on(client), retries=5).run(names(config))
     assert client.order == ["embed", "partition"]
 
 
 def test_a_running_job_is_followed_not_submitted_again(config, capsys):
     first = FakeClient(config)
-    Runner(config, first).run(["embed", "partition"])
+    Runner(config, on(first)).run(["embed", "partition"])
     client = FakeClient(config)
-    other = Runner(config, client)
+    other = Runner(config, on(client))
     meta = {"run_dir": Folder(config.run_dir).uri, "stage": "expert-1", "attempt": "3", "config": other._fingerprint("expert-1")}
     client.add(f"{other.prefix}-expert-1-a3", meta)
     foreign = client.add("tiny-ffffffff-expert-1-a1", {**meta, "run_dir": "/elsewhere"})
@@ -118,7 +118,7 @@ def test_a_running_job_is_followed_not_submitted_again(config, capsys):
 
 def test_what_is_to_be_made_anew_is_not_followed(config):
     client = FakeClient(config)
-    one = Runner(config, client, rebuild=["embed"])
+    one = Runner(config, on(client), rebuild=["embed"])
     meta = {"run_dir": Folder(config.run_dir).uri, "stage": "embed", "attempt": "1", "config": one._fingerprint("embed")}
     old = client.add(f"{one.prefix}-embed-a1", meta)
     assert one.run(["embed"])
@@ -130,7 +130,7 @@ def test_attempts_count_on_across_clusters(config):
     logs = Folder(config.run_dir) / "events" / "logs"
     logs.write_bytes("embed-a4.log", b"of a cluster long gone")
     client = FakeClient(config)
-    assert Runner(config, client).run(["embed"])
+    assert Runner(config, on(client)).run(["embed"])
     assert [job.submission_id.rsplit("-", 1)[1] for job in client.list_jobs()] == ["a5"]
     assert logs.read_bytes("embed-a4.log") == b"of a cluster long gone"
 
@@ -146,14 +146,14 @@ def test_rebuild_goes_to_the_attempt_that_deletes_and_to_no_later_one(config):
         return failing(submission_id)
 
     client.get_job_status = status
-    assert Runner(config, client, rebuild=["embed"], retries=2).run(["embed"])
+    assert Runner(config, on(client), rebuild=["embed"], retries=2).run(["embed"])
     assert [("--rebuild embed" in job.entrypoint) for job in client.list_jobs()] == [True, True, False]
 
 
 def test_stop_ends_what_runs_and_saves_its_log(config):
     client = FakeClient(config, polls=10**9)
-    one = Runner(config, client)
-    one.adopt(["embed"])
+    one = Runner(config, on(client))
+    one._meet(["embed"])
     one._submit("embed", [])
     one.stop()
     assert [job.status for job in client.list_jobs()] == ["STOPPED"]
@@ -171,7 +171,7 @@ def test_a_cluster_away_for_a_moment_and_one_gone(config, monkeypatch):
         return status(submission_id)
 
     monkeypatch.setattr(client, "get_job_status", flaky)
-    assert Runner(config, client).run(["embed"])
+    assert Runner(config, on(client)).run(["embed"])
 
     def gone():
         raise ConnectionRefusedError("refused")
@@ -179,11 +179,11 @@ def test_a_cluster_away_for_a_moment_and_one_gone(config, monkeypatch):
     monkeypatch.setattr(client, "list_jobs", gone)
     monkeypatch.setattr(runner, "LOST_SECONDS", 0.2)
     with pytest.raises(ClusterLostError, match="has not answered"):
-        Runner(config, client).run(["partition"])
+        Runner(config, on(client)).run(["partition"])
 
 
 def test_a_job_that_ends_well_without_its_manifest_has_failed(config, monkeypatch, capsys):
     client = FakeClient(config)
     monkeypatch.setattr("fabricated_cluster.publish", lambda *_: None)
-    assert not Runner(config, client, retries=0).run(["embed"])
+    assert not Runner(config, on(client), retries=0).run(["embed"])
     assert "ended without finishing the stage" in capsys.readouterr().out

@@ -60,6 +60,23 @@ def test_lines_for_people(run, capsys):
     assert "    router: not a finite number at image 8" in lines
 
 
+def test_experts_in_several_clusters(run, capsys):
+    events, now = Folder(run.run_dir) / "events", time.time()
+    (Folder(run.run_dir) / "experts" / "1").write_json("_attempts.json", {"attempts": 3})
+    events.write_json("machines/expert-1.json", {"hours": 2.0, "cost": 7.5, "node": "a100-spot"})
+    queued = json.loads(events.read_bytes("expert-2.json")) | {"state": "queued", "updated": now - 2, "eta": None, "message": "no room for 20 min"}
+    events.write_json("expert-2.json", queued)
+    more = ("--set", "clusters.eu.address=http://h:1", "--set", "experts.1.cluster=eu")
+    assert status.main([*arguments(run), *more]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].split()[:5] == ["stage", "state", "cluster", "node", "done"]
+    row = next(line.split() for line in lines if line.startswith("expert-1"))
+    assert " ".join(row) == "expert-1 running eu a100-spot 160 / 320 images 16.0/s 0.5000 1 min 15 s 2 7.50 2 s ago"
+    row = next(line.split() for line in lines if line.startswith("expert-2"))
+    assert row[:3] == ["expert-2", "queued", "here"]
+    assert lines[lines.index(next(line for line in lines if line.startswith("expert-2"))) + 1] == "    no room for 20 min"
+
+
 def test_wrong_input_and_no_ray(run, capsys, tmp_path):
     assert status.main(["--config", str(tmp_path / "gone.yaml")]) == 2
     assert "gone.yaml" in capsys.readouterr().err

@@ -50,6 +50,18 @@ def handed(trained, tmp_path):
     return run.model_copy(update={"run_dir": str(tmp_path / "run")}), tmp_path / "away"
 
 
+def test_who_gets_a_shard_does_not_learn_of_our_clusters(tmp_path):
+    run = fake.make_run(tmp_path / "run", **SETS)
+    clusters = {"eu": {"address": "http://inside.example:8265", "token_file": "/home/me/token"}}
+    tree = {**run.model_dump(mode="json"), "clusters": clusters}
+    tree["experts"][1]["cluster"] = "eu"
+    bundle(configs.build(tree), 1, Folder(tmp_path / "away"))
+    text = (tmp_path / "away/config.yaml").read_text()
+    assert "inside.example" not in text
+    assert "token" not in text
+    assert configs.load(str(tmp_path / "away/config.yaml")) == run
+
+
 def rewrite(handed, change):
     """Change the files of the expert and make its manifest anew, as one would who wants to be believed."""
     stage = handed / "experts" / "1"

@@ -1,0 +1,157 @@
+"""The machines of a training: waited for, held, paid. Imports no Ray until it looks.
+
+The driver looks at the placement group of its workers every few seconds. While that has no room for longer than ``resources.wait_minutes``, the
+stage's event says so, with what is asked for and what the cluster has; while it is there, hours and money are counted in ``RUN/events/machines/``.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+import time
+from collections import Counter
+from collections.abc import Mapping
+from typing import Any
+
+from paris_ray.progress import clock
+from paris_ray.resources import Resources
+from paris_ray.storage import Folder
+
+EVERY_S, EVERY_S_REMOTE = 3.0, 15.0
+QUEUED = "queued"
+"""State of the event of a training that waits for machines."""
+_KIND_LABELS = ("ray.io/node-group", "ray.io/accelerator-type")
+"""Labels that name a kind of node: the group that an autoscaler or KubeRay starts it in, or its GPU."""
+
+
+def bill(events: Folder, stage: str) -> dict[str, Any]:
+    """What a training has taken so far, over all its starts.
+
+    Args:
+        events: ``RUN/events``.
+        stage: which training.
+
+    Returns:
+        ``hours`` (of workers), ``cost`` (``None`` when no price was known in any of them) and ``node`` (the kind of node of the last start).
+    """
+    try:
+        return dict(events.read_json(f"machines/{stage}.json"))
+    except (OSError, ValueError):
+        return {"hours": 0.0, "cost": None, "node": None}
+
+
+class Machines:
+    """Watches the machines of one training from its driver, in a thread, as a context manager.
+
+    Args:
+        events: ``RUN/events``.
+        stage: which training.
+        asked: what its workers ask for.
+    """
+
+    def __init__(self, events: Folder, stage: str, asked: Resources):
+        self._events, self._stage, self._asked = events, stage, asked
+        self._every = EVERY_S if events.is_local else EVERY_S_REMOTE
+        self._before = bill(events, stage)
+        self._held = 0.0  # seconds of this start
+        self._node: str | None = None
+        self._waits_since: float | None = None
+        self._looked = time.monotonic()
+        self._end = threading.Event()
+        self._thread = threading.Thread(target=self._run, daemon=True, name="machines")
+
+    def __enter__(self) -> Machines:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._end.set()
+        self._thread.join(self._every)
+
+    def _run(self) -> None:
+        while not self._end.wait(self._every):
+            with contextlib.suppress(Exception):  # figures for people: nothing about them may end a training
+                self.look(*_see())
+
+    def look(self, groups: Mapping[str, tuple[str, list[str]]], nodes: list[dict[str, Any]], free: Mapping[str, float]) -> None:
+        """Account for the time since the last look.
+
+        Args:
+            groups: state and nodes of each placement group of this job.
+            nodes: the cluster's, as ``ray.nodes()`` gives them.
+            free: what nobody uses, as ``ray.available_resources()`` gives it.
+        """
+        now = time.monotonic()
+        passed, self._looked = now - self._looked, now
+        alive = [node for node in nodes if node["Alive"]]
+        states = {state for state, _ in groups.values()}
+        if "CREATED" in states:
+            self._waits_since = None
+            held = {one for state, ids in groups.values() if state == "CREATED" for one in ids}
+            self._node = ", ".join(sorted({kind(node) for node in alive if node["NodeID"] in held})) or self._node
+            self._held += passed
+            self._write_bill()
+        elif states & {"PENDING", "PREPARED", "RESCHEDULING"}:
+            self._waits_since = self._waits_since or now
+            waited = now - self._waits_since
+            if waited >= 60 * self._asked.wait_minutes:
+                self._say(f"no room for {clock(waited)}: {wants(self._asked)}; {has(alive, free, self._asked)}")
+
+    def _write_bill(self) -> None:
+        hours, price = self._asked.num_workers * self._held / 3600, self._asked.price_per_hour
+        spent = self._before["cost"] if price is None else (self._before["cost"] or 0.0) + hours * price
+        self._events.write_json(f"machines/{self._stage}.json", {"hours": self._before["hours"] + hours, "cost": spent, "node": self._node})
+
+    def _say(self, message: str) -> None:
+        """In the event, whose figures are the workers'."""
+        event = self._events.read_json(f"{self._stage}.json")
+        self._events.write_json(f"{self._stage}.json", {**event, "state": QUEUED, "eta": None, "message": message, "updated": time.time()})
+        print(f"{self._stage}: {message}", flush=True)
+
+
+def _see() -> tuple[dict[str, tuple[str, list[str]]], list[dict[str, Any]], dict[str, float]]:
+    import ray
+
+    # The last bytes of a placement group's id are its job's.
+    job, groups = ray.get_runtime_context().get_job_id(), ray.util.placement_group_table()
+    own = {one: (group["state"], list(group["bundles_to_node_id"].values())) for one, group in groups.items() if one.endswith(job)}
+    return own, ray.nodes(), ray.available_resources()
+
+
+def kind(node: Mapping[str, Any]) -> str:
+    """What people call such a node: its group, else its GPUs, else its CPUs."""
+    labels, resources = node.get("Labels", {}), node["Resources"]
+    for label in _KIND_LABELS:
+        if labels.get(label):
+            return str(labels[label])
+    gpus = [name.removeprefix("accelerator_type:") for name in resources if name.startswith("accelerator_type:")]
+    return gpus[0] if gpus else f"{resources.get('CPU', 0):g} CPU"
+
+
+def wants(asked: Resources) -> str:
+    """What the workers ask for, in words."""
+    each = {"CPU": asked.cpus, **({"GPU": asked.gpus} if asked.gpus else {}), **asked.custom}
+    parts = [f"{amount:g} {name}" for name, amount in each.items()]
+    parts += [asked.accelerator_type] if asked.accelerator_type else []
+    parts += [f"label {key}={value}" for key, value in asked.labels.items()]
+    workers = "a worker asks" if asked.num_workers == 1 else f"each of {asked.num_workers} workers asks"
+    return f"{workers} for {', '.join(parts)}"
+
+
+def has(alive: list[dict[str, Any]], free: Mapping[str, float], asked: Resources) -> str:
+    """What nodes there are, by what is asked for, and what of it nobody uses, in words."""
+    names = ("CPU", "GPU", *asked.custom)
+
+    def describe(node: Mapping[str, Any]) -> str:
+        labels, resources = node.get("Labels", {}), node["Resources"]
+        parts = [f"{resources[name]:g} {name}" for name in names if resources.get(name)]
+        parts += [name.removeprefix("accelerator_type:") for name in resources if name.startswith("accelerator_type:")]
+        parts += [f"{key}={labels[key]}" for key in asked.labels if key in labels]
+        return ", ".join(parts) or "nothing to hand out"
+
+    counted = Counter(map(describe, alive))
+    nodes = ", ".join(f"{number} × ({what})" for what, number in sorted(counted.items())) or "no node"
+    total = {name: sum(node["Resources"].get(name, 0) for node in alive) for name in names}
+    return (
+        f"the cluster has {nodes}, free {', '.join(f'{free.get(name, 0):g} of {total[name]:g} {name}' for name in names if total[name]) or 'nothing'}"
+    )
