@@ -19,7 +19,7 @@ from collections.abc import Sequence
 from jobs import cli
 from paris_ray import stages
 from paris_ray.config import ConfigError, RunConfig
-from paris_ray.manifest import STARTED, Lock, published
+from paris_ray.manifest import STARTED, Lock, StaleError, published
 
 
 def action(config: RunConfig, args: argparse.Namespace) -> None:
@@ -28,6 +28,10 @@ def action(config: RunConfig, args: argparse.Namespace) -> None:
 
     if args.new_expert and not args.source:
         raise ConfigError("--new-expert: it learns what a source has; name it with --source")
+    # What the run would be is checked before the corpus grows.
+    more, k = with_another_expert(config) if args.new_expert else config, config.num_experts
+    if args.new_expert:
+        _check_experts(config, more)
     if args.source:
         named = argparse.Namespace(config=args.config, sets=[*args.sets, f"data.source={args.source}"], rebuild=[])
         other = cli.load(named)
@@ -39,16 +43,32 @@ def action(config: RunConfig, args: argparse.Namespace) -> None:
     if not args.new_expert:
         print(f"{append_partition(config)} rows appended to {config.run_dir}/clusters and shards")
         return
-    more, k = with_another_expert(config), config.num_experts
     append_partition(more, k)
     if published(stages.folder(more, f"shard-{k}")) is None:
         raise ConfigError("--new-expert: the source has no row that the run does not have already, so that there is nothing to learn")
     keep_router(config)
     # Last: until then, the same command goes on.
-    knows_fewer = [name for name in ("router", stages.CONTROL_ROUTER, "assemble", "evaluate") if cli.status(more, name).state != "absent"]
-    cli.write_config(more, knows_fewer)
-    again = "".join(f" --rebuild {name}" for name in stages.names(more) if name in knows_fewer and stages.folder(more, name).exists(STARTED))
+    rebuilt = _knows_fewer(more)
+    cli.write_config(more, rebuilt)
+    again = "".join(f" --rebuild {name}" for name in rebuilt if stages.folder(more, name).exists(STARTED))
     print(f"expert-{k} is added; to train it and the router: python -m jobs.run_all --config {config.run_dir}/{cli.CONFIG}{again}")
+
+
+def _knows_fewer(more: RunConfig) -> list[str]:
+    """What was made of the experts that there were before."""
+    return [name for name in ("router", stages.CONTROL_ROUTER, "assemble", "evaluate") if cli.status(more, name).state != "absent"]
+
+
+def _check_experts(config: RunConfig, more: RunConfig) -> None:
+    """Raise StaleError where the run with an expert more would not start."""
+    half = [name for name in map(stages.expert_name, range(config.num_experts)) if cli.status(config, name).state == "partial"]
+    if half:
+        raise StaleError(
+            f"--new-expert: {', '.join(half)} {'is' if len(half) == 1 else 'are'} half trained, on shards that would get a new version; nothing was "
+            "appended. Finish training first (python -m jobs.run_all), or delete what was trained, and run this again."
+        )
+    if bad := cli.refused(more, _knows_fewer(more)):
+        raise StaleError(cli.refusal(more, bad))
 
 
 def main(argv: Sequence[str] | None = None) -> int:

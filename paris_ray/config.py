@@ -449,8 +449,8 @@ class RunConfig(Strict):
 
     @model_validator(mode="after")
     def _consistent(self) -> RunConfig:
-        if self.partition.fine < self.num_experts:
-            raise ValueError(f"partition.fine is {self.partition.fine}, below the number of experts {self.num_experts}; raise it")
+        if self.partition.fine < self.num_clusters:
+            raise ValueError(f"partition.fine is {self.partition.fine}, below the {self.num_clusters} experts that have clusters; raise it")
         if self.num_clusters < 2:
             raise ValueError(f"partition.added is {self.partition.added} of {self.num_experts} experts; at least two have clusters: lower it")
         codec = self.data.codec

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -44,7 +45,7 @@ def append_corpus(config: RunConfig, source: Source) -> int:
     Raises:
         FileNotFoundError: the run has no corpus yet.
         ConfigError: the source cannot be used.
-        StaleError: the corpus was made from other inputs, or another source is half appended.
+        StaleError: the corpus was made from other inputs, or another source is half appended, to the corpus or to the clusters.
     """
     run, stage = Folder(config.run_dir), stages.stage(config, "embed")
     before = require(stage.folder, "embed")
@@ -57,9 +58,11 @@ def append_corpus(config: RunConfig, source: Source) -> int:
     if half is not None and half["listing"] in done:  # it died when all was published
         stage.folder.delete(APPENDING)
         half = None
+    if done[-1:] != [found["listing"]]:  # else what follows finishes it
+        refuse_half_appended(run / "clusters")
+        _refuse_unknown_rows(run, before)
     if found["listing"] in done:
         return 0
-    refuse_half_appended(run / "clusters")
     begun = time.monotonic()
     if half is None:
         published = set(schema.parts(stage.folder))
@@ -83,11 +86,26 @@ def append_corpus(config: RunConfig, source: Source) -> int:
     return more
 
 
+def _refuse_unknown_rows(run: Folder, corpus: dict[str, Any]) -> None:
+    """Raise StaleError while the clusters do not know all rows of the corpus: who gets them is said by the append that they came with."""
+    clusters = published(run / "clusters")
+    if clusters is not None and (more := int(corpus["counts"]["rows"]) - int(clusters["counts"]["rows"])) > 0:
+        raise StaleError(
+            f"{run.uri}/corpus has {more} rows of an earlier append that {run.uri}/clusters does not know; finish that first, with the same command "
+            f"again, or give the rows to their clusters: python -m jobs.append --config {run.uri}/config.yaml"
+        )
+
+
 def with_another_expert(config: RunConfig) -> RunConfig:
-    """A run with one expert more, as ``expert`` says, and a router that starts from the one there is, if there is one."""
+    """A run with one expert more, as ``expert`` says, and a router that starts from the one there is, if there is one.
+
+    Where replicas are named, it has one of its own.
+    """
     tree = config.model_dump(mode="json")
     tree["experts"] = [*tree["experts"], {}]
     tree["partition"]["added"] += 1
+    if isinstance(config.serve.placement, tuple):
+        tree["serve"]["placement"] = [*tree["serve"]["placement"], [config.num_experts]]
     run, earlier = Folder(config.run_dir), f"{EARLIER_ROUTERS}/{config.num_experts}"
     if published(run / "router") is not None or (run / earlier).exists("config.json"):
         tree["router"]["init_from"] = f"{run.uri}/{earlier}"

@@ -46,6 +46,8 @@ class ExpertTask:
         self.encoders = Encoders(run)
         self.train, self.validation = read_rows(run, [k], config.data.store_text)
         self.rows, self.dropout = len(self.train), self.spec.caption_dropout
+        # Rows in one pass of validation: the micro-batch, once it is settled.
+        self.rows_at_once = self.spec.train.micro_batch if isinstance(self.spec.train.micro_batch, int) else self.spec.train.batch_size
         self.shape: tuple[int, ...] = self.encoders.latent_shape
         self.objective = objective(self.spec.objective, self.spec.noise_schedule)
         self.null = self.encoders.null_states.to(device)
@@ -106,7 +108,7 @@ class ExpertTask:
     @torch.no_grad()
     def validate(self) -> dict[str, Any]:
         """Loss on the validation rows at the middle of each time bin, with noises that are the same every time."""
-        n, size = min(len(self.validation), VALIDATION_ROWS), self.spec.train.batch_size
+        n, size = min(len(self.validation), VALIDATION_ROWS), self.rows_at_once
         sums: dict[int, float] = defaultdict(float)
         for start in range(0, n, size):
             rows = torch.arange(start, min(start + size, n))

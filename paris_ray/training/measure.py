@@ -34,7 +34,8 @@ class _Enough(Exception):
 def this_machine(config: RunConfig) -> Devices:
     """Measure this machine: each size of expert, and the router, one after the other.
 
-    As many trainings are assumed at once as it has GPUs or CPUs for (and ``max_parallel`` allows), each as fast as alone.
+    As many trainings are assumed at once as it has GPUs or CPUs for (and ``max_parallel`` allows), each as fast as alone; those that share a GPU
+    share its speed.
 
     Raises:
         ConfigError: a stage wants a GPU, and there is none.
@@ -44,7 +45,7 @@ def this_machine(config: RunConfig) -> Devices:
     found = {size: measure(config, stage) for size, stage in stages.items()}
     asked = config.expert.resources
     if asked.gpus:
-        name, count = torch.cuda.get_device_name(0), int(torch.cuda.device_count() / min(1.0, asked.gpus))
+        name, count = torch.cuda.get_device_name(0), max(1, int(torch.cuda.device_count() / asked.gpus))
         room = torch.cuda.get_device_properties(0).total_memory * min(1.0, asked.gpus)
     else:
         name, count = "cpu", max(1, int((os.cpu_count() or 1) / asked.cpus))
@@ -66,7 +67,7 @@ class Measured:
     """What a stage does here.
 
     Attributes:
-        images_per_second: of its loop on one device.
+        images_per_second: of one worker's loop on its share of a device.
         storage_mb_per_s: at which its checkpoints are written.
         start_seconds: until the first steps are over: reading rows, making networks, compiling.
     """
@@ -88,10 +89,9 @@ def measure(config: RunConfig, stage: str) -> Measured:
     place = Place(torch.device("cuda", 0) if asked.gpus else torch.device("cpu"))
     task = worker.set_up(config, stage, Place(place.device, rank=1))
     train = task.spec.train
-    if train.micro_batch == "auto":
-        share = train.batch_size // asked.num_workers
-        train = train.model_copy(update={"micro_batch": micro_batch.largest(task, train, share, place)})
-    endless: dict[str, Any] = {"images": 10**9, "checkpoint_images": None, "sample_images": None, "log_images": 10**9}
+    share = train.batch_size // asked.num_workers
+    rows = micro_batch.largest(task, train, share, place) if train.micro_batch == "auto" else train.micro_batch or share
+    endless: dict[str, Any] = {"micro_batch": rows, "images": 10**9, "checkpoint_images": None, "sample_images": None, "log_images": 10**9}
     steps, began, images_per_second = 0, 0.0, 0.0
 
     def on_step(images: int, line: dict[str, Any] | None) -> None:
@@ -105,7 +105,7 @@ def measure(config: RunConfig, stage: str) -> Measured:
         if steps == WARM:
             began = now
         elif now - began >= SECONDS:
-            images_per_second = (steps - WARM) * train.batch_size / (now - began)
+            images_per_second = (steps - WARM) * train.batch_size / (now - began) * min(1.0, asked.gpus or 1.0)
             raise _Enough
 
     with tempfile.TemporaryDirectory() as scratch:

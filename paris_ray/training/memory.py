@@ -8,13 +8,17 @@ from paris_ray.training.budget import Inputs
 STATE_BYTES = 20
 """For each weight on the device: the weight, its gradient, two moments and the average, in float32."""
 
+BUCKET_BYTES = 4
+"""For each weight, where several workers average their gradients: a copy of these in the buckets that are sent."""
+
 CHECKPOINT_BYTES = 16
 """For each weight in a checkpoint: the same without the gradient. A copy of these is in host memory while one is written."""
 
 
-def fixed_bytes(weights: int, train: TrainConfig, host: bool) -> int:
+def fixed_bytes(weights: int, train: TrainConfig, workers: int, host: bool) -> int:
     """What does not grow with the rows: training state; weights cast to bfloat16; where training is on the host, the copies for a checkpoint."""
-    return weights * (STATE_BYTES + (2 if train.precision == "bf16" else 0) + (CHECKPOINT_BYTES if host else 0))
+    each = STATE_BYTES + (BUCKET_BYTES if workers > 1 else 0) + (2 if train.precision == "bf16" else 0) + (CHECKPOINT_BYTES if host else 0)
+    return weights * each
 
 
 def expert_weights(model: ModelConfig, inputs: Inputs) -> int:

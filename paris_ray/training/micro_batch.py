@@ -57,6 +57,7 @@ def settle(task: Trained, place: Place) -> TrainConfig:
             f"{task.stage}: its micro-batch, found at its first start, is {rows}, which does not divide the {share} rows of a worker's share; take "
             f"resources.num_workers so that it does (it was {_frozen(task).get('workers')}), or train it anew with --rebuild {task.stage}"
         )
+    task.rows_at_once = rows
     return train.model_copy(update={"micro_batch": rows})
 
 
@@ -68,9 +69,13 @@ def largest(task: Trained, train: TrainConfig, share: int, place: Place) -> int:
     """
     if place.device.type == "cuda":
         limit = USABLE * (free_memory(place.device) + torch.cuda.memory_allocated(place.device)) * min(1.0, task.spec.resources.gpus)
-        return _largest(task.stage, share, limit, lambda rows: _tried(task, train, rows, place.device))
+        try:
+            return _largest(task.stage, share, limit, lambda rows: _tried(task, train, rows, place.device))
+        finally:
+            if train.compile:  # of unlike batches it makes code for any; a resume, which tries none, has it for one
+                torch.compiler.reset()
     weights = sum(p.numel() for p in task.model.parameters())
-    fixed = memory.fixed_bytes(weights, train, host=True) - 4 * weights  # which are there already
+    fixed = memory.fixed_bytes(weights, train, task.spec.resources.num_workers, host=True) - 4 * weights  # which are there already
     image = image_bytes(task, train)
     return _largest(task.stage, share, USABLE * free_memory(place.device) * _node_share(task.spec.resources), lambda rows: fixed + rows * image)
 
@@ -108,8 +113,9 @@ def image_bytes(task: Trained, train: TrainConfig) -> int:
 
 
 def _tried(task: Trained, train: TrainConfig, rows: int, device: torch.device) -> float:
-    """Bytes at the peak of a forward and backward pass of so many rows, with room for the optimiser's moments and the average."""
-    held = [torch.empty_like(p) for p in task.model.parameters() for _ in range(3)]
+    """Bytes at the peak of a forward and backward pass of so many rows, with room for what is not there yet: moments, average, buckets."""
+    more = 3 + (task.spec.resources.num_workers > 1)
+    held = [torch.empty_like(p) for p in task.model.parameters() for _ in range(more)]
     drawn = Draws(0, task.stage, task.rows, task.shape, task.dropout)(0, rows)
     try:
         for _ in range(2):  # the second adds to gradients that are there

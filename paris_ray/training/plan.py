@@ -117,7 +117,7 @@ def trainings(config: RunConfig, sizes: Sequence[int], encoders: dict[str, Any])
 
 
 def _training(stage: str, size: str, spec: TrainedConfig, line: dict[str, Any], weights: int, image: int) -> Training:
-    needs = memory.fixed_bytes(weights, spec.train, host=spec.resources.gpus == 0) + _rows(spec) * image
+    needs = memory.fixed_bytes(weights, spec.train, spec.resources.num_workers, host=spec.resources.gpus == 0) + _rows(spec) * image
     return Training(stage, size, line["images"], line["flops_per_image"], weights, needs, spec)
 
 
@@ -164,7 +164,8 @@ def fit(one: Training, machine: Devices) -> Fit | None:
     rate = _rate(one, machine) * one.workers
     write = memory.CHECKPOINT_BYTES * one.weights / (machine.storage_mb_per_s * 1e6)
     between = None if machine.hours_between_preemptions is None else 3600 * machine.hours_between_preemptions / one.workers
-    spared = machine.preemption is not None and preemption.loses_nothing(machine.preemption, write, one.workers)
+    step = one.spec.train.batch_size / rate
+    spared = machine.preemption is not None and preemption.loses_nothing(machine.preemption, write, one.workers, step)
 
     def share(images: int) -> float:
         if spared:

@@ -29,17 +29,21 @@ GRACE_S = {"aws": 120.0, "gcp": 30.0, "azure": 30.0}
 
 EVERY_S = 5.0
 TIMEOUT_S = 3.0
+STEP_S = 2.5
+"""Seconds allowed for a step where nobody knows how long it takes."""
+
 MOST_BYTES = 1 << 20
 GOING = ("Preempt", "Terminate", "Redeploy", "Reboot")
 """Azure's events after which the processes of a machine are gone; ``Freeze`` is a pause."""
 
 
-def loses_nothing(cloud: str, checkpoint_seconds: float, workers: int) -> bool:
-    """Whether a checkpoint is written between a cloud's notice and the end: the notice is seen late, and one that is being written goes first.
+def loses_nothing(cloud: str, checkpoint_seconds: float, workers: int, step_seconds: float = STEP_S) -> bool:
+    """Whether a checkpoint is written between a cloud's notice and the end, outside validation, which is not broken off.
 
-    Several workers agree to go at a metrics line, which may come too late.
+    The notice is seen late, by two requests that may be slow; the step at hand and one that the device has queued are finished; and a checkpoint that
+    is being written goes first. Several workers agree to go at a metrics line, which may come too late.
     """
-    return workers == 1 and EVERY_S + 2 * checkpoint_seconds <= GRACE_S[cloud]
+    return workers == 1 and EVERY_S + 2 * (TIMEOUT_S + step_seconds + checkpoint_seconds) <= GRACE_S[cloud]
 
 
 @dataclass(frozen=True)

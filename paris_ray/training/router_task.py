@@ -46,6 +46,8 @@ class RouterTask:
         self.encoders = Encoders(run)
         self.train, self.validation = read_rows(run, range(config.num_experts), config.data.store_text)
         self.rows = len(self.train)
+        # Rows in one pass of validation: the micro-batch, once it is settled.
+        self.rows_at_once = self.spec.train.micro_batch if isinstance(self.spec.train.micro_batch, int) else self.spec.train.batch_size
         self.shape: tuple[int, ...] = self.encoders.latent_shape
         self.dropout = self.spec.caption_dropout if self.reads_text else 0.0
         self.null = self.encoders.null_pooled().to(device)
@@ -111,14 +113,14 @@ class RouterTask:
         return {
             **{f"validation_{name}" if name == "loss" else name: sum(values) / TIME_BINS for name, values in by_time.items()},
             **{f"validation_{name}_by_time" if name == "loss" else f"{name}_by_time": values for name, values in by_time.items()},
-            "prior": (self.validation.labels == largest).double().mean().item(),
+            "prior": (self.validation.labels[:VALIDATION_ROWS] == largest).double().mean().item(),
             **({"without_text": {f"{name}_by_time": values for name, values in self._judge(without_text=True).items()}} if self.reads_text else {}),
         }
 
     @torch.no_grad()
     def _judge(self, without_text: bool) -> dict[str, list[float]]:
         """Mean loss, accuracy and expected calibration error of each time bin."""
-        n, size = min(len(self.validation), VALIDATION_ROWS), self.spec.train.batch_size
+        n, size = min(len(self.validation), VALIDATION_ROWS), self.rows_at_once
         loss = torch.zeros(TIME_BINS, n, dtype=torch.float64)
         confidence, right = torch.zeros(TIME_BINS, n), torch.zeros(TIME_BINS, n, dtype=torch.bool)
         for start in range(0, n, size):

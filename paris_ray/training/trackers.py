@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any, Protocol
 
+from paris_ray import stages
 from paris_ray.config import ConfigError, RunConfig
 from paris_ray.storage import Folder
 
@@ -78,13 +79,16 @@ class MLflow:
 
 
 class WandB:
-    """A run for each stage, in the project of the run's name; a stage that goes on continues its own."""
+    """A run for each stage, in the project of the run's name; a stage that goes on continues its own.
+
+    Of the config others get what decides the stage's result: no addresses, no paths.
+    """
 
     def __init__(self, config: RunConfig, stage: str, images: int):
         import wandb
 
         own = hashlib.sha256(f"{Folder(config.run_dir).uri} {stage}".encode()).hexdigest()[:16]
-        self.run = wandb.init(project=config.name, name=stage, id=own, resume="allow", config=config.model_dump(mode="json"))
+        self.run = wandb.init(project=config.name, name=stage, id=own, resume="allow", config=stages.config_part(config, stage))
         # Its own steps may not go back, as images do after a restart.
         self.run.define_metric("*", step_metric="images")
 

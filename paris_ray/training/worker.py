@@ -178,7 +178,7 @@ def _what_preemption_costs(asked: Resources, train: TrainConfig, folder: Folder,
         return f"how long a checkpoint takes could not be measured ({error}); what a preemption loses is bounded by {every}"
     said = f"a checkpoint takes {seconds:.1f} s, {asked.preemption} gives {GRACE_S[asked.preemption]:.0f} s"
     if loses_nothing(asked.preemption, seconds, asked.num_workers):
-        return f"{said}: a preemption loses nothing"
+        return f"{said}: outside validation a preemption loses nothing"
     return f"{said}{' and several workers must agree to go' if asked.num_workers > 1 else ''}: what a preemption loses is bounded by {every}"
 
 

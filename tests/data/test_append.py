@@ -11,6 +11,7 @@ import pyarrow.compute as pc
 import pytest
 
 from jobs import append as append_job
+from jobs import cli, run_all
 from paris_ray import config as configs
 from paris_ray import stages
 from paris_ray.config import ConfigError, RunConfig
@@ -150,6 +151,59 @@ def test_an_expert_that_is_half_added_is_finished_as_it_was_begun(tmp_path: Path
         append.append_partition(one)
     assert append.append_partition(more, 3) == 60
     assert stages.status(more, "partition").state == stages.status(more, "shard-3").state == "valid"
+
+
+def test_what_a_run_with_an_expert_more_refuses_is_refused_before_the_corpus_grows(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """And what is printed at the end is what ``run_all`` takes."""
+    one = make_corpus(tmp_path)
+    partition.partition(one)
+    (tmp_path / "config.yaml").write_text(configs.dump(one))
+    grown: list[str] = []
+
+    def grow(config: RunConfig, source: object) -> int:
+        grown.append(config.run_dir)
+        publish_more(config, range(240, 300), 4)
+        return 60
+
+    monkeypatch.setattr(append, "append_corpus", grow)
+    monkeypatch.setattr(cli, "connect", lambda: None)
+    (tmp_path / "pictures").mkdir()
+    job = ["--config", str(tmp_path / "config.yaml"), "--source", f"{{kind: folder, uri: {tmp_path}/pictures}}", "--new-expert"]
+    trained = ("expert-0", "expert-1", "expert-2", "router", "control_router")
+    for name in trained:
+        stages.stage(one, name).begin()
+    stages.folder(one, "expert-0").write_bytes("checkpoints/images-000000008/state.json", b"{}")
+    assert append_job.main(job) == 2
+    assert "expert-0, expert-1, expert-2 are half trained" in capsys.readouterr().err
+    for name in (*trained, "assemble", "evaluate"):
+        stage = stages.stage(one, name)
+        stage.begin()
+        for file in ("diffusion_pytorch_model.safetensors", "pytorch_model.safetensors", "config.json"):
+            stage.folder.write_bytes(f"export/{file}", name.encode())
+        stage.publish(result="export/")
+    weights = tmp_path / "experts/1/export/config.json"
+    weights.write_bytes(b"damaged")
+    assert append_job.main(job) == 2
+    assert "expert-1 (damaged):" in capsys.readouterr().err
+    weights.write_bytes(b"expert-1")
+    assert grown == []
+    assert append_job.main(job) == 0
+    assert grown == [str(tmp_path)]
+    command = capsys.readouterr().out.splitlines()[-1].split("jobs.run_all ")[1].split()
+    assert command[:2] == ["--config", str(tmp_path / "config.yaml")]
+    assert command[2::2] == ["--rebuild"] * 4
+    run_all.prepare(configs.load(command[1]), command[3::2])
+
+
+def test_configs_that_leave_room_for_an_expert_more(tmp_path: Path) -> None:
+    """As many fine clusters as experts, and replicas by name."""
+    sets = ["experts=3", "partition.fine=3", "serve.placement=[[0, 2], [1]]"]
+    more = append.with_another_expert(configs.load("tiny", [f"run_dir={tmp_path}", *sets]))
+    assert (more.num_experts, more.partition.fine) == (4, 3)
+    assert more.serve.placement == ((0, 2), (1,), (3,))
+    assert append.with_another_expert(more).num_clusters == 3
 
 
 def test_unused_rows_are_labelled_and_in_no_shard(tmp_path: Path) -> None:

@@ -172,6 +172,25 @@ def test_an_append_that_died_when_all_was_published(base: tuple[Callable[[str], 
     assert append.append_partition(one) == 23
 
 
+def test_rows_of_one_source_do_not_go_where_another_appends(base: tuple[Callable[[str], RunConfig], FolderSource], tmp_path: Path) -> None:
+    copy, source = base
+    one = copy("run")
+    assert append.append_corpus(one, source) == 23  # and it dies: to whom they were to go is not written anywhere
+    manifest = published(Folder(one.run_dir) / "corpus")
+    rows = [(f"{i}.png", png(i, (24, 20)), f"other {i}") for i in range(90, 95)]
+    other = FolderSource(kind="folder", uri=str(write_folder(tmp_path / "other", rows)))
+    with pytest.raises(StaleError, match=r"corpus has 23 rows of an earlier append .*: python -m jobs.append --config \S+/run/config.yaml$"):
+        append.append_corpus(one, other)
+    assert published(Folder(one.run_dir) / "corpus") == manifest
+    assert append.append_corpus(one, source) == 0
+    assert append.append_partition(one) == 23
+    assert append.append_corpus(one, other) == 5
+    with pytest.raises(StaleError, match="corpus has 5 rows of an earlier append"):  # nor are they the first one's, although that is in the corpus
+        append.append_corpus(one, source)
+    assert append.append_corpus(one, other) == 0
+    assert append.append_partition(append.with_another_expert(one), 3) == 5
+
+
 @pytest.mark.parametrize("point", ["before near-duplicates", "before publishing"])
 def test_an_append_may_be_given_up(base: tuple[Callable[[str], RunConfig], FolderSource], tmp_path: Path, point: str) -> None:
     copy, source = base

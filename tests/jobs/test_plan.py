@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
 from fabricated_cluster import publish, tiny
 
 from jobs import plan
@@ -95,6 +98,34 @@ def test_what_cannot_be_planned(run, capsys, monkeypatch, more, said):
 def test_before_the_clusters_it_says_what_to_run(tmp_path, capsys):
     assert plan.main(["--config", "tiny", "--set", f"run_dir={tmp_path}", "--machines", "x.yaml"]) == 2
     assert "run the stage 'partition' first" in capsys.readouterr().err
+
+
+def test_what_shares_a_gpu_shares_its_speed_and_a_worker_takes_its_share_of_a_batch(tmp_path, monkeypatch):
+    from paris_ray.training import measure
+    from paris_ray.training.loop import Loop
+
+    about = SimpleNamespace(total_memory=2**34)
+    cuda = {
+        "is_available": lambda: True,
+        "device_count": lambda: 4,
+        "get_device_name": lambda index: "GPU",
+        "get_device_properties": lambda index: about,
+    }
+    monkeypatch.setattr(measure, "torch", SimpleNamespace(device=lambda *_: torch.device("cpu"), cuda=SimpleNamespace(**cuda)))
+    monkeypatch.setattr(measure, "time", SimpleNamespace(perf_counter=itertools.count().__next__))
+    monkeypatch.setattr(measure, "SECONDS", 0.0)
+    monkeypatch.setattr(measure, "Loop", lambda task, train, *rest, **named: sizes.append(train.micro_batch) or Loop(task, train, *rest, **named))
+    sizes: list[int] = []
+    rates = {}
+    for gpus in (0.5, 1, 2):
+        config = fake.make_run(tmp_path / str(gpus), expert__resources__gpus=gpus, expert__resources__num_workers=4)
+        rates[gpus] = measure.measure(config, "expert-0").images_per_second
+    assert sizes == [2, 2, 2]  # of eight
+    assert rates[0.5] == rates[1] / 2 > 0
+    assert rates[2] == rates[1]
+    monkeypatch.setattr(measure, "measure", lambda config, stage: measure.Measured(1.0, 1.0, 1.0))
+    counts = [measure.this_machine(fake.make_config(tmp_path, max_parallel=9, expert__resources__gpus=gpus)).count for gpus in (0.5, 1, 2)]
+    assert counts == [8, 4, 2]
 
 
 def test_this_machine_is_measured_by_its_own_loop_and_left_as_it_was(tmp_path, capsys, monkeypatch):

@@ -136,6 +136,17 @@ def test_learns_and_hands_over(tmp_path, k):
     assert (said["objective"], said["expert_id"]) == (["flow", "ddpm"][k], k)
 
 
+def test_validation_takes_a_micro_batch_at_once(config, monkeypatch):
+    task = ExpertTask(config, 0, CPU)
+    whole = task.validate()
+    few = ExpertTask(fake.make_config(config.run_dir, expert__train__micro_batch=2), 0, CPU)
+    sizes, losses = [], few.losses
+    monkeypatch.setattr(few, "losses", lambda model, batch: sizes.append(len(batch["latent"])) or losses(model, batch))
+    found = few.validate()
+    assert found["validation_loss_by_time"] == pytest.approx(whole["validation_loss_by_time"], rel=1e-5)
+    assert set(sizes) == {2}
+
+
 def test_samples_are_the_same_every_time(tmp_path):
     from paris_ray.training.samples import write_grid
 

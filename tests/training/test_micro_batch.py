@@ -11,6 +11,7 @@ import torch
 from paris_ray.config import ConfigError
 from paris_ray.storage import Folder
 from paris_ray.training import checkpoint, micro_batch, worker
+from paris_ray.training.draws import Draws
 from paris_ray.training.expert_task import ExpertTask
 from paris_ray.training.loop import Place
 
@@ -44,7 +45,7 @@ def test_the_largest_divisor_that_fits_is_taken_and_trained_with(tmp_path, monke
     seen = set()
     losses = ExpertTask.losses
     monkeypatch.setattr(ExpertTask, "losses", lambda self, model, batch: seen.add(len(batch["latent"])) or losses(self, model, batch))
-    monkeypatch.setattr(ExpertTask, "evaluate", lambda self, images: {})
+    monkeypatch.setattr(ExpertTask, "evaluate", lambda self, images: seen.add(self.rows_at_once) or {})
     worker.run(config, "expert-0", CPU)
     assert seen == {rows}
     assert frozen(tmp_path)["micro_batch"] == rows
@@ -80,6 +81,43 @@ def test_a_number_that_does_not_divide_another_share(tmp_path, free, monkeypatch
     monkeypatch.setattr(micro_batch, "_agreed", lambda place, number, how: number)
     with pytest.raises(ConfigError, match=r"is 8, which does not divide the 4 rows.*\(it was 1\).*--rebuild expert-0"):
         micro_batch.settle(task, Place(CPU.device, 0, 2))
+
+
+def test_code_is_compiled_for_the_rows_that_are_trained_with(tmp_path, monkeypatch):
+    """Not for any number of rows, which trials of several sizes lead to: a resume makes none."""
+    config = fake.make_run(tmp_path, **AUTO, expert__train__compile=True)
+    task = ExpertTask(config, 0, CPU.device)
+    dynamic: list[bool] = []
+
+    def backend(graph, inputs):
+        dynamic.append(any(isinstance(one, torch.SymInt) for one in inputs))
+        return graph
+
+    torch._dynamo.reset()
+    task.model.compile_blocks(backend=backend)
+
+    def step(rows):
+        return task.losses(task.model, task.batch(Draws(0, task.stage, task.rows, task.shape, task.dropout)(0, rows)))[0].sum()
+
+    monkeypatch.setattr(micro_batch, "_tried", lambda task, train, rows, device: step(rows).item())
+    monkeypatch.setattr(micro_batch, "free_memory", lambda device: 2**40)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 0)
+    task.spec = task.spec.model_copy(update={"resources": task.spec.resources.model_copy(update={"gpus": 1.0})})
+    assert micro_batch.largest(task, task.spec.train, 8, Place(torch.device("cuda", 0))) == 8
+    assert any(dynamic)
+    dynamic.clear()
+    step(8)
+    assert dynamic == [False]
+
+
+def test_several_workers_need_room_for_their_buckets(tmp_path, free):
+    """Of four bytes for each weight."""
+    config = fake.make_run(tmp_path, **AUTO, expert__resources__num_workers=2)
+    free(config, 4.5)
+    task = ExpertTask(config, 0, CPU.device)
+    rows = 4 * sum(p.numel() for p in task.model.parameters()) / micro_batch.image_bytes(task, task.spec.train)
+    assert 1 < rows < 4  # which have to be left out
+    assert micro_batch.largest(task, task.spec.train, 4, CPU) == max(n for n in (1, 2, 4) if n <= 4.5 - rows)
 
 
 def test_tries_go_up_until_memory_runs_out():

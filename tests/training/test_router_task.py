@@ -18,10 +18,11 @@ from paris_ray import rng
 from paris_ray.config import ConfigError
 from paris_ray.models.router import Router
 from paris_ray.storage import Folder
-from paris_ray.training import checkpoint, worker
+from paris_ray.training import checkpoint, router_task, worker
 from paris_ray.training.draws import Draws
 from paris_ray.training.loop import Place
 from paris_ray.training.router_task import RouterTask, start_from
+from paris_ray.training.trackers import figures
 
 CPU = torch.device("cpu")
 KEYS = (
@@ -109,6 +110,20 @@ def test_validation_is_what_a_loop_over_rows_finds(tmp_path):
     largest = Counter(task.train.labels.tolist()).most_common(1)[0][0]
     assert line["prior"] == rows.labels.tolist().count(largest) / 12
     assert line["accuracy"] == pytest.approx(sum(line["accuracy_by_time"]) / 4)
+
+
+def test_validation_takes_a_micro_batch_at_once_and_the_prior_is_of_the_same_rows(tmp_path, monkeypatch):
+    config = fake.make_run(tmp_path)
+    whole = RouterTask(config, CPU).evaluate(0)
+    task = RouterTask(config.model_copy(update={"router": fake.make_config(tmp_path, router__train__micro_batch=2).router}), CPU)
+    sizes, logits = [], task._logits
+    monkeypatch.setattr(task, "_logits", lambda model, batch: sizes.append(len(batch["label"])) or logits(model, batch))
+    assert dict(figures(task.evaluate(0))) == pytest.approx(dict(figures(whole)), rel=1e-5)
+    assert set(sizes) == {2}
+    monkeypatch.setattr(router_task, "VALIDATION_ROWS", 4)  # the first ones, all of cluster 0
+    assert task.evaluate(0)["prior"] == 1
+    task.train.labels[:] = 2
+    assert task.evaluate(0)["prior"] == 0
 
 
 SETTINGS = ("router.train.images=2400", "router.train.learning_rate=0.003", "router.train.checkpoint_images=null")

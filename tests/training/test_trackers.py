@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import struct
+import sys
 import threading
 from pathlib import Path
 from types import SimpleNamespace
@@ -73,6 +74,26 @@ def test_tensorboard_shows_what_the_files_hold_after_a_restart_too(tmp_path):
     lines, shown = expected(tmp_path), scalars(tmp_path / "tensorboard" / "router")
     assert shown.keys() == lines.keys()
     assert all(shown[key] == pytest.approx(value, rel=1e-6) for key, value in lines.items())
+
+
+def test_others_are_told_what_is_trained_and_not_where(tmp_path, monkeypatch):
+    told = []
+    run = SimpleNamespace(define_metric=lambda *_, **__: None)
+    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=lambda config, **_: told.append(config) or run))
+    secrets = {
+        "clusters": "{eu: {address: 'https://ray.corp.example', token_file: /home/me/token, storage: 's3://ours/run'}}",
+        "data__source": "{kind: folder, uri: 's3://customer/pictures'}",
+        "experts__1__cluster": "eu",
+        "experts__1__init_from": "/home/me/weights.safetensors",
+    }
+    config = fake.make_config(tmp_path, **secrets)
+    for stage in ("expert-1", "router"):
+        trackers.WandB(config, stage, 0)
+    expert, router = told
+    assert (expert["objective"], expert["train"]["batch_size"], expert["model"]["hidden_size"]) == ("ddpm", 8, 32)
+    assert router["train"]["learning_rate"] == config.router.train.learning_rate
+    said = json.dumps(told)
+    assert not [word for word in ("corp", "/home", "s3:", "customer", "eu", str(tmp_path)) if word in said]
 
 
 class Broken:

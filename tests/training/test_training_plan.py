@@ -77,6 +77,9 @@ def test_memory_decides_where_a_training_can_run() -> None:
     assert one.memory - auto.memory == 63 * image
     with pytest.raises(ConfigError, match=r"expert-0: takes 1 × 4\d.\d GiB, and no machine has that \(usable: a: 1 × 36.0\).*micro_batch.*now 64"):
         make(paris(), [machine(memory_gib=40)])
+    # Two workers have half of a batch of 128 each, and buckets of four bytes a weight.
+    two = paris("expert.resources.num_workers=2", "expert.train.batch_size=128", "expert.train.micro_batch=null")[0]
+    assert two.memory - one.memory == 4 * 605_970_448
     with pytest.raises(ConfigError, match="expert-0: takes 2 × "):
         make(paris("expert.resources.num_workers=2"), [machine()])
 
@@ -103,6 +106,9 @@ def test_a_notice_that_suffices_spares_the_steps() -> None:
     assert aws.loses_nothing  # 2 × 24 s in 120
     assert not gcp.loses_nothing  # and not in 30
     assert gcp.goodput == without.goodput < aws.goodput
+    # Two steps of 256 images have to end first: of 29 s each there is time for (5 + 6 + 58 + 48.5), of 32 s there is not.
+    slow = [fitted(one, machine(**settings, preemption="aws", images_per_second={"XL/2": 256 / seconds})) for seconds in (29, 32)]
+    assert [there.loses_nothing for there in slow] == [True, False]
 
 
 def test_equal_hours() -> None:
