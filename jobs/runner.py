@@ -193,8 +193,9 @@ class Runner:
                     self.running[name] = Attempt(name, int(meta["attempt"]), job.submission_id, since, fallback=meta.get("fallback") == "yes")
                     self.board.say(f"{name}: already running as {job.submission_id}{self._at(name)}, following it")
                 continue
-            self.board.say(f"{name}: {job.submission_id} {why}, ending it")
-            if moved and self._trains_since(name, since):
+            leaves = moved and name not in self.running and self._trains_since(name, since)
+            self.board.say(f"{name}: {job.submission_id} {why}, ending it{' after a checkpoint' if leaves else ''}")
+            if leaves:
                 stopping.wish(self.events, name)
                 cluster.await_end(job.submission_id, stopping.CHECKPOINT_S)
             cluster.end(job.submission_id)

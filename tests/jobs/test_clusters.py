@@ -158,7 +158,7 @@ def test_an_expert_that_moves_leaves_nothing_behind(tmp_path, capsys):
     assert "runs in the cluster eu, and the config now has it in the cluster, ending it" in capsys.readouterr().out
 
 
-def test_an_expert_that_trains_and_moves_leaves_a_checkpoint_first(tmp_path, monkeypatch):
+def test_an_expert_that_trains_and_moves_leaves_a_checkpoint_first(tmp_path, monkeypatch, capsys):
     both = Both(tmp_path, "experts.2.cluster=here")
     for name in ("embed", "partition", "expert-1"):
         publish(both.config, name)
@@ -175,6 +175,7 @@ def test_an_expert_that_trains_and_moves_leaves_a_checkpoint_first(tmp_path, mon
     monkeypatch.setattr(stopping, "wish", heard)
     assert both.run()
     assert (old.status, old.driver_exit_code) == ("FAILED", cli.STOPPED)  # by itself
+    assert "the config now has it in the cluster, ending it after a checkpoint" in capsys.readouterr().out
     assert f"{one.prefix}-expert-2-a2" in both.here.jobs
 
 
