@@ -22,11 +22,20 @@ FIRST_SECONDS, LAST_SECONDS = 1.0, 15.0
 """After how long a cluster that does not answer is asked again: at first, and at last; twice as long each time."""
 SAY_SECONDS = 5.0
 """For how long it may not answer before that is worth a line."""
-TIMEOUT_SECONDS = (10.0, 60.0)
-"""For a connection, and for each part of an answer; Ray's own client waits for ever."""
+TIMEOUT_SECONDS, STATUS_TIMEOUT_SECONDS = (10.0, 60.0), (5.0, 10.0)
+"""For a connection, and for each part of an answer; Ray's own client waits for ever. Questions about jobs, for which all clusters wait, take less."""
 
+BUSY = (408, 425, 429)
+"""What a gateway answers that wants to be asked again."""
 QUIET = ("ray.dashboard.modules.dashboard_sdk", "ray._private.runtime_env")
 """Loggers that would say of each job which files are sent along."""
+
+
+STOP_SECONDS = 20.0
+"""How long a job may take to end that is ended."""
+LOST = "LOST"
+"""Of a job that its cluster no longer knows, because its head was started anew."""
+ENDED = ("SUCCEEDED", "FAILED", "STOPPED", LOST)
 
 
 class AwayError(RuntimeError):
@@ -50,6 +59,7 @@ class Cluster:
         self.say: Callable[[str], None] = print
         self._connect, self._client = connect, None
         self._away_since: float | None = None
+        self._failed = 0.0  # when it was last asked in vain
         self._said = False
         self._wait = self._next = 0.0
         self.why = ""
@@ -66,8 +76,8 @@ class Cluster:
 
     @property
     def away(self) -> float:
-        """For how many seconds it has not answered; 0 when it did the last time."""
-        return 0.0 if self._away_since is None else time.monotonic() - self._away_since
+        """For how many seconds it has been asked in vain; 0 when it answered the last time."""
+        return 0.0 if self._away_since is None else self._failed - self._away_since
 
     def call(self, function: str, *args: Any, **options: Any) -> Any:
         """One call of the Jobs API.
@@ -89,6 +99,31 @@ class Cluster:
             raise AwayError(self.why) from error
         self._back()
         return answer
+
+    def status(self, submission_id: str) -> str:
+        """Of a job, :data:`LOST` if it is not known. Raises AwayError."""
+        try:
+            return str(self.call("get_job_status", submission_id))
+        except AwayError:
+            raise
+        except RuntimeError:  # there is no such job, or this was somebody on the way
+            return next((str(job.status) for job in self.call("list_jobs") if job.submission_id == submission_id), LOST)
+
+    def end(self, submission_id: str) -> None:
+        """End a job. Raises AwayError."""
+        try:
+            self.call("stop_job", submission_id)
+        except AwayError:
+            raise
+        except RuntimeError:
+            pass  # likewise; which of them it was, the job's status says
+        self.await_end(submission_id, STOP_SECONDS)
+
+    def await_end(self, submission_id: str, seconds: float) -> None:
+        """Wait for so long until a job has ended. Raises AwayError."""
+        deadline = time.monotonic() + seconds
+        while time.monotonic() < deadline and self.status(submission_id) not in ENDED:
+            time.sleep(0.3)
 
     def check(self) -> None:
         """Connect for the first time. Nobody need answer in another cluster yet, but that is said.
@@ -112,7 +147,7 @@ class Cluster:
 
     def _lost(self, error: Exception) -> None:
         self._client, self.why = None, (str(error).strip() or type(error).__name__).splitlines()[0][:300]
-        now = time.monotonic()
+        now = self._failed = time.monotonic()
         if self._away_since is None:
             self._away_since, self._wait = now, FIRST_SECONDS
             self.losses += 1
@@ -126,8 +161,8 @@ class Cluster:
             self.say(f"{self.label} does not answer ({self.why}); it is asked again every {LAST_SECONDS:.0f} s, and its jobs may go on meanwhile")
 
     def _back(self) -> None:
-        if self._said:
-            self.say(f"{self.label} answers again, after {clock(self.away)}")
+        if self._said and self._away_since is not None:
+            self.say(f"{self.label} answers again, after {clock(time.monotonic() - self._away_since)}")
         self._away_since, self._said = None, False
 
 
@@ -135,9 +170,15 @@ def _is_away(error: Exception, function: str) -> bool:
     """Whether an error says that nobody answers, or nobody who knows us, rather than what the answer is."""
     from ray.exceptions import AuthenticationError
 
-    # An OSError: requests' own are. A token: it may be being replaced. 5xx: a gateway, or a head that is starting; to a new job it may be the answer.
-    codes = "50[234]" if function == "submit_job" else "5.."
-    return isinstance(error, OSError | AuthenticationError | ConfigError) or re.search(rf"status code {codes}\b", str(error)) is not None
+    # An OSError: requests' own are. A token: it may be being replaced.
+    if isinstance(error, OSError | AuthenticationError | ConfigError):
+        return True
+    found = re.search(r"status code (\d{3})\b", str(error))
+    if found is None:
+        return False
+    # 5xx: a gateway, or a head that is starting; to a new job it may be the answer. A dashboard never refuses to list its jobs.
+    code = int(found[1])
+    return function == "list_jobs" or code in BUSY or (code in (502, 503, 504) if function == "submit_job" else code >= 500)
 
 
 def here(config: RunConfig, where: LocalCluster | str) -> Cluster:
@@ -189,8 +230,11 @@ def _project(config: RunConfig) -> dict[str, Any] | None:
     if not (PROJECT / "pyproject.toml").exists():
         return None
     tokens = [one.token_file for one in config.clusters.values()] + [os.environ.get("RAY_AUTH_TOKEN_PATH")]
-    files = [Path(file).expanduser().resolve() for file in tokens if file]
-    own = [f"/{file.relative_to(PROJECT)}" for file in files if file.is_relative_to(PROJECT)]
+    named = [Path(os.path.abspath(os.path.expanduser(file))) for file in tokens if file]
+    # By the name given, by that name in the folder itself, and what a link leads to.
+    files = {one for file in named for one in (file, file.parent.resolve() / file.name, file.resolve())}
+    # They are patterns: what would mean something else, or be stripped, stands for any letter.
+    own = [re.sub(r"[^\w./-]", "?", f"/{file.relative_to(PROJECT)}") for file in sorted(files) if file.is_relative_to(PROJECT)]
     return {"working_dir": str(PROJECT), "excludes": [".git", ".venv", "runs", "tests", "benchmarks", "docs", ".*_cache", *own]}
 
 
@@ -218,7 +262,8 @@ def _client(address: str, headers: dict[str, Any] | None = None) -> Any:
             for name in QUIET:
                 logging.getLogger(name).setLevel(logging.ERROR)
 
-        def _do_request(self, *args: Any, **options: Any) -> Any:
-            return super()._do_request(*args, timeout=TIMEOUT_SECONDS, **options)
+        def _do_request(self, method: str, endpoint: str, **options: Any) -> Any:
+            status = method == "GET" and endpoint.startswith("/api/jobs/") and not endpoint.endswith("/logs")
+            return super()._do_request(method, endpoint, timeout=STATUS_TIMEOUT_SECONDS if status else TIMEOUT_SECONDS, **options)
 
     return Client()

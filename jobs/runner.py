@@ -16,7 +16,7 @@ from collections.abc import Callable, Mapping, Sequence
 from jobs import cli
 from jobs.attempt import Attempt
 from jobs.board import Board
-from jobs.clusters import AwayError, Cluster
+from jobs.clusters import ENDED, LOST, AwayError, Cluster
 from jobs.forecast import training_to_go, work
 from paris_ray import stages
 from paris_ray.config import RunConfig
@@ -34,12 +34,6 @@ LOOK_SECONDS = 5.0
 LOST_SECONDS = 60.0
 """How long the cluster here may not answer before it counts as gone."""
 LOG_LINES = 30
-STOP_SECONDS = 20.0
-CHECKPOINT_SECONDS = 600.0
-"""How long a training that is asked to stop may take for its checkpoint."""
-ENDED = ("SUCCEEDED", "FAILED", "STOPPED")
-LOST = "LOST"
-"""Of a job that its cluster no longer knows, because its head was started anew."""
 
 
 class ClusterLostError(RuntimeError):
@@ -146,12 +140,12 @@ class Runner:
         attempts = [self.running.pop(name) for name in (list(self.running) if names is None else names)]
         for attempt in attempts:
             self.board.say(f"{attempt.stage}: stopping")
-            with contextlib.suppress(AwayError):
+            with contextlib.suppress(RuntimeError):  # below it is seen what becomes of it
                 self._cluster(attempt.stage).call("stop_job", attempt.id)
         for attempt in attempts:
             cluster = self._cluster(attempt.stage)
             try:
-                self._end(cluster, attempt.id)
+                cluster.end(attempt.id)
                 self._save_log(attempt)
             except AwayError:
                 self.board.say(f"{attempt.stage}: {cluster.label} does not answer, so {attempt.id} may go on there")
@@ -184,23 +178,27 @@ class Runner:
             meta = job.metadata or {}
             if meta.get("run_dir") != self.run_folder.uri or job.submission_id is None or job.status in ENDED:
                 continue
-            name = meta["stage"]
+            name, moved = meta["stage"], False
+            since = (job.start_time or time.time() * 1000) / 1000
             if name not in (*stages.names(self.config), "evaluate"):
                 why = "is of a stage that this config does not have"
             elif name in self.rebuild:
                 why = "is to be made anew"
             elif self.config.cluster_of(name) != cluster.name:
-                why = f"runs in {cluster.label}, and the config now has it in {self._cluster(name).label}"
+                why, moved = f"runs in {cluster.label}, and the config now has it in {self._cluster(name).label}", True
             elif meta["config"] != self._fingerprint(name):
                 why = "was submitted with another config"
             else:
                 if name in todo and name not in self.running:
-                    since = (job.start_time or time.time() * 1000) / 1000
                     self.running[name] = Attempt(name, int(meta["attempt"]), job.submission_id, since, fallback=meta.get("fallback") == "yes")
                     self.board.say(f"{name}: already running as {job.submission_id}{self._at(name)}, following it")
                 continue
-            self.board.say(f"{name}: {job.submission_id} {why}, ending it")
-            self._end(cluster, job.submission_id)
+            leaves = moved and name not in self.running and self._trains_since(name, since)
+            self.board.say(f"{name}: {job.submission_id} {why}, ending it{' after a checkpoint' if leaves else ''}")
+            if leaves:
+                stopping.wish(self.events, name)
+                cluster.await_end(job.submission_id, stopping.CHECKPOINT_S)
+            cluster.end(job.submission_id)
 
     def _at(self, name: str) -> str:
         """For people: where, if not here."""
@@ -237,21 +235,26 @@ class Runner:
                 attempt.told = True
             return
         with contextlib.suppress(AwayError):
-            self._end(self._cluster(name), attempt.id)
+            self._cluster(name).end(attempt.id)
             self._save_log(attempt)
             self.board.say(f"{name}: {message}; now its fallback: {wants(fallback())}")
             del self.running[name]
             self._submit(name, arguments, fallback=True)
 
+    def _trains_since(self, name: str, since: float) -> bool:
+        """Whether a training has begun to train since then, and so has something to save."""
+        event = self.board.event(name, since)
+        return event is not None and event["state"] == "running"
+
     def _stop_in_order(self, why: str) -> None:
-        """Have the trainings leave a checkpoint and end, then raise CostReachedError."""
+        """Have the trainings leave a checkpoint and end, also where nobody answers now, then raise CostReachedError."""
         self.board.say(f"{why}: the trainings are asked to stop")
-        training = {name: self.board.event(name, attempt.since) for name, attempt in self.running.items()}
-        asked = [name for name, event in training.items() if event is not None and event["state"] == "running"]
-        for name in asked:
-            stopping.wish(self.events, name)
-        self.stop([name for name in self.running if name not in asked])  # they have nothing to save
-        deadline = time.monotonic() + CHECKPOINT_SECONDS
+        for name in stages.names(self.config):
+            if stages.trains(name) and cli.status(self.config, name).state != "valid":
+                stopping.wish(self.events, name)
+        # The others have nothing to save.
+        self.stop([name for name, attempt in self.running.items() if not self._trains_since(name, attempt.since)])
+        deadline = time.monotonic() + stopping.CHECKPOINT_S
         while self.running and time.monotonic() < deadline:
             for name, status in self._ended().items():
                 self._settle(name, status)
@@ -318,20 +321,9 @@ class Runner:
         found = {}
         for name, attempt in self.running.items():
             with contextlib.suppress(AwayError):
-                if (status := self._status(attempt)) in (*ENDED, LOST):
+                if (status := self._cluster(name).status(attempt.id)) in ENDED:
                     found[name] = status
         return found
-
-    def _status(self, attempt: Attempt) -> str:
-        cluster = self._cluster(attempt.stage)
-        try:
-            return str(cluster.call("get_job_status", attempt.id))
-        except AwayError:
-            raise
-        except RuntimeError:
-            if attempt.id in [job.submission_id for job in cluster.call("list_jobs")]:
-                raise
-            return LOST
 
     def _settle(self, name: str, status: str) -> bool:
         """Account for an ended job; whether its stage is valid now."""
@@ -341,6 +333,8 @@ class Runner:
             info = None if status == LOST else cluster.call("get_job_info", attempt.id)
         except AwayError:
             return False  # asked again when it is back
+        except RuntimeError:  # forgotten since
+            info = None
         del self.running[name]
         took = time.time() - attempt.since
         state = cli.status(self.config, name).state
@@ -390,12 +384,6 @@ class Runner:
             text = f"(no log: {error})"
         self.logs.write_bytes(f"{attempt.stage}-a{attempt.number}.log", text.encode())
         return text
-
-    def _end(self, cluster: Cluster, submission_id: str) -> None:
-        cluster.call("stop_job", submission_id)
-        deadline = time.monotonic() + STOP_SECONDS
-        while time.monotonic() < deadline and str(cluster.call("get_job_status", submission_id)) not in ENDED:
-            time.sleep(0.3)
 
     def _fingerprint(self, name: str) -> str:
         return fingerprint(json.loads(json.dumps([stages.config_part(self.config, part) for part in cli.parts(self.config, name)])))

@@ -92,8 +92,12 @@ class ClusterConfig(Strict):
     @field_validator("storage")
     @classmethod
     def _absolute(cls, value: str | None) -> str | None:
-        if value is None or "://" in value:
-            return value and value.rstrip("/")
+        if value is None:
+            return None
+        if value.startswith("file:///"):  # as a folder there calls itself
+            value = urllib.parse.unquote(urllib.parse.urlsplit(value).path)
+        if "://" in value:
+            return value.rstrip("/")
         if not value.startswith("/"):
             raise ValueError("it must be a URI or an absolute path, as that cluster sees it")
         return os.path.normpath(value)

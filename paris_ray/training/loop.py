@@ -113,6 +113,7 @@ class Loop:
         on_checkpoint: called on every worker when a checkpoint is due, with the last metrics line.
         asked_to_go: whether the process was; then the loop ends after the step at hand with a checkpoint there. Several workers, who must agree, end
             at the next metrics line.
+        seconds_left: for how long that checkpoint may be tried, once the process was asked; it is tried once at least.
         check_each_step: look for non-finite values at each step. On a GPU that would wait for the device; there the update itself is switched
             off on the device from the first such value on, and the loop stops at the next metrics line, which comes before any checkpoint.
     """
@@ -128,12 +129,13 @@ class Loop:
         on_step: Callable[[int, dict[str, Any] | None], None] = lambda images, line: None,
         on_checkpoint: Callable[[dict[str, Any]], None] = lambda line: None,
         asked_to_go: Callable[[], bool] = lambda: False,
+        seconds_left: Callable[[], float] = lambda: 0.0,
         check_each_step: bool | None = None,
     ):
         self.task, self.config, self.folder = task, config, folder
         self.place = place or Place(torch.device("cpu"))
         config.check_slices(self.place.world)
-        self.on_step, self.on_checkpoint, self.asked_to_go = on_step, on_checkpoint, asked_to_go
+        self.on_step, self.on_checkpoint, self.asked_to_go, self.seconds_left = on_step, on_checkpoint, asked_to_go, seconds_left
         device = self.place.device
         self.check_each_step = device.type == "cpu" if check_each_step is None else check_each_step
         self.model = wrapped or task.model
@@ -192,8 +194,8 @@ class Loop:
         return self.place.world == 1 and self.asked_to_go()
 
     def _go(self) -> None:
-        """Leave a checkpoint here, and go; a store that fails is not waited for."""
-        self.saver.hurry()
+        """Leave a checkpoint here, and go; a store that fails is waited for no longer than there is time."""
+        self.saver.hurry(self.seconds_left())
         if self._saved != self.images and self.place.world == 1:
             if self._broken.item():
                 raise self._non_finite(int(self._broken_at.item()), "found when asked to go")
@@ -201,6 +203,8 @@ class Loop:
         elif self._saved != self.images:
             self._save(True)
         self.saver.wait()
+        if self.place.world > 1:  # the first of them to be gone takes the others along, and one of them writes
+            torch.distributed.barrier()
         raise TerminatedError(f"{self.task.stage}: asked to go; a checkpoint at image {self.images} is written, and the same command goes on from it")
 
     def _optimizer_tensors(self) -> dict[str, Tensor]:

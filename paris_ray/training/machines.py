@@ -22,6 +22,7 @@ QUEUED = "queued"
 """State of the event of a training that waits for machines."""
 _KIND_LABELS = ("ray.io/node-group", "ray.io/accelerator-type")
 """Labels that name a kind of node: the group that an autoscaler or KubeRay starts it in, or its GPU."""
+_NOTHING: dict[str, Any] = {"hours": 0.0, "cost": None, "node": None}
 
 
 def bill(events: Folder, stage: str) -> dict[str, Any]:
@@ -35,9 +36,17 @@ def bill(events: Folder, stage: str) -> dict[str, Any]:
         ``hours`` (of workers), ``cost`` (``None`` when no price was known in any of them) and ``node`` (the kind of node of the last start).
     """
     try:
-        return dict(events.read_json(f"machines/{stage}.json"))
+        return _bill(events, stage)
     except (OSError, ValueError):
-        return {"hours": 0.0, "cost": None, "node": None}
+        return dict(_NOTHING)
+
+
+def _bill(events: Folder, stage: str) -> dict[str, Any]:
+    """As :func:`bill`; raises OSError when the store does not say."""
+    try:
+        return dict(events.read_json(f"machines/{stage}.json"))
+    except FileNotFoundError:
+        return dict(_NOTHING)
 
 
 class Machines:
@@ -52,10 +61,11 @@ class Machines:
     def __init__(self, events: Folder, stage: str, asked: Resources):
         self._events, self._stage, self._asked = events, stage, asked
         self._every = EVERY_S if events.is_local else EVERY_S_REMOTE
-        self._before = bill(events, stage)
+        self._before: dict[str, Any] | None = None  # what earlier starts took, once it is known
         self._held = 0.0  # seconds of this start
         self._node: str | None = None
         self._waits_since: float | None = None
+        self._queued = False  # the event says so
         self._looked = time.monotonic()
         self._end = threading.Event()
         self._thread = threading.Thread(target=self._run, daemon=True, name="machines")
@@ -91,6 +101,8 @@ class Machines:
             self._node = ", ".join(sorted({kind(node) for node in alive if node["NodeID"] in held})) or self._node
             self._held += passed
             self._write_bill()
+            if self._queued:
+                self._came()
         elif states & {"PENDING", "PREPARED", "RESCHEDULING"}:
             self._waits_since = self._waits_since or now
             waited = now - self._waits_since
@@ -98,6 +110,8 @@ class Machines:
                 self._say(f"no room for {clock(waited)}: {wants(self._asked)}; {has(alive, free, self._asked)}")
 
     def _write_bill(self) -> None:
+        if self._before is None:  # never taken for nothing because a store was away: what is written here replaces it
+            self._before = _bill(self._events, self._stage)
         hours, price = self._asked.num_workers * self._held / 3600, self._asked.price_per_hour
         spent = self._before["cost"] if price is None else (self._before["cost"] or 0.0) + hours * price
         self._events.write_json(f"machines/{self._stage}.json", {"hours": self._before["hours"] + hours, "cost": spent, "node": self._node})
@@ -106,7 +120,16 @@ class Machines:
         """In the event, whose figures are the workers'."""
         event = self._events.read_json(f"{self._stage}.json")
         self._events.write_json(f"{self._stage}.json", {**event, "state": QUEUED, "eta": None, "message": message, "updated": time.time()})
-        print(f"{self._stage}: {message}", flush=True)
+        if not self._queued:  # once; the event has the rest
+            print(f"{self._stage}: {message}", flush=True)
+        self._queued = True
+
+    def _came(self) -> None:
+        """The event no longer says that the training waits, be its worker's first word still to come."""
+        event = self._events.read_json(f"{self._stage}.json")
+        if event["state"] == QUEUED:
+            self._events.write_json(f"{self._stage}.json", {**event, "state": "starting", "message": "", "updated": time.time()})
+        self._queued = False
 
 
 def _see() -> tuple[dict[str, tuple[str, list[str]]], list[dict[str, Any]], dict[str, float]]:

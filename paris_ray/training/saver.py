@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import threading
 import time
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -19,7 +20,7 @@ FIRST_PAUSE_S, LONGEST_PAUSE_S = 1.0, 60.0
 
 
 class CheckpointError(RuntimeError):
-    """A checkpoint could not be written for :data:`PATIENCE_S`, or when training was over."""
+    """A checkpoint could not be written for :data:`PATIENCE_S`, or in the time that was left."""
 
 
 class Saver:
@@ -38,7 +39,7 @@ class Saver:
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._written: Future[None] | None = None
         self._copies: dict[tuple[str, str], Tensor] = {}
-        self._last_try = threading.Event()
+        self._hurry, self._until = threading.Event(), math.inf
 
     def ready(self) -> bool:
         """Whether the one before has been written. Raises what ended its writing."""
@@ -65,9 +66,10 @@ class Saver:
             written, self._written = self._written, None
             written.result()
 
-    def hurry(self) -> None:
-        """From now on try once, at once, what is to be written: the process has to go."""
-        self._last_try.set()
+    def hurry(self, seconds: float = 0.0) -> None:
+        """From now on try at once what is to be written, and again only for so many seconds: the process has to go."""
+        self._until = time.monotonic() + seconds
+        self._hurry.set()
 
     def close(self) -> None:
         """Give what is being written one more try, and let go of everything. Raises what ended it."""
@@ -97,15 +99,19 @@ class Saver:
             copied.synchronize()
         began, pause = time.monotonic(), FIRST_PAUSE_S
         while True:
-            last = self._last_try.is_set()
+            hurry, until = self._hurry.is_set(), self._until
             try:
                 checkpoint.save(self.stage, images, tensors, state, metrics)
                 checkpoint.prune(self.stage, self.keep, images)
                 return
             except OSError as error:
                 why = f"checkpoint at image {images} cannot be written to {self.stage.uri}: {type(error).__name__}: {error}"
-                if last or time.monotonic() - began > PATIENCE_S:
+                if time.monotonic() > (until if hurry else began + PATIENCE_S):
                     raise CheckpointError(f"{why}. Make room, or mend the store; the same command goes on from the last good checkpoint") from error
-                print(f"{why}; training goes on, and it is tried again in {pause:g} s", flush=True)
-            self._last_try.wait(pause)
+                pause = FIRST_PAUSE_S if hurry else pause
+                print(f"{why}; {'' if hurry else 'training goes on, and '}it is tried again in {pause:g} s", flush=True)
+            if hurry:
+                time.sleep(pause)
+            else:
+                self._hurry.wait(pause)
             pause = min(2 * pause, LONGEST_PAUSE_S)

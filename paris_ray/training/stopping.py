@@ -12,6 +12,8 @@ from collections.abc import Callable
 from paris_ray.storage import Folder
 
 EVERY_S, EVERY_S_REMOTE = 1.0, 10.0
+CHECKPOINT_S = 600.0
+"""How long a training that is asked to stop may take for its checkpoint."""
 
 
 class StoppedError(RuntimeError):

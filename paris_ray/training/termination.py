@@ -10,10 +10,15 @@ import contextlib
 import signal
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from types import FrameType
 
+GRACE_S = 30.0
+"""For how long a process is there after a SIGTERM, where nobody says so; Kubernetes' own number."""
+
 _asked, _training = threading.Event(), threading.Event()
+_ends: list[float] = []  # by each who asked, when the process must be gone
 
 EXIT_CODE = 128 + signal.SIGTERM
 
@@ -28,7 +33,7 @@ def listen() -> None:
 
     def handler(number: int, frame: FrameType | None) -> None:
         if _training.is_set() and not _asked.is_set():
-            _asked.set()
+            ask()
         elif callable(before):
             before(number, frame)
         else:
@@ -47,9 +52,19 @@ def training() -> Iterator[None]:
         _training.clear()
 
 
-def ask() -> None:
-    """As a SIGTERM does while something is trained."""
+def ask(seconds: float = GRACE_S) -> None:
+    """As a SIGTERM does while something is trained.
+
+    Args:
+        seconds: after how many the process must be gone; of several calls the first end counts.
+    """
+    _ends.append(time.monotonic() + seconds)
     _asked.set()
+
+
+def seconds_left() -> float:
+    """Until the process must be gone; one that goes because another worker was asked has :data:`GRACE_S`."""
+    return max(0.0, min(_ends) - time.monotonic()) if _ends else GRACE_S
 
 
 def asked() -> bool:

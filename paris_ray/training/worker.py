@@ -50,11 +50,11 @@ def work(payload: dict[str, Any]) -> dict[str, Any]:
     context = ray.train.get_context()
     from paris_ray.training import termination
     from paris_ray.training.preemption import Watcher
-    from paris_ray.training.stopping import Listener
+    from paris_ray.training.stopping import CHECKPOINT_S, Listener
 
     asked = resources(config, stage)
     place = Place(_device(asked, context.get_world_size()), context.get_world_rank(), context.get_world_size())
-    stop = Listener(Folder(config.run_dir) / "events", stage, termination.ask)
+    stop = Listener(Folder(config.run_dir) / "events", stage, lambda: termination.ask(CHECKPOINT_S))
     try:
         with stop, Watcher(asked.preemption, _leave) if asked.preemption else contextlib.nullcontext():
             return {"counts": run(config, stage, place, lambda line: ray.train.report({k: v for k, v in line.items() if isinstance(v, int | float)}))}
@@ -75,16 +75,16 @@ def _leave(notice: Notice) -> None:
     from paris_ray.training import termination
 
     print(f"{notice.text}, in {notice.seconds:.0f} s; a checkpoint is written, and training goes on elsewhere", flush=True)
-    context = ray.get_runtime_context()
+    context, gone = ray.get_runtime_context(), time.time() + notice.seconds
     try:
-        deadline = int(1000 * (time.time() + notice.seconds))
+        deadline = int(1000 * gone)
         reason = autoscaler_pb2.DrainNodeReason.Value("DRAIN_NODE_REASON_PREEMPTION")
         accepted, why = ray._raylet.GcsClient(address=context.gcs_address).drain_node(context.get_node_id(), reason, notice.text, deadline)
         if not accepted:
             print(f"Ray does not drain this node: {why}", flush=True)
     except Exception as error:  # what matters is the checkpoint
         print(f"this node could not be drained: {type(error).__name__}: {error}", flush=True)
-    termination.ask()
+    termination.ask(gone - time.time())
 
 
 def _device(asked: Resources, world: int) -> torch.device:
@@ -126,7 +126,10 @@ def run(config: RunConfig, stage: str, place: Place, report: Callable[[dict[str,
     attempts = _count_attempt(task.folder) if place.rank == 0 else 1
     train = micro_batch.settle(task, place)
     model = _wrap(task.model, place)
-    loop = Loop(task, train, config.seed, task.folder, place, model, on_checkpoint=report, asked_to_go=termination.asked)
+    loop = Loop(
+        task, train, config.seed, task.folder, place, model,
+        on_checkpoint=report, asked_to_go=termination.asked, seconds_left=termination.seconds_left,
+    )  # fmt: skip
     tracked = Trackers(config, stage, loop.images)
     if place.rank == 0:
         progress = Progress(Folder(config.run_dir) / "events", stage, loop.total)

@@ -67,9 +67,7 @@ class FakeClient:
         return submission_id
 
     def get_job_status(self, submission_id: str) -> str:
-        if submission_id not in self.jobs:
-            raise RuntimeError(f"Request failed with status code 404: Job {submission_id} does not exist.")
-        job = self.jobs[submission_id]
+        job = self._job(submission_id)
         job.left -= 1
         if job.status == "RUNNING" and job.left <= 0:
             name = job.metadata["stage"]
@@ -82,19 +80,25 @@ class FakeClient:
         return job.status
 
     def get_job_info(self, submission_id: str) -> SimpleNamespace:
-        return self.jobs[submission_id]
+        return self._job(submission_id)
 
     def get_job_logs(self, submission_id: str) -> str:
-        if submission_id not in self.jobs:
-            raise RuntimeError(f"Request failed with status code 404: Job {submission_id} does not exist.")
+        self._job(submission_id)
         return "".join(f"{submission_id} line {n}\n" for n in range(50))
 
     def list_jobs(self) -> list[SimpleNamespace]:
         return list(self.jobs.values())
 
     def stop_job(self, submission_id: str) -> bool:
-        self.jobs[submission_id].status = "STOPPED"
+        job = self._job(submission_id)
+        if job.status == "RUNNING":
+            job.status = "STOPPED"
         return True
+
+    def _job(self, submission_id: str) -> SimpleNamespace:
+        if submission_id not in self.jobs:
+            raise RuntimeError(f"Request failed with status code 404: Job {submission_id} does not exist.")
+        return self.jobs[submission_id]
 
 
 def on(client: FakeClient, name: str = HERE, run_dir: str | None = None) -> Cluster:

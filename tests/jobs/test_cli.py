@@ -61,6 +61,11 @@ def test_another_cluster_leaves_the_config_to_who_follows_the_run(tmp_path):
     before = (tmp_path / "here/config.yaml").read_text()
     cli.write_config(configs.load(str(tmp_path / "there/config.yaml"), [f"run_dir={tmp_path}/there"]))
     assert (tmp_path / "here/config.yaml").read_text() == before
+    # So where its storage was given as a URI: there the folder's name is a path.
+    cli.write_config(tiny(tmp_path / "here", f"clusters.eu={{address: 'http://h:1', storage: 'file://{tmp_path}/there/'}}"))
+    before = (tmp_path / "here/config.yaml").read_text()
+    cli.write_config(configs.load(str(tmp_path / "there/config.yaml"), [f"run_dir={tmp_path}/there"]))
+    assert (tmp_path / "here/config.yaml").read_text() == before
     # The owner may change it.
     cli.write_config(tiny(tmp_path / "here", eu, "max_parallel=1"))
     changed = (tmp_path / "here/config.yaml").read_text()

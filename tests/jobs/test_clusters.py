@@ -158,6 +158,49 @@ def test_an_expert_that_moves_leaves_nothing_behind(tmp_path, capsys):
     assert "runs in the cluster eu, and the config now has it in the cluster, ending it" in capsys.readouterr().out
 
 
+def test_an_expert_that_trains_and_moves_leaves_a_checkpoint_first(tmp_path, monkeypatch, capsys):
+    both = Both(tmp_path, "experts.2.cluster=here")
+    for name in ("embed", "partition", "expert-1"):
+        publish(both.config, name)
+    one = both.runner()
+    meta = {"run_dir": str(tmp_path), "stage": "expert-2", "attempt": "1", "config": one._fingerprint("expert-2")}
+    old = both.eu.add(f"{one.prefix}-expert-2-a1", meta)
+    old.left = 10**9
+    say(both.config, "expert-2", "running")
+
+    def heard(folder, stage):
+        assert (stage, old.status) == ("expert-2", "RUNNING")
+        old.status, old.driver_exit_code = "FAILED", cli.STOPPED
+
+    monkeypatch.setattr(stopping, "wish", heard)
+    assert both.run()
+    assert (old.status, old.driver_exit_code) == ("FAILED", cli.STOPPED)  # by itself
+    assert "the config now has it in the cluster, ending it after a checkpoint" in capsys.readouterr().out
+    assert f"{one.prefix}-expert-2-a2" in both.here.jobs
+
+
+def test_one_that_lets_us_wait_does_not_make_the_other_lost(tmp_path, monkeypatch):
+    """The cluster here has answered badly once, and was not asked again while another took a minute to answer."""
+    both, late, refused = Both(tmp_path), [0.0], []
+    clock, mine, theirs = time.monotonic, both.here.list_jobs, both.eu.list_jobs
+    monkeypatch.setattr(time, "monotonic", lambda: clock() + late[0])
+
+    def once():
+        if not refused:
+            refused.append(True)
+            raise ConnectionRefusedError("refused")
+        return mine()
+
+    def slow():
+        late[0] += 0 if late[0] else runner.LOST_SECONDS + 1
+        return theirs()
+
+    monkeypatch.setattr(both.here, "list_jobs", once)
+    monkeypatch.setattr(both.eu, "list_jobs", slow)
+    assert both.run()
+    assert late[0] > runner.LOST_SECONDS
+
+
 def test_a_cluster_with_a_store_of_its_own_is_found_out(tmp_path, monkeypatch, capsys):
     both = Both(tmp_path, retries=0)
     make = publish
@@ -231,14 +274,14 @@ def test_at_the_limit_of_cost_all_stop_in_order_and_more_money_goes_on(tmp_path,
 
     def heard(folder, stage):
         asked(folder, stage)
-        job = next(job for job in both.eu.jobs.values() if job.metadata["stage"] == stage)
-        job.status, job.driver_exit_code = "FAILED", cli.STOPPED
+        if stage == "expert-1":  # the one that has begun
+            job = next(job for job in both.eu.jobs.values() if job.metadata["stage"] == stage)
+            job.status, job.driver_exit_code = "FAILED", cli.STOPPED
 
     monkeypatch.setattr(stopping, "wish", heard)
     with pytest.raises(CostReachedError, match=r"3\.00 is spent, and --max-cost is 3\. The same command with a higher one goes on"):
         both.run(max_cost=3)
     assert events.exists("expert-1.stop")
-    assert not events.exists("expert-2.stop")
     assert "expert-1: stopped in order, with a checkpoint" in capsys.readouterr().out
     assert {job.status for client in (both.here, both.eu) for job in client.list_jobs()} == {"FAILED", "STOPPED"}
     before = len(both.eu.order)
@@ -247,6 +290,20 @@ def test_at_the_limit_of_cost_all_stop_in_order_and_more_money_goes_on(tmp_path,
     assert len(both.eu.order) == before
     both.here.polls = both.eu.polls = 2
     assert both.run(max_cost=4)
+
+
+def test_at_the_limit_of_cost_they_also_stop_where_nobody_answers(tmp_path, monkeypatch):
+    """Started anew while a cluster does not answer, it follows none of the jobs there; their wishes lie in the store."""
+    both = Both(tmp_path, "expert.resources.price_per_hour=2", "router.resources.price_per_hour=0")
+    for name in ("embed", "partition", "expert-2"):
+        publish(both.config, name)
+    events = Folder(tmp_path) / "events"
+    events.write_json("machines/expert-1.json", {"hours": 1.5, "cost": 3.0, "node": "A100"})
+    away(both.eu, monkeypatch)
+    with pytest.raises(CostReachedError):
+        both.run(max_cost=3)
+    assert events.exists("expert-1.stop")
+    assert not events.exists("expert-2.stop")  # done
 
 
 def test_a_limit_of_cost_needs_prices():
@@ -269,6 +326,8 @@ def dashboard():
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self):
             server.seen.append(self.headers.get("Authorization"))
+            if self.path.startswith("/api/jobs"):
+                server.go.wait(20)
             good = server.token is None or self.headers.get("Authorization") == f"Bearer {server.token}"
             body = b"[]" if self.path.startswith("/api/jobs") else json.dumps({"ray_version": "2.60.0", "version": "4"}).encode()
             self.send_response(server.code if good else 403)
@@ -280,9 +339,11 @@ def dashboard():
             pass
 
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    server.seen, server.token, server.code = [], None, 200
+    server.seen, server.token, server.code, server.go = [], None, 200, threading.Event()
+    server.go.set()
     threading.Thread(target=server.serve_forever, daemon=True).start()
     yield server
+    server.go.set()
     server.shutdown()
     server.server_close()
 
@@ -305,6 +366,38 @@ def test_what_is_sent_along_holds_no_token(tmp_path, monkeypatch):
     create_package(str(tmp_path), tmp_path / "out.zip", include_gitignore=True, excludes=[*sent["excludes"], "/out.zip"])
     with zipfile.ZipFile(tmp_path / "out.zip") as package:
         assert [name for name in package.namelist() if not name.endswith("/")] == ["jobs.py", "pyproject.toml"]
+
+
+@pytest.mark.parametrize("name", ["eu [old]", "#eu!", "eu*", "back\\slash", "last "])
+def test_a_token_with_an_odd_name_is_not_sent_along(tmp_path, monkeypatch, name):
+    assert sent_along(tmp_path, monkeypatch, {f"secrets/{name}": None}) == ["jobs.py", "pyproject.toml"]
+
+
+def test_a_token_behind_a_link_is_not_sent_along(tmp_path, monkeypatch):
+    outside = tmp_path / "outside"
+    outside.mkdir()
+    (outside / "token").write_text("sekret")
+    links = {"link": outside / "token", "folder": outside, "inner": "pyproject.toml"}
+    assert sent_along(tmp_path, monkeypatch, links, ["link", "folder/token", "../also/link"]) == ["inner", "jobs.py", "pyproject.toml"]
+
+
+def sent_along(tmp_path, monkeypatch, files, tokens=None):
+    """What of a project is sent along with a job that has some files, or links if it is said where to, and of them some tokens, or all."""
+    project = tmp_path / "project"
+    project.mkdir()
+    (tmp_path / "also").symlink_to(project)
+    for name in ("jobs.py", "pyproject.toml", *(name for name, to in files.items() if to is None)):
+        (project / name).parent.mkdir(exist_ok=True)
+        (project / name).write_text(name)
+    for name, to in files.items():
+        if to is not None:
+            (project / name).symlink_to(to)
+    monkeypatch.setattr(clusters, "PROJECT", project)
+    spec = {f"c{k}": {"address": "http://h:1", "token_file": f"{project}/{name}"} for k, name in enumerate(tokens or files)}
+    sent = clusters.other(configs.load("tiny", [f"clusters={json.dumps(spec)}"]), "c0").runtime_env
+    create_package(str(project), tmp_path / "out.zip", include_gitignore=True, excludes=sent["excludes"])
+    with zipfile.ZipFile(tmp_path / "out.zip") as package:
+        return sorted(name for name in package.namelist() if not name.endswith("/"))
 
 
 def test_with_an_image_nothing_is_sent_along():
@@ -348,11 +441,35 @@ def test_a_wrong_token_is_said_and_not_shown(dashboard, tmp_path, token, said):
     assert "sekret" not in str(caught.value)
 
 
-def test_a_gateway_without_its_cluster_is_away(dashboard, tmp_path):
+@pytest.mark.parametrize("code", [404, 408, 425, 429, 500, 503])
+def test_a_gateway_without_its_cluster_is_away(dashboard, tmp_path, code):
     one = cluster(dashboard, tmp_path)
     one.check()
-    dashboard.code = 503
+    dashboard.code = code
     with pytest.raises(AwayError):
         one.call("list_jobs")
     dashboard.code = 200
     assert one.call("list_jobs") == []
+
+
+def test_a_cluster_that_takes_long_to_say_how_a_job_does_is_away(dashboard, tmp_path, monkeypatch):
+    monkeypatch.setattr(clusters, "STATUS_TIMEOUT_SECONDS", (0.2, 0.2))
+    one = cluster(dashboard, tmp_path)
+    one.check()
+    dashboard.go.clear()
+    with pytest.raises(AwayError, match="timed out"):
+        one.call("list_jobs")
+
+
+@pytest.mark.parametrize(
+    ("function", "code", "away"),
+    [
+        ("get_job_status", 404, False),
+        ("get_job_status", 429, True),
+        ("submit_job", 400, False),
+        ("submit_job", 500, False),
+        ("submit_job", 408, True),
+    ],
+)
+def test_what_a_dashboard_says_of_a_job_is_an_answer(function, code, away):
+    assert clusters._is_away(RuntimeError(f"Request failed with status code {code}: no."), function) == away

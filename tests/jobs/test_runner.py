@@ -160,6 +160,36 @@ def test_stop_ends_what_runs_and_saves_its_log(config):
     assert (one.logs / "").exists("embed-a1.log")
 
 
+def test_a_job_that_its_head_forgot_does_not_keep_the_others_from_being_stopped(config, capsys):
+    for name in ("embed", "partition"):
+        publish(config, name)
+    client = FakeClient(config, polls=10**9)
+    one = Runner(config, on(client))
+    one._meet(names(config))
+    for name in ("expert-0", "expert-1"):
+        one._submit(name, [])
+    client.jobs.pop(one.running["expert-0"].id)
+    one.stop()
+    assert [job.status for job in client.list_jobs()] == ["STOPPED"]
+    assert "may go on there" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("function", ["get_job_status", "get_job_info"])
+def test_what_somebody_on_the_way_answers_does_not_end_the_run(config, monkeypatch, function):
+    client = FakeClient(config)
+    ask, calls = getattr(client, function), []
+
+    def first_a_proxy(submission_id):
+        calls.append(submission_id)
+        if len(calls) == 1:
+            raise RuntimeError("Request failed with status code 404: <html>no such page</html>.")
+        return ask(submission_id)
+
+    monkeypatch.setattr(client, function, first_a_proxy)
+    assert Runner(config, on(client)).run(["embed"])
+    assert client.order == ["embed"]
+
+
 def test_a_cluster_away_for_a_moment_and_one_gone(config, monkeypatch):
     client = FakeClient(config)
     status, calls = client.get_job_status, []

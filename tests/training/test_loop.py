@@ -205,6 +205,24 @@ def test_asked_to_go_while_the_store_fails_it_tries_once_and_goes(tmp_path, monk
     assert time.monotonic() - began < 20
 
 
+def test_asked_to_go_with_time_left_it_outlasts_a_store_that_is_away(tmp_path, monkeypatch):
+    save, tries = checkpoint.save, []
+
+    def lost(stage, images, *rest):
+        tries.append(images)
+        if len(tries) < 4:
+            raise ConnectionResetError("lost")
+        save(stage, images, *rest)
+
+    monkeypatch.setattr(checkpoint, "save", lost)
+    monkeypatch.setattr(saver, "FIRST_PAUSE_S", 0.01)
+    loop = Loop(GaussianTask(), config(), 1, Folder(tmp_path), asked_to_go=lambda: loop.images == 24, seconds_left=lambda: 60.0)
+    with pytest.raises(TerminatedError, match="a checkpoint at image 24 is written"):
+        loop.run()
+    assert tries == [24] * 4
+    assert checkpoint.latest(Folder(tmp_path)).images == 24
+
+
 def test_a_checkpoint_that_fails_at_the_end_does_not_hide_what_ended_training(tmp_path, monkeypatch, capsys):
     def lost(stage, images, *rest):
         raise ConnectionResetError("lost")

@@ -56,6 +56,24 @@ def test_hours_and_money_count_while_machines_are_held(tmp_path, monkeypatch):
     assert (found["hours"], found["cost"], found["node"]) == (pytest.approx(1.2), pytest.approx(0.6), "8 CPU")
 
 
+def test_a_store_that_is_away_does_not_reset_the_bill(tmp_path, monkeypatch):
+    before = {"hours": 10.0, "cost": 40.0, "node": "A100"}
+    (Folder(tmp_path) / "machines").write_json("expert-0.json", before)
+
+    def lost(*_):
+        raise ConnectionResetError("lost")
+
+    with pytest.MonkeyPatch.context() as away:
+        away.setattr(Folder, "read_json", lost)
+        one = Watch(tmp_path, monkeypatch, price_per_hour=4.0)
+        with pytest.raises(ConnectionResetError):  # the thread goes on after it
+            one.look(1800, g=("CREATED", "a"))
+    assert bill(one.events, "expert-0") == before
+    one.look(1800, g=("CREATED", "a"))
+    found = bill(one.events, "expert-0")
+    assert (found["hours"], found["cost"]) == (pytest.approx(11.0), pytest.approx(44.0))
+
+
 def test_what_has_no_room_for_long_says_so(tmp_path, monkeypatch, capsys):
     one = Watch(tmp_path, monkeypatch, cpus=16, labels={"market": "spot"}, wait_minutes=10)
     one.events.write_json("expert-0.json", EVENT)
@@ -72,7 +90,13 @@ def test_what_has_no_room_for_long_says_so(tmp_path, monkeypatch, capsys):
     assert (event["state"], event["message"], event["done"], event["eta"]) == (QUEUED, said, 80, None)
     assert time.time() - event["updated"] < 60
     assert f"expert-0: {said}" in capsys.readouterr().out
+    one.look(60, g=("PENDING", ""))
+    assert one.events.read_json("expert-0.json")["message"].startswith("no room for 11 min")
+    assert capsys.readouterr().out == ""  # in the log once
+    # The machines are there: nobody need end it, be its worker still to say its first word.
     one.look(5, g=("CREATED", "a"))
+    event = one.events.read_json("expert-0.json")
+    assert (event["state"], event["message"], event["done"]) == ("starting", "", 80)
     one.look(599, g=("PENDING", ""))
     one.events.write_json("expert-0.json", EVENT)
     one.look(599, g=("PENDING", ""))
@@ -90,6 +114,21 @@ def test_what_has_no_room_for_long_says_so(tmp_path, monkeypatch, capsys):
 )
 def test_kinds_of_nodes(labels, resources, name):
     assert machines.kind({"Labels": labels, "Resources": resources}) == name
+
+
+def test_of_two_that_ask_the_nearer_end_counts(monkeypatch):
+    monkeypatch.setattr(termination, "_asked", type(termination._asked)())
+    monkeypatch.setattr(termination, "_ends", [])
+    monkeypatch.setattr(termination.time, "monotonic", lambda: now[0])
+    now = [1000.0]
+    assert termination.seconds_left() == termination.GRACE_S  # asked by another worker
+    termination.ask(600)
+    termination.ask(120)
+    termination.ask(600)
+    now[0] += 20
+    assert termination.seconds_left() == 100
+    now[0] += 200
+    assert termination.seconds_left() == 0
 
 
 def test_a_training_that_is_asked_to_stop_leaves_a_checkpoint_where_it_is(tmp_path, monkeypatch):

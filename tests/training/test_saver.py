@@ -103,7 +103,7 @@ def test_an_error_of_the_code_is_not_tried_again(store):
     assert store.tries == [40]
 
 
-def test_in_a_hurry_it_is_tried_once_and_at_once(store, capsys):
+def test_in_a_hurry_it_is_tried_at_once_and_as_long_as_there_is_time(store, monkeypatch, capsys):
     """A process that has to go does not wait out the pause after a failure, here a second, then two …"""
     store.failures = [ConnectionResetError("lost")]
     store.go.set()
@@ -118,7 +118,18 @@ def test_in_a_hurry_it_is_tried_once_and_at_once(store, capsys):
     assert time.monotonic() - began < 0.5
     assert store.tries == [40, 40, 48]
     assert [line["images"] for line in checkpoint.read_metrics(store)] == [40, 48]
-    # A store that is still lost ends it, without a second try.
+    # With time left, it is tried again until it is written.
+    monkeypatch.setattr(saver, "FIRST_PAUSE_S", 0.01)
+    store.tries.clear()
+    store.failures = [ConnectionResetError("lost")] * 3
+    three = Saver(store, 2)
+    three.hurry(60)
+    three.save(52, tensors(3.0), {}, [])
+    three.wait()
+    assert store.tries == [52] * 4
+    assert checkpoint.latest(store).images == 52
+    assert "lost; it is tried again in 0.01 s" in capsys.readouterr().out
+    # A store that is still lost when it is over ends it, without a second try.
     store.tries.clear()
     store.failures = [ConnectionResetError("lost")] * 9
     two = Saver(store, 2)

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import sys
+import time
 
 import fake_training_run as fake
+import pytest
 import torch
 import torch.multiprocessing
 from safetensors.torch import save_file
 
 from paris_ray.storage import Folder
-from paris_ray.training import checkpoint, worker
+from paris_ray.training import checkpoint, termination, worker
 from paris_ray.training.expert_task import ExpertTask
 from paris_ray.training.loop import Place
 
@@ -48,3 +50,26 @@ def test_two_workers_learn_what_one_learns(tmp_path, capfd):
         assert first["images"] == second["images"]
         for key in ("loss", "grad_norm"):
             assert abs(first[key] - second[key]) < 1e-3 * abs(first[key])
+
+
+def asked_to_go(rank: int, path: str) -> None:
+    torch.distributed.init_process_group("gloo", init_method=f"file://{path}/rendezvous", rank=rank, world_size=2)
+    save = checkpoint.save
+
+    def slow(*arguments):
+        time.sleep(1)
+        save(*arguments)
+
+    checkpoint.save = slow
+    if rank == 1:
+        termination.ask()
+    with pytest.raises(termination.TerminatedError):
+        worker.run(fake.make_config(f"{path}/run", expert__train__checkpoint_images=160), "expert-0", Place(torch.device("cpu"), rank, 2))
+    # Who goes first takes the other along, so neither may before this is there.
+    assert checkpoint.latest(Folder(f"{path}/run/experts/0")) is not None
+    torch.distributed.destroy_process_group()
+
+
+def test_no_worker_goes_before_the_last_checkpoint_is_written(tmp_path):
+    fake.make_run(tmp_path / "run", experts=[0])
+    torch.multiprocessing.start_processes(asked_to_go, (str(tmp_path),), nprocs=2, start_method="fork" if sys.platform == "linux" else "spawn")
