@@ -4,25 +4,25 @@ from __future__ import annotations
 
 import asyncio
 import base64
-import hmac
 import logging
 import time
 import uuid
-from collections.abc import Awaitable
+from collections.abc import AsyncGenerator
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import HTMLResponse, JSONResponse, Response
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
-from starlette.types import ASGIApp, Receive, Scope, Send
 
+from serve_app.events import openai_events
+from serve_app.keys import Keys, key_digest
 from serve_app.pictures import encode
 from serve_app.protocol import (
-    MAX_BODY_BYTES,
     ApiError,
+    Event,
     GeneratedImage,
     GenerationRequest,
     GenerationResponse,
@@ -30,16 +30,12 @@ from serve_app.protocol import (
     Limits,
     ModelCard,
     Outcome,
-    key_digest,
     parse_request,
     resolve,
 )
+from serve_app.transport import EventStream, read_body, unless_gone
 
 log = logging.getLogger("ray.serve")
-T = TypeVar("T")
-
-OPEN_PATHS = frozenset({"/", "/health/live", "/health/ready"})
-"""What needs no key: the page, which asks for one, and the health checks."""
 
 CARD_SECONDS = 5.0
 """For how long a known model card is good enough to check requests against."""
@@ -66,6 +62,10 @@ class SamplerClient(Protocol):
 
     async def generate(self, job: Job) -> Outcome:
         """Make the pictures. Cancelling the await cancels the work. Raises ApiError."""
+        ...
+
+    def stream(self, job: Job) -> AsyncGenerator[Event, None]:
+        """The same as it happens: first :class:`Queued`, then previews and pictures. Closing it cancels the work. Raises ApiError."""
         ...
 
 
@@ -140,10 +140,17 @@ def create_app(sampler: SamplerClient, limits: Limits | None = None, key_digests
         # Turns are per key, or per address where there are no keys: a header that nobody checks would buy as many turns as one likes.
         given = request.headers.get("authorization", "") if key_digests else request.client.host if request.client else ""
         job = resolve(parsed, card, limits, key_digest(given.rpartition(" ")[2].encode()).hex()[:16])
+        format_ = parsed.output_format or "png"
+        headers = {"x-paris-seed": str(job.seed), "x-paris-routing": job.routing}
+        if parsed.stream:
+            events = sampler.stream(job)
+            # What is refused is refused with its own status, before the stream begins.
+            if await unless_gone(request, anext(events)) is None:
+                return Response(status_code=499)
+            return EventStream(openai_events(events, job, card, format_), headers, lambda: None)
         outcome = await unless_gone(request, sampler.generate(job))
         if outcome is None:
             return Response(status_code=499)
-        format_ = parsed.output_format or "png"
         files = await asyncio.to_thread(lambda: [encode(p, format_, job, card, outcome.degraded) for p in outcome.pictures])
         pairs = zip(files, outcome.pictures, strict=True)
         data = [GeneratedImage(b64_json=base64.b64encode(file).decode(), seed=job.seed, index=p.index, routing=p.routing()) for file, p in pairs]
@@ -158,13 +165,12 @@ def create_app(sampler: SamplerClient, limits: Limits | None = None, key_digests
             degraded=list(outcome.degraded),
             timings={**outcome.timings, "total": round(time.perf_counter() - started, 4)},
         )
-        headers = {"x-paris-seed": str(job.seed), "x-paris-routing": job.routing}
         if outcome.degraded:
             headers["x-paris-degraded"] = ",".join(f"expert-{k}" for k in outcome.degraded)
         return Response(answer.model_dump_json(), media_type="application/json", headers=headers)
 
     _add_error_handlers(app)
-    app.add_middleware(_Keys, digests=key_digests)
+    app.add_middleware(Keys, digests=key_digests)
     return app
 
 
@@ -179,42 +185,6 @@ def _model(card: ModelCard, limits: Limits) -> dict[str, Any]:
         **extensions,
         "limits": limits.model_dump(),
     }
-
-
-async def read_body(request: Request) -> bytes:
-    """The body, counted as it comes: a Content-Length may be absent or wrong.
-
-    Raises:
-        ApiError: status 413.
-    """
-    too_large = ApiError(413, f"The body is larger than this server's limit of {MAX_BODY_BYTES} bytes; shorten the prompt.", code="body_too_large")
-    declared = request.headers.get("content-length", "")
-    if declared.isdecimal() and (len(declared) > 12 or int(declared) > MAX_BODY_BYTES):
-        raise too_large
-    body = bytearray()
-    async for chunk in request.stream():
-        body += chunk
-        if len(body) > MAX_BODY_BYTES:
-            raise too_large
-    return bytes(body)
-
-
-async def unless_gone(request: Request, work: Awaitable[T]) -> T | None:
-    """The result of the work, or None when the client went away first; then, or when this await is cancelled, the work is cancelled."""
-
-    async def gone() -> None:
-        while (await request.receive())["type"] != "http.disconnect":
-            pass
-
-    working, leaving = asyncio.ensure_future(work), asyncio.ensure_future(gone())
-    try:
-        await asyncio.wait({working, leaving}, return_when=asyncio.FIRST_COMPLETED)
-        return working.result() if working.done() else None
-    finally:
-        leaving.cancel()
-        if not working.done():
-            working.cancel()
-        await asyncio.gather(working, leaving, return_exceptions=True)
 
 
 def _add_error_handlers(app: FastAPI) -> None:
@@ -252,27 +222,3 @@ def _add_error_handlers(app: FastAPI) -> None:
         log.error("internal error %s on %s %s", reference, request.method, request.url.path, exc_info=error)
         message = f"Internal error; the server's log has it under {reference}."
         return respond(ApiError(500, message, "server_error", code="internal_error"))
-
-
-class _Keys:
-    """Refuses every request without a known key, but for the open paths; with no keys configured, lets everything through."""
-
-    def __init__(self, app: ASGIApp, digests: frozenset[bytes]):
-        self.app, self.digests = app, sorted(digests)
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        # Serve may mount the application below a prefix.
-        path = scope.get("path", "").removeprefix(scope.get("root_path", ""))
-        if not self.digests or scope["type"] == "lifespan" or (scope["type"] == "http" and path in OPEN_PATHS) or self._known(scope):
-            await self.app(scope, receive, send)
-            return
-        error = ApiError(401, "An API key is needed: send 'Authorization: Bearer KEY'.", "authentication_error", code="invalid_api_key")
-        await JSONResponse(error.body(), 401, {"www-authenticate": "Bearer"})(scope, receive, send)
-
-    def _known(self, scope: Scope) -> bool:
-        given = dict(scope["headers"]).get(b"authorization", b"")
-        scheme, _, key = given.partition(b" ")
-        digest = key_digest(key.strip())
-        # All compared, each in constant time: neither which key nor how much of it matched shows in the time taken.
-        matches = [hmac.compare_digest(digest, known) for known in self.digests]
-        return scheme.lower() == b"bearer" and any(matches)

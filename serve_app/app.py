@@ -17,7 +17,8 @@ from ray.serve.config import BackpressureConfig
 from paris_ray.hub import address, open_model
 from paris_ray.storage import Folder
 from serve_app.deployments import Api, ExpertGroup, Sampler
-from serve_app.protocol import Limits, key_digests
+from serve_app.keys import key_digests
+from serve_app.protocol import Limits
 
 
 def _from_command_line(value: Any) -> Any:

@@ -6,11 +6,9 @@ Imports no torch: the HTTP process checks requests with this module alone.
 from __future__ import annotations
 
 import difflib
-import hashlib
-import re
 import secrets
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeAlias, TypeVar
 
 import numpy as np
 import pydantic
@@ -22,6 +20,7 @@ from paris_ray.diffusion.routing import Routing
 from paris_ray.diffusion.solvers import evaluations
 
 MAX_BODY_BYTES = 64 * 1024
+MAX_PREVIEWS = 3
 T = TypeVar("T")
 
 
@@ -78,6 +77,9 @@ class GenerationRequest(BaseModel):
     size: str | None = None
     response_format: Literal["b64_json"] | None = None
     output_format: Literal["png", "jpeg", "webp"] | None = None
+    # Answer with server-sent events, and how many previews each picture gets before it is done.
+    stream: bool | None = None
+    partial_images: Annotated[int, Field(ge=0, le=MAX_PREVIEWS)] | None = None
 
     # Extensions.
     seed: Annotated[int, Field(ge=0, lt=2**63)] | None = None
@@ -98,8 +100,6 @@ class GenerationRequest(BaseModel):
     quality: Literal["auto", "standard"] | None = None
     background: Literal["auto", "opaque"] | None = None
     moderation: Literal["auto", "low"] | None = None
-    partial_images: Annotated[int, Field(ge=0, le=0)] | None = None
-    stream: Literal[False] | None = None
 
 
 UNSUPPORTED = {
@@ -117,8 +117,7 @@ UNSUPPORTED = {
 
 _RULES = {
     "guidance_interval": "must be two times [low, high] with 0 <= low < high <= 1, where 0 is data and 1 is noise; leave it out to guide everywhere",
-    "stream": "streaming is not supported; leave out stream (or send false)",
-    "partial_images": "streaming is not supported; leave out partial_images (or send 0)",
+    "partial_images": f"must be a whole number from 0 to {MAX_PREVIEWS}",
     "response_format": "only 'b64_json' is served; pictures are not kept here, so there are no URLs",
     "quality": "has no effect here; only 'auto' and 'standard' are accepted. Use num_inference_steps",
     "background": "pictures are opaque; only 'auto' and 'opaque' are accepted",
@@ -229,6 +228,8 @@ class Job:
     client: str = ""
     # Lowest and highest time with guidance.
     guidance_interval: tuple[float, float] = (0.0, 1.0)
+    # Of each picture, before it is done.
+    previews: int = 0
 
 
 def resolve(request: GenerationRequest, card: ModelCard, limits: Limits, client: str = "") -> Job:
@@ -246,6 +247,9 @@ def resolve(request: GenerationRequest, card: ModelCard, limits: Limits, client:
             param="size",
             code="invalid_value",
         )
+    previews = _default(request.partial_images, 0)
+    if previews and not request.stream:
+        raise ApiError(400, "partial_images: previews come only with 'stream': true; send it, too.", param="partial_images", code="invalid_value")
     n = _default(request.n, 1)
     _at_most("n", n, limits.max_images_per_request, "send several requests")
     steps = _default(request.num_inference_steps, int(card.sampling["steps"]))
@@ -279,7 +283,7 @@ def resolve(request: GenerationRequest, card: ModelCard, limits: Limits, client:
     index = _default(request.index, 0)
     _at_most("index", index + n, 2**31, "choose a smaller one")
     low, high = _default(request.guidance_interval, [0.0, 1.0])
-    return Job(request.prompt, request.negative_prompt or "", n, seed, index, steps, guidance, str(routing), solver, client, (low, high))
+    return Job(request.prompt, request.negative_prompt or "", n, seed, index, steps, guidance, str(routing), solver, client, (low, high), previews)
 
 
 def _default(value: T | None, default: T) -> T:
@@ -321,6 +325,38 @@ class Picture:
 
 
 @dataclass(frozen=True)
+class Queued:
+    """The first event of a job: all its pictures have a place in the queue."""
+
+
+@dataclass(frozen=True)
+class Glimpse:
+    """A preview: what the picture would be if the velocity stayed as it is.
+
+    Attributes:
+        pixels: uint8 (H, W, 3).
+        index: of the picture, within the seed.
+        number: of the preview, from 0.
+    """
+
+    pixels: NDArray[np.uint8]
+    index: int
+    number: int
+
+
+@dataclass(frozen=True)
+class Finished:
+    """A picture is done: with the experts that were masked meanwhile, and the seconds from submission."""
+
+    picture: Picture
+    degraded: tuple[int, ...]
+    seconds: float
+
+
+Event: TypeAlias = Queued | Glimpse | Finished
+
+
+@dataclass(frozen=True)
 class Outcome:
     """A finished job.
 
@@ -359,26 +395,3 @@ class GenerationResponse(BaseModel):
     degraded: list[int]
     # Seconds by phase.
     timings: dict[str, float]
-
-
-_KEY = re.compile(r"[\x21-\x7e]{8,256}")
-
-
-def key_digest(key: bytes) -> bytes:
-    """What is kept of an API key."""
-    return hashlib.sha256(key).digest()
-
-
-def key_digests(text: str) -> frozenset[bytes]:
-    """Digests of the API keys in a text: one a line (or separated by commas), ``#`` starts a comment.
-
-    Raises:
-        ValueError: no key, or one that cannot be sent in a header.
-    """
-    words = [word.strip() for line in text.splitlines() for word in line.split("#")[0].split(",")]
-    keys = frozenset(word for word in words if word)
-    if not keys:
-        raise ValueError("API keys: none found; write one a line, or unset PARIS_API_KEYS and PARIS_API_KEYS_FILE to serve without keys")
-    if not all(_KEY.fullmatch(key) for key in keys):
-        raise ValueError("API keys: a key must be 8 to 256 printable ASCII characters without spaces")
-    return frozenset(key_digest(key.encode()) for key in keys)

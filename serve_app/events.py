@@ -1,0 +1,64 @@
+"""A job's events as OpenAI's images API streams them."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import logging
+import time
+import uuid
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
+from typing import Any
+
+from serve_app.pictures import encode, to_file
+from serve_app.protocol import ApiError, Event, Finished, Glimpse, Job, ModelCard
+from serve_app.transport import server_sent
+
+log = logging.getLogger("ray.serve")
+
+# Nothing is metered; OpenAI's clients want the field.
+USAGE = {"input_tokens": 0, "input_tokens_details": {"image_tokens": 0, "text_tokens": 0}, "output_tokens": 0, "total_tokens": 0}
+
+
+async def openai_events(events: AsyncGenerator[Event, None], job: Job, card: ModelCard, format_: str) -> AsyncGenerator[bytes, None]:
+    """``image_generation.partial_image`` and ``image_generation.completed``, for each picture; ``error`` ends it early.
+
+    Beyond OpenAI's fields each has the picture's ``index`` and ``seed``; the completed ones what an answer in one piece says of a picture, too.
+    """
+
+    def common(file: bytes, index: int) -> dict[str, Any]:
+        return {
+            "b64_json": base64.b64encode(file).decode(),
+            "created_at": int(time.time()),
+            "size": card.size,
+            "output_format": format_,
+            "background": "opaque",
+            "quality": "auto",
+            "index": index,
+            "seed": job.seed,
+        }
+
+    try:
+        async with aclosing(events):
+            async for event in events:
+                if isinstance(event, Glimpse):
+                    file = await asyncio.to_thread(to_file, event.pixels, format_)
+                    yield server_sent("image_generation.partial_image", {**common(file, event.index), "partial_image_index": event.number})
+                elif isinstance(event, Finished):
+                    file = await asyncio.to_thread(encode, event.picture, format_, job, card, event.degraded)
+                    more = {
+                        "usage": USAGE,
+                        "model": card.id,
+                        "routing": event.picture.routing(),
+                        "degraded": list(event.degraded),
+                        "timings": {"sampler": event.seconds},
+                    }
+                    yield server_sent("image_generation.completed", {**common(file, event.picture.index), **more})
+    except ApiError as error:
+        yield server_sent("error", error.body())
+    except Exception as error:
+        reference = uuid.uuid4().hex[:12]
+        log.error("internal error %s in a stream", reference, exc_info=error)
+        message = f"Internal error; the server's log has it under {reference}."
+        yield server_sent("error", ApiError(500, message, "server_error", code="internal_error").body())
