@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import base64
-import logging
 import time
-import uuid
 from collections.abc import AsyncGenerator
 from pathlib import Path
 from typing import Any, Protocol
@@ -17,6 +15,7 @@ from fastapi.responses import HTMLResponse, JSONResponse, Response
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
+from serve_app.envelope import Envelope
 from serve_app.events import openai_events
 from serve_app.keys import Keys, key_digest
 from serve_app.pictures import encode
@@ -34,8 +33,7 @@ from serve_app.protocol import (
     resolve,
 )
 from serve_app.transport import EventStream, read_body, unless_gone
-
-log = logging.getLogger("ray.serve")
+from serve_app.turns import Turns
 
 CARD_SECONDS = 5.0
 """For how long a known model card is good enough to check requests against."""
@@ -69,16 +67,24 @@ class SamplerClient(Protocol):
         ...
 
 
-def create_app(sampler: SamplerClient, limits: Limits | None = None, key_digests: frozenset[bytes] = frozenset(), patience: float = 10.0) -> FastAPI:
+def create_app(
+    sampler: SamplerClient,
+    limits: Limits | None = None,
+    key_digests: frozenset[bytes] = frozenset(),
+    patience: float = 10.0,
+    echo_ids: bool = True,
+) -> FastAPI:
     """The application.
 
     Args:
         sampler: what makes the pictures.
-        limits: what one request may ask for.
+        limits: what one request may ask for, and one client.
         key_digests: of the API keys; with any, every path but the page and the health checks needs one.
         patience: seconds to wait for the sampler to say what it holds before it counts as not there.
+        echo_ids: answer with ``x-request-id``; False where Serve's proxy does.
     """
     limits = limits or Limits()
+    turns = Turns(limits)
     app = FastAPI(title="paris_ray", docs_url=None, redoc_url=None, redirect_slashes=False)
     known: tuple[float, ModelCard] | None = None
 
@@ -142,13 +148,23 @@ def create_app(sampler: SamplerClient, limits: Limits | None = None, key_digests
         job = resolve(parsed, card, limits, key_digest(given.rpartition(" ")[2].encode()).hex()[:16])
         format_ = parsed.output_format or "png"
         headers = {"x-paris-seed": str(job.seed), "x-paris-routing": job.routing}
-        if parsed.stream:
-            events = sampler.stream(job)
-            # What is refused is refused with its own status, before the stream begins.
-            if await unless_gone(request, anext(events)) is None:
-                return Response(status_code=499)
-            return EventStream(openai_events(events, job, card, format_), headers, lambda: None)
-        outcome = await unless_gone(request, sampler.generate(job))
+        turn = turns.take(job.client, job.n)
+        try:
+            if parsed.stream:
+                events = sampler.stream(job)
+                # What is refused is refused with its own status, before the stream begins.
+                if await unless_gone(request, anext(events)) is None:
+                    turn.end()
+                    return Response(status_code=499)
+                return EventStream(openai_events(events, job, card, format_, request.state.request_id), headers, turn.end)
+            outcome = await unless_gone(request, sampler.generate(job))
+        except Exception:
+            turn.end(served=False)
+            raise
+        except asyncio.CancelledError:
+            turn.end()
+            raise
+        turn.end()
         if outcome is None:
             return Response(status_code=499)
         files = await asyncio.to_thread(lambda: [encode(p, format_, job, card, outcome.degraded) for p in outcome.pictures])
@@ -165,12 +181,14 @@ def create_app(sampler: SamplerClient, limits: Limits | None = None, key_digests
             degraded=list(outcome.degraded),
             timings={**outcome.timings, "total": round(time.perf_counter() - started, 4)},
         )
+        headers["x-paris-timings"] = ",".join(f"{phase}={seconds:g}" for phase, seconds in answer.timings.items())
         if outcome.degraded:
             headers["x-paris-degraded"] = ",".join(f"expert-{k}" for k in outcome.degraded)
         return Response(answer.model_dump_json(), media_type="application/json", headers=headers)
 
     _add_error_handlers(app)
     app.add_middleware(Keys, digests=key_digests)
+    app.add_middleware(Envelope, echo_ids=echo_ids)
     return app
 
 
@@ -215,10 +233,3 @@ def _add_error_handlers(app: FastAPI) -> None:
     @app.exception_handler(ClientDisconnect)
     async def client_gone(request: Request, error: Exception) -> Response:
         return Response(status_code=499)
-
-    @app.exception_handler(Exception)
-    async def internal_error(request: Request, error: Exception) -> JSONResponse:
-        reference = uuid.uuid4().hex[:12]
-        log.error("internal error %s on %s %s", reference, request.method, request.url.path, exc_info=error)
-        message = f"Internal error; the server's log has it under {reference}."
-        return respond(ApiError(500, message, "server_error", code="internal_error"))

@@ -359,4 +359,4 @@ class Api:
         """Serve calls this once in the replica."""
         from serve_app.api import create_app
 
-        return create_app(self.sampler, self.limits, self.key_digests)
+        return create_app(self.sampler, self.limits, self.key_digests, echo_ids=False)

@@ -4,24 +4,21 @@ from __future__ import annotations
 
 import asyncio
 import base64
-import logging
 import time
-import uuid
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from typing import Any
 
+from serve_app.envelope import internal_error
 from serve_app.pictures import encode, to_file
 from serve_app.protocol import ApiError, Event, Finished, Glimpse, Job, ModelCard
 from serve_app.transport import server_sent
-
-log = logging.getLogger("ray.serve")
 
 # Nothing is metered; OpenAI's clients want the field.
 USAGE = {"input_tokens": 0, "input_tokens_details": {"image_tokens": 0, "text_tokens": 0}, "output_tokens": 0, "total_tokens": 0}
 
 
-async def openai_events(events: AsyncGenerator[Event, None], job: Job, card: ModelCard, format_: str) -> AsyncGenerator[bytes, None]:
+async def openai_events(events: AsyncGenerator[Event, None], job: Job, card: ModelCard, format_: str, request_id: str) -> AsyncGenerator[bytes, None]:
     """``image_generation.partial_image`` and ``image_generation.completed``, for each picture; ``error`` ends it early.
 
     Beyond OpenAI's fields each has the picture's ``index`` and ``seed``; the completed ones what an answer in one piece says of a picture, too.
@@ -58,7 +55,4 @@ async def openai_events(events: AsyncGenerator[Event, None], job: Job, card: Mod
     except ApiError as error:
         yield server_sent("error", error.body())
     except Exception as error:
-        reference = uuid.uuid4().hex[:12]
-        log.error("internal error %s in a stream", reference, exc_info=error)
-        message = f"Internal error; the server's log has it under {reference}."
-        yield server_sent("error", ApiError(500, message, "server_error", code="internal_error").body())
+        yield server_sent("error", internal_error(error, "while it was streamed", request_id).body())

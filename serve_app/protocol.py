@@ -8,7 +8,7 @@ from __future__ import annotations
 import difflib
 import secrets
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal, TypeAlias, TypeVar
+from typing import Annotated, Any, Literal, Self, TypeAlias, TypeVar
 
 import numpy as np
 import pydantic
@@ -168,7 +168,7 @@ def _explain(error: pydantic.ValidationError) -> ApiError:
 
 
 class Limits(BaseModel):
-    """What one request may ask for."""
+    """What one request may ask for, and one client."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -177,6 +177,18 @@ class Limits(BaseModel):
     # Evaluations of the velocity over all pictures of a request: n × steps, twice that with heun or midpoint. One picture may always have max_steps.
     max_image_steps: Annotated[int, Field(ge=1)] = 1000
     max_prompt_chars: Annotated[int, Field(ge=1)] = 4000
+    # Of each API key, or of each address where there are no keys; none is no limit. Unused pictures add up to a minute's worth.
+    images_per_minute: Annotated[int, Field(ge=1)] | None = None
+    requests_at_once: Annotated[int, Field(ge=1)] | None = None
+
+    @pydantic.model_validator(mode="after")
+    def _one_request_a_minute(self) -> Self:
+        if self.images_per_minute is not None and self.images_per_minute < self.max_images_per_request:
+            raise ValueError(
+                f"images_per_minute {self.images_per_minute} is less than max_images_per_request {self.max_images_per_request}, so some requests "
+                "would never be let through; raise the one or lower the other"
+            )
+        return self
 
 
 class ExpertCard(BaseModel):
