@@ -18,6 +18,7 @@ from starlette.requests import ClientDisconnect
 from serve_app.envelope import Envelope
 from serve_app.events import openai_events
 from serve_app.keys import Keys, key_digest
+from serve_app.limits import Limits
 from serve_app.pictures import encode
 from serve_app.protocol import (
     ApiError,
@@ -26,7 +27,6 @@ from serve_app.protocol import (
     GenerationRequest,
     GenerationResponse,
     Job,
-    Limits,
     ModelCard,
     Outcome,
     parse_request,
@@ -118,7 +118,7 @@ def create_app(
         except ApiError as error:
             return JSONResponse({"status": "not ready", "reason": error.message}, 503)
         states = {str(expert.index): expert.state for expert in card.experts}
-        good = card.warm and "ready" in states.values()
+        good = card.warm and list(states.values()).count("ready") >= max(card.min_experts, 1)
         return JSONResponse({"status": "ready" if good else "not ready", "experts": states}, 200 if good else 503)
 
     @app.get("/v1/models")
@@ -169,7 +169,12 @@ def create_app(
             return Response(status_code=499)
         files = await asyncio.to_thread(lambda: [encode(p, format_, job, card, outcome.degraded) for p in outcome.pictures])
         pairs = zip(files, outcome.pictures, strict=True)
-        data = [GeneratedImage(b64_json=base64.b64encode(file).decode(), seed=job.seed, index=p.index, routing=p.routing()) for file, p in pairs]
+        data = [
+            GeneratedImage(
+                b64_json=base64.b64encode(file).decode(), seed=job.seed, index=p.index, routing=p.routing(), masked_probability=p.masked_probability
+            )
+            for file, p in pairs
+        ]
         answer = GenerationResponse(
             created=int(time.time()),
             data=data,

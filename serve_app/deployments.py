@@ -17,7 +17,8 @@ from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
 from concurrent.futures import Future
 from typing import TYPE_CHECKING, Any
 
-from serve_app.protocol import ApiError, Event, ExpertCard, Finished, Glimpse, Job, Limits, ModelCard, Outcome, Picture, Queued
+from serve_app.limits import Limits
+from serve_app.protocol import ApiError, Event, ExpertCard, Finished, Glimpse, Job, ModelCard, Outcome, Picture, Queued
 
 if TYPE_CHECKING:
     import numpy as np
@@ -55,6 +56,8 @@ class Sampler:
         compile: compile the networks' blocks.
         max_rows: pictures stepped at once.
         max_queue: pictures that may wait.
+        min_experts: with fewer there, requests are refused.
+        max_masked_probability: the most that the router may give to missing experts.
     """
 
     def __init__(
@@ -67,6 +70,8 @@ class Sampler:
         compile: bool = False,
         max_rows: int = 64,
         max_queue: int = 256,
+        min_experts: int = 1,
+        max_masked_probability: float = 1.0,
     ):
         import torch
 
@@ -84,6 +89,7 @@ class Sampler:
         else:
             self.experts = LocalExperts(self.model, threads=threads)
             self.placed = list(present)
+        self.min_experts = min_experts
         self.engine = Engine(self.model, self.experts, max_rows, max_queue)
         self.engine.start()
         self.created = int(time.time())
@@ -91,6 +97,7 @@ class Sampler:
         self.warm = False
         try:
             self._warm_up()
+            self.engine.max_masked = max_masked_probability  # what warms up may be anything
         except BaseException:
             self.close()
             raise
@@ -140,6 +147,7 @@ class Sampler:
             router_reads_text=self.model.router_reads_text,
             attribution=info.get("attribution"),
             warm=self.warm,
+            min_experts=self.min_experts,
         )
 
     async def generate(self, job: Job) -> Outcome:
@@ -158,6 +166,7 @@ class Sampler:
         Raises:
             ApiError: 400 for what the model cannot do, 429 when the queue is full, 503 when no expert can be asked.
         """
+        self._check_experts()
         futures: list[Future[ImageResult]] = []
         try:
             with self._api_errors(job):
@@ -182,6 +191,13 @@ class Sampler:
             for future in futures:
                 future.cancel()
 
+    def _check_experts(self) -> None:
+        available = self.experts.available()
+        if 0 < sum(available) < self.min_experts:
+            missing = ", ".join(str(k) for k, here in enumerate(available) if not here)
+            message = f"Experts {missing} are not available; {sum(available)} are, and this server answers with {self.min_experts} or more."
+            raise ApiError(503, f"{message} Try again.", "server_error", code="too_degraded", retry_after=10)
+
     def _submit(self, job: Job, index: int, tell: Callable[[Glimpse], object]) -> Future[ImageResult]:
         from paris_ray.diffusion.solvers import evaluations
         from paris_ray.inference.engine import ImageRequest, Preview
@@ -203,7 +219,7 @@ class Sampler:
     @contextlib.contextmanager
     def _api_errors(self, job: Job) -> Iterator[None]:
         """What went wrong in the engine, as the client gets it."""
-        from paris_ray.inference.engine import EngineFull, EngineStopped
+        from paris_ray.inference.engine import EngineFull, EngineStopped, TooDegraded
         from paris_ray.inference.experts import ExpertError
 
         try:
@@ -213,6 +229,8 @@ class Sampler:
             raise ApiError(429, f"The server is busy: {error}.", "rate_limit_error", code="queue_full", retry_after=wait) from None
         except EngineStopped:
             raise ApiError(503, "The server is stopping; try again.", "server_error", code="stopping", retry_after=10) from None
+        except TooDegraded as error:
+            raise ApiError(503, f"Too much is missing: {error}; try again.", "server_error", code="too_degraded", retry_after=10) from None
         except ArithmeticError as error:
             log.error("a picture failed", exc_info=error)
             raise ApiError(500, f"{error}.", "server_error", code="not_finite") from None
@@ -247,7 +265,8 @@ def _picture(result: ImageResult) -> Picture:
     import numpy as np
 
     weights = np.array([step["weights"] for step in result.routing], np.float32)
-    return Picture(result.image, result.index, tuple(float(step["t"]) for step in result.routing), weights)
+    times = tuple(float(step["t"]) for step in result.routing)
+    return Picture(result.image, result.index, times, weights, round(result.masked_probability, 6))
 
 
 class ExpertGroup:

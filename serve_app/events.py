@@ -48,6 +48,7 @@ async def openai_events(events: AsyncGenerator[Event, None], job: Job, card: Mod
                         "usage": USAGE,
                         "model": card.id,
                         "routing": event.picture.routing(),
+                        "masked_probability": event.picture.masked_probability,
                         "degraded": list(event.degraded),
                         "timings": {"sampler": event.seconds},
                     }

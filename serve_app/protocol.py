@@ -8,7 +8,7 @@ from __future__ import annotations
 import difflib
 import secrets
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal, Self, TypeAlias, TypeVar
+from typing import Annotated, Any, Literal, TypeAlias, TypeVar
 
 import numpy as np
 import pydantic
@@ -18,6 +18,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
 from paris_ray.diffusion.routing import Routing
 from paris_ray.diffusion.solvers import evaluations
+from serve_app.limits import Limits
 
 MAX_BODY_BYTES = 64 * 1024
 MAX_PREVIEWS = 3
@@ -167,30 +168,6 @@ def _explain(error: pydantic.ValidationError) -> ApiError:
     return ApiError(400, f"{name}: {rule} (got {shown}).", param=name, code="invalid_value")
 
 
-class Limits(BaseModel):
-    """What one request may ask for, and one client."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    max_images_per_request: Annotated[int, Field(ge=1)] = 10
-    max_steps: Annotated[int, Field(ge=1)] = 200
-    # Evaluations of the velocity over all pictures of a request: n × steps, twice that with heun or midpoint. One picture may always have max_steps.
-    max_image_steps: Annotated[int, Field(ge=1)] = 1000
-    max_prompt_chars: Annotated[int, Field(ge=1)] = 4000
-    # Of each API key, or of each address where there are no keys; none is no limit. Unused pictures add up to a minute's worth.
-    images_per_minute: Annotated[int, Field(ge=1)] | None = None
-    requests_at_once: Annotated[int, Field(ge=1)] | None = None
-
-    @pydantic.model_validator(mode="after")
-    def _one_request_a_minute(self) -> Self:
-        if self.images_per_minute is not None and self.images_per_minute < self.max_images_per_request:
-            raise ValueError(
-                f"images_per_minute {self.images_per_minute} is less than max_images_per_request {self.max_images_per_request}, so some requests "
-                "would never be let through; raise the one or lower the other"
-            )
-        return self
-
-
 class ExpertCard(BaseModel):
     """One expert, as ``/v1/models`` tells it. State: ``ready``, ``down`` (placed but not answering) or ``missing`` (no weights)."""
 
@@ -217,6 +194,8 @@ class ModelCard(BaseModel):
     attribution: str | None
     # Whether every placed expert has run a forward pass since the sampler started.
     warm: bool
+    # With fewer experts there, requests are refused.
+    min_experts: int = 1
 
     @property
     def size(self) -> str:
@@ -324,12 +303,14 @@ class Picture:
         index: its index within the seed.
         times: the times at which velocities were asked for, E of them.
         weights: the experts' weights at these times, float32 (E, K).
+        masked_probability: the most that the router gave, at one time, to experts that were not available.
     """
 
     pixels: NDArray[np.uint8]
     index: int
     times: tuple[float, ...]
     weights: NDArray[np.float32]
+    masked_probability: float = 0.0
 
     def routing(self) -> list[dict[str, Any]]:
         """Which expert did what, as JSON: five digits of each weight, so that only who was not asked has 0."""
@@ -391,6 +372,8 @@ class GeneratedImage(BaseModel):
     index: int
     # Per velocity evaluation: time (1 noise, 0 data) and each expert's weight.
     routing: list[dict[str, Any]]
+    # The most that the router gave, at one time, to experts that were not available.
+    masked_probability: float
 
 
 class GenerationResponse(BaseModel):

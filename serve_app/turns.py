@@ -7,7 +7,8 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from serve_app.protocol import ApiError, Limits
+from serve_app.limits import Limits
+from serve_app.protocol import ApiError
 
 FORGET_ABOVE = 4096
 """So many clients are remembered; beyond, those who are owed nothing are forgotten."""

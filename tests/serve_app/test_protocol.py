@@ -6,7 +6,8 @@ import sys
 import pytest
 
 from serve_app.keys import key_digests
-from serve_app.protocol import ApiError, ExpertCard, GenerationRequest, Limits, ModelCard, parse_request, resolve
+from serve_app.limits import Limits
+from serve_app.protocol import ApiError, ExpertCard, GenerationRequest, ModelCard, parse_request, resolve
 
 CARD = ModelCard(
     id="demo",
