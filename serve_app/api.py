@@ -19,8 +19,10 @@ from serve_app.envelope import Envelope
 from serve_app.events import openai_events
 from serve_app.keys import Keys, key_digest
 from serve_app.limits import Limits
+from serve_app.metrics import Report, ignore
 from serve_app.pictures import encode
 from serve_app.protocol import (
+    IMAGES,
     ApiError,
     Event,
     GeneratedImage,
@@ -73,6 +75,7 @@ def create_app(
     key_digests: frozenset[bytes] = frozenset(),
     patience: float = 10.0,
     echo_ids: bool = True,
+    report: Report = ignore,
 ) -> FastAPI:
     """The application.
 
@@ -82,6 +85,7 @@ def create_app(
         key_digests: of the API keys; with any, every path but the page and the health checks needs one.
         patience: seconds to wait for the sampler to say what it holds before it counts as not there.
         echo_ids: answer with ``x-request-id``; False where Serve's proxy does.
+        report: where what is measured goes.
     """
     limits = limits or Limits()
     turns = Turns(limits)
@@ -134,7 +138,7 @@ def create_app(
 
     schema = {"requestBody": {"required": True, "content": {"application/json": {"schema": GenerationRequest.model_json_schema()}}}}
 
-    @app.post("/v1/images/generations", response_model=GenerationResponse, openapi_extra=schema)
+    @app.post(IMAGES, response_model=GenerationResponse, openapi_extra=schema)
     async def generate(request: Request) -> Response:
         started = time.perf_counter()
         # A page of another origin can send text/plain without asking, but not JSON: with CORS off, this keeps it out.
@@ -156,7 +160,7 @@ def create_app(
                 if await unless_gone(request, anext(events)) is None:
                     turn.end()
                     return Response(status_code=499)
-                return EventStream(openai_events(events, job, card, format_, request.state.request_id), headers, turn.end)
+                return EventStream(openai_events(events, job, card, format_, request.state.request_id, report), headers, turn.end)
             outcome = await unless_gone(request, sampler.generate(job))
         except Exception:
             turn.end(served=False)
@@ -193,7 +197,7 @@ def create_app(
 
     _add_error_handlers(app)
     app.add_middleware(Keys, digests=key_digests)
-    app.add_middleware(Envelope, echo_ids=echo_ids)
+    app.add_middleware(Envelope, echo_ids=echo_ids, report=report)
     return app
 
 
@@ -211,7 +215,8 @@ def _model(card: ModelCard, limits: Limits) -> dict[str, Any]:
 
 
 def _add_error_handlers(app: FastAPI) -> None:
-    def respond(error: ApiError, headers: dict[str, str] | None = None) -> JSONResponse:
+    def respond(request: Request, error: ApiError, headers: dict[str, str] | None = None) -> JSONResponse:
+        request.state.reason = error.code
         headers = dict(headers or {})
         if error.retry_after is not None:
             headers["retry-after"] = str(error.retry_after)
@@ -219,7 +224,7 @@ def _add_error_handlers(app: FastAPI) -> None:
 
     @app.exception_handler(ApiError)
     async def api_error(request: Request, error: ApiError) -> JSONResponse:
-        return respond(error)
+        return respond(request, error)
 
     @app.exception_handler(HTTPException)
     async def http_error(request: Request, error: HTTPException) -> JSONResponse:
@@ -227,13 +232,13 @@ def _add_error_handlers(app: FastAPI) -> None:
         message = {404: f"{path} does not exist here.", 405: f"{request.method} is not allowed on {path}."}.get(error.status_code, str(error.detail))
         code = {404: "not_found", 405: "method_not_allowed"}.get(error.status_code)
         kind = "server_error" if error.status_code >= 500 else "invalid_request_error"
-        return respond(ApiError(error.status_code, message, kind, code=code), dict(error.headers or {}))
+        return respond(request, ApiError(error.status_code, message, kind, code=code), dict(error.headers or {}))
 
     @app.exception_handler(RequestValidationError)
     async def validation_error(request: Request, error: RequestValidationError) -> JSONResponse:
         first = error.errors()[0]
         name = str(first["loc"][-1])
-        return respond(ApiError(400, f"{name}: {first['msg']}.", param=name, code="invalid_value"))
+        return respond(request, ApiError(400, f"{name}: {first['msg']}.", param=name, code="invalid_value"))
 
     @app.exception_handler(ClientDisconnect)
     async def client_gone(request: Request, error: Exception) -> Response:

@@ -17,7 +17,9 @@ from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
 from concurrent.futures import Future
 from typing import TYPE_CHECKING, Any
 
+from serve_app import metrics
 from serve_app.limits import Limits
+from serve_app.metrics import Report, to_ray
 from serve_app.protocol import ApiError, Event, ExpertCard, Finished, Glimpse, Job, ModelCard, Outcome, Picture, Queued
 
 if TYPE_CHECKING:
@@ -58,6 +60,7 @@ class Sampler:
         max_queue: pictures that may wait.
         min_experts: with fewer there, requests are refused.
         max_masked_probability: the most that the router may give to missing experts.
+        report: where what is measured goes.
     """
 
     def __init__(
@@ -72,12 +75,13 @@ class Sampler:
         max_queue: int = 256,
         min_experts: int = 1,
         max_masked_probability: float = 1.0,
+        report: Report = to_ray,
     ):
         import torch
 
-        from paris_ray.inference.engine import Engine
         from paris_ray.inference.experts import LocalExperts
         from paris_ray.inference.weights import load_model
+        from serve_app.measured import MeasuredEngine
         from serve_app.remote import RemoteExperts
 
         torch.set_num_threads(threads)
@@ -89,8 +93,8 @@ class Sampler:
         else:
             self.experts = LocalExperts(self.model, threads=threads)
             self.placed = list(present)
-        self.min_experts = min_experts
-        self.engine = Engine(self.model, self.experts, max_rows, max_queue)
+        self.min_experts, self.report = min_experts, report
+        self.engine = MeasuredEngine(self.model, self.experts, report, max_rows=max_rows, max_queue=max_queue)
         self.engine.start()
         self.created = int(time.time())
         self.seconds_per_picture = 1.0
@@ -166,6 +170,8 @@ class Sampler:
         Raises:
             ApiError: 400 for what the model cannot do, 429 when the queue is full, 503 when no expert can be asked.
         """
+        from serve_app.measured import tell_of_picture
+
         self._check_experts()
         futures: list[Future[ImageResult]] = []
         try:
@@ -174,6 +180,7 @@ class Sampler:
                 tell = functools.partial(asyncio.get_running_loop().call_soon_threadsafe, told.put_nowait)
                 for index in range(job.index, job.index + job.n):
                     futures.append(self._submit(job, index, tell))
+                    self.report(metrics.ADMITTED, 1)
                 yield Queued()
                 for future in futures:
                     future.add_done_callback(tell)
@@ -185,6 +192,7 @@ class Sampler:
                         continue
                     left -= 1
                     result = news.result()
+                    tell_of_picture(self.report, result)
                     self.seconds_per_picture += 0.2 * (result.seconds - self.seconds_per_picture)
                     yield Finished(_picture(result), tuple(result.degraded), round(result.seconds, 4))
         finally:
@@ -247,6 +255,8 @@ class Sampler:
         """Raises when the engine's thread has died, so that Serve replaces the replica."""
         if not self.engine.running:
             raise RuntimeError("the engine has stopped")
+        for k, here in enumerate(self.experts.available()):
+            self.report(metrics.READY, float(here), expert=str(k))
 
     def close(self) -> None:
         """Stop the threads."""
@@ -378,4 +388,4 @@ class Api:
         """Serve calls this once in the replica."""
         from serve_app.api import create_app
 
-        return create_app(self.sampler, self.limits, self.key_digests, echo_ids=False)
+        return create_app(self.sampler, self.limits, self.key_digests, echo_ids=False, report=to_ray)

@@ -10,7 +10,8 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from serve_app.protocol import ApiError
+from serve_app.metrics import ANSWERS, Report, ignore
+from serve_app.protocol import IMAGES, ApiError
 
 log = logging.getLogger("ray.serve")
 
@@ -33,10 +34,11 @@ class Envelope:
     Args:
         app: the application.
         echo_ids: write the id into the answer; False where somebody else does, as Serve's proxy.
+        report: where answers to requests for pictures are counted.
     """
 
-    def __init__(self, app: ASGIApp, echo_ids: bool = True):
-        self.app, self.echo_ids = app, echo_ids
+    def __init__(self, app: ASGIApp, echo_ids: bool = True, report: Report = ignore):
+        self.app, self.echo_ids, self.report = app, echo_ids, report
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -51,6 +53,10 @@ class Envelope:
             nonlocal started
             if message["type"] == "http.response.start":
                 started = True
+                if scope["path"].endswith(IMAGES) and scope["method"] == "POST":
+                    status = message["status"]
+                    usual = "ok" if status < 400 else "client_left" if status == 499 else "error"
+                    self.report(ANSWERS, 1, status=str(status), reason=scope["state"].get("reason") or usual)
                 if self.echo_ids:
                     MutableHeaders(scope=message)["x-request-id"] = request_id
             await send(message)
@@ -59,6 +65,7 @@ class Envelope:
             if sum(len(name) + len(value) for name, value in scope["headers"]) > MAX_HEADER_BYTES:
                 message = f"The headers are larger than this server's limit of {MAX_HEADER_BYTES} bytes; send fewer."
                 error = ApiError(431, message, code="headers_too_large")
+                scope["state"]["reason"] = error.code
                 await JSONResponse(error.body(), 431)(scope, receive, with_id)
                 return
             await self.app(scope, receive, with_id)
@@ -66,4 +73,5 @@ class Envelope:
             error = internal_error(failure, f"{scope['method']} {scope['path']}", request_id)
             if started:
                 raise  # too late for a status
+            scope["state"]["reason"] = error.code
             await JSONResponse(error.body(), 500)(scope, receive, with_id)

@@ -10,6 +10,7 @@ from contextlib import aclosing
 from typing import Any
 
 from serve_app.envelope import internal_error
+from serve_app.metrics import BROKEN_STREAMS, Report
 from serve_app.pictures import encode, to_file
 from serve_app.protocol import ApiError, Event, Finished, Glimpse, Job, ModelCard
 from serve_app.transport import server_sent
@@ -18,7 +19,9 @@ from serve_app.transport import server_sent
 USAGE = {"input_tokens": 0, "input_tokens_details": {"image_tokens": 0, "text_tokens": 0}, "output_tokens": 0, "total_tokens": 0}
 
 
-async def openai_events(events: AsyncGenerator[Event, None], job: Job, card: ModelCard, format_: str, request_id: str) -> AsyncGenerator[bytes, None]:
+async def openai_events(
+    events: AsyncGenerator[Event, None], job: Job, card: ModelCard, format_: str, request_id: str, report: Report
+) -> AsyncGenerator[bytes, None]:
     """``image_generation.partial_image`` and ``image_generation.completed``, for each picture; ``error`` ends it early.
 
     Beyond OpenAI's fields each has the picture's ``index`` and ``seed``; the completed ones what an answer in one piece says of a picture, too.
@@ -54,6 +57,8 @@ async def openai_events(events: AsyncGenerator[Event, None], job: Job, card: Mod
                     }
                     yield server_sent("image_generation.completed", {**common(file, event.picture.index), **more})
     except ApiError as error:
+        report(BROKEN_STREAMS, 1, reason=error.code or "error")
         yield server_sent("error", error.body())
     except Exception as error:
+        report(BROKEN_STREAMS, 1, reason="internal_error")
         yield server_sent("error", internal_error(error, "while it was streamed", request_id).body())

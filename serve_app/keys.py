@@ -50,6 +50,7 @@ class Keys:
             await self.app(scope, receive, send)
             return
         error = ApiError(401, "An API key is needed: send 'Authorization: Bearer KEY'.", "authentication_error", code="invalid_api_key")
+        scope.setdefault("state", {})["reason"] = error.code
         await JSONResponse(error.body(), 401, {"www-authenticate": "Bearer"})(scope, receive, send)
 
     def _known(self, scope: Scope) -> bool:

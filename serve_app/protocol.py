@@ -20,6 +20,7 @@ from paris_ray.diffusion.routing import Routing
 from paris_ray.diffusion.solvers import evaluations
 from serve_app.limits import Limits
 
+IMAGES = "/v1/images/generations"
 MAX_BODY_BYTES = 64 * 1024
 MAX_PREVIEWS = 3
 T = TypeVar("T")
