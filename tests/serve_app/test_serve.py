@@ -4,17 +4,19 @@ import base64
 import contextlib
 import io
 import os
+import re
 import socket
 import threading
 import time
 
+import httpx
 import numpy as np
 import openai
 import psutil
 import pytest
 from PIL import Image
 
-from serve_app import client
+from serve_app import client, metrics
 from serve_app.app import Args, build, groups_of
 
 KEY = "a-key-for-tests"
@@ -144,6 +146,23 @@ def test_the_http_process_has_no_torch_and_experts_no_text_tower(urls):
     assert not _processes("together", "ExpertGroup-")
 
 
+def test_every_answer_has_one_request_id(urls):
+    for given in ("my-id", None):
+        response = httpx.get(f"{urls['apart']}/health/live", headers={"x-request-id": given} if given else {})
+        (found,) = response.headers.get_list("x-request-id")
+        assert found == given or len(found) >= 32
+
+
+def test_prometheus_sees_what_was_measured(urls):
+    import ray
+
+    port = ray.nodes()[0]["MetricsExportPort"]
+    client.generate(urls["together"], key=KEY, prompt="x")
+    rare = {metrics.BROKEN_STREAMS}
+    wanted = {f"ray_{metric.name}{'_count' if metric.kind == 'histogram' else ''}" for metric in metrics.ALL if metric not in rare}
+    _wait(lambda: wanted <= set(re.findall(r"^(\w+)", httpx.get(f"http://127.0.0.1:{port}/metrics").text, re.MULTILINE)), 60)
+
+
 def test_it_listens_on_loopback_only(urls):
     port = int(urls["apart"].split(":")[2].split("/")[0])
     listening = [
@@ -236,6 +255,9 @@ def test_an_expert_that_hangs_is_left_out_and_named_until_it_is_back(urls):
             _wait(lambda: answers[-1]["degraded"])
             assert answers[-1]["degraded"] == [1]
             assert client.model(urls["apart"])["experts"][1]["state"] != "ready"
+            with pytest.raises(client.ServerError, match="expert 1") as caught:
+                list(client.stream(urls["apart"], prompt="x", routing="expert-1"))
+            assert (caught.value.code, caught.value.param) == ("expert_unavailable", "routing")
         finally:
             victim.resume()
         _wait(lambda: not answers[-1]["degraded"])
