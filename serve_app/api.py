@@ -160,7 +160,12 @@ def create_app(
                 if await unless_gone(request, anext(events)) is None:
                     turn.end()
                     return Response(status_code=499)
-                return EventStream(openai_events(events, job, card, format_, request.state.request_id, report), headers, turn.end)
+
+                async def ended() -> None:
+                    await events.aclose()
+                    turn.end()
+
+                return EventStream(openai_events(events, job, card, format_, request.state.request_id, report), headers, ended)
             outcome = await unless_gone(request, sampler.generate(job))
         except Exception:
             turn.end(served=False)

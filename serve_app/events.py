@@ -6,7 +6,6 @@ import asyncio
 import base64
 import time
 from collections.abc import AsyncGenerator
-from contextlib import aclosing
 from typing import Any
 
 from serve_app.envelope import internal_error
@@ -40,22 +39,21 @@ async def openai_events(
         }
 
     try:
-        async with aclosing(events):
-            async for event in events:
-                if isinstance(event, Glimpse):
-                    file = await asyncio.to_thread(to_file, event.pixels, format_)
-                    yield server_sent("image_generation.partial_image", {**common(file, event.index), "partial_image_index": event.number})
-                elif isinstance(event, Finished):
-                    file = await asyncio.to_thread(encode, event.picture, format_, job, card, event.degraded)
-                    more = {
-                        "usage": USAGE,
-                        "model": card.id,
-                        "routing": event.picture.routing(),
-                        "masked_probability": event.picture.masked_probability,
-                        "degraded": list(event.degraded),
-                        "timings": {"sampler": event.seconds},
-                    }
-                    yield server_sent("image_generation.completed", {**common(file, event.picture.index), **more})
+        async for event in events:
+            if isinstance(event, Glimpse):
+                file = await asyncio.to_thread(to_file, event.pixels, format_)
+                yield server_sent("image_generation.partial_image", {**common(file, event.index), "partial_image_index": event.number})
+            elif isinstance(event, Finished):
+                file = await asyncio.to_thread(encode, event.picture, format_, job, card, event.degraded)
+                more = {
+                    "usage": USAGE,
+                    "model": card.id,
+                    "routing": event.picture.routing(),
+                    "masked_probability": event.picture.masked_probability,
+                    "degraded": list(event.degraded),
+                    "timings": {"sampler": event.seconds},
+                }
+                yield server_sent("image_generation.completed", {**common(file, event.picture.index), **more})
     except ApiError as error:
         report(BROKEN_STREAMS, 1, reason=error.code or "error")
         yield server_sent("error", error.body())

@@ -64,15 +64,15 @@ def server_sent(kind: str, data: dict[str, Any]) -> bytes:
 
 
 class EventStream(Response):
-    """Server-sent events, until there are no more or the client leaves, which closes their source.
+    """Server-sent events, until there are no more or the client leaves.
 
     Args:
-        events: the source.
+        events: as bytes; closed at the end.
         headers: of the answer.
-        ended: called once at the end, whatever it was.
+        ended: called after that, whatever the end was.
     """
 
-    def __init__(self, events: AsyncGenerator[bytes, None], headers: dict[str, str], ended: Callable[[], None]):
+    def __init__(self, events: AsyncGenerator[bytes, None], headers: dict[str, str], ended: Callable[[], Awaitable[None]]):
         # Without no-transform and the last header, what lies between may keep events back to compress or collect them.
         super().__init__(None, 200, {**headers, "cache-control": "no-store, no-transform", "x-accel-buffering": "no"}, "text/event-stream")
         del self.headers["content-length"]
@@ -91,7 +91,7 @@ class EventStream(Response):
         finally:
             await _end(leaving)
             await self.events.aclose()
-            self.ended()
+            await self.ended()
 
     async def _next(self, leaving: asyncio.Future[None], send: Send) -> bytes | None:
         async def take() -> bytes | None:
