@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import functools
 import itertools
 import logging
 import math
@@ -177,7 +176,11 @@ class Sampler:
         try:
             with self._api_errors(job):
                 told: asyncio.Queue[Glimpse | Future[ImageResult]] = asyncio.Queue()
-                tell = functools.partial(asyncio.get_running_loop().call_soon_threadsafe, told.put_nowait)
+                loop = asyncio.get_running_loop()
+
+                def tell(news: Glimpse | Future[ImageResult]) -> None:
+                    loop.call_soon_threadsafe(told.put_nowait, news)
+
                 for index in range(job.index, job.index + job.n):
                     futures.append(self._submit(job, index, tell))
                     self.report(metrics.ADMITTED, 1)

@@ -98,9 +98,10 @@ class EventStream(Response):
             return await anext(self.events, None)
 
         coming = asyncio.ensure_future(take())
+        either: set[asyncio.Future[Any]] = {coming, leaving}
         try:
             while not leaving.done():
-                await asyncio.wait({coming, leaving}, timeout=HEARTBEAT_SECONDS, return_when=asyncio.FIRST_COMPLETED)
+                await asyncio.wait(either, timeout=HEARTBEAT_SECONDS, return_when=asyncio.FIRST_COMPLETED)
                 if coming.done():
                     return coming.result()
                 if not leaving.done():
