@@ -4,42 +4,38 @@ from __future__ import annotations
 
 import asyncio
 import base64
-import hmac
-import logging
 import time
-import uuid
-from collections.abc import Awaitable
+from collections.abc import AsyncGenerator
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import HTMLResponse, JSONResponse, Response
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
-from starlette.types import ASGIApp, Receive, Scope, Send
 
+from serve_app.envelope import Envelope
+from serve_app.events import openai_events
+from serve_app.keys import Keys, key_digest
+from serve_app.limits import Limits
+from serve_app.metrics import Report, ignore
 from serve_app.pictures import encode
 from serve_app.protocol import (
-    MAX_BODY_BYTES,
+    IMAGES,
     ApiError,
+    Event,
     GeneratedImage,
     GenerationRequest,
     GenerationResponse,
     Job,
-    Limits,
     ModelCard,
     Outcome,
-    key_digest,
     parse_request,
     resolve,
 )
-
-log = logging.getLogger("ray.serve")
-T = TypeVar("T")
-
-OPEN_PATHS = frozenset({"/", "/health/live", "/health/ready"})
-"""What needs no key: the page, which asks for one, and the health checks."""
+from serve_app.transport import EventStream, read_body, unless_gone
+from serve_app.turns import Turns
 
 CARD_SECONDS = 5.0
 """For how long a known model card is good enough to check requests against."""
@@ -68,17 +64,31 @@ class SamplerClient(Protocol):
         """Make the pictures. Cancelling the await cancels the work. Raises ApiError."""
         ...
 
+    def stream(self, job: Job) -> AsyncGenerator[Event, None]:
+        """The same as it happens: first :class:`Queued`, then previews and pictures. Closing it cancels the work. Raises ApiError."""
+        ...
 
-def create_app(sampler: SamplerClient, limits: Limits | None = None, key_digests: frozenset[bytes] = frozenset(), patience: float = 10.0) -> FastAPI:
+
+def create_app(
+    sampler: SamplerClient,
+    limits: Limits | None = None,
+    key_digests: frozenset[bytes] = frozenset(),
+    patience: float = 10.0,
+    echo_ids: bool = True,
+    report: Report = ignore,
+) -> FastAPI:
     """The application.
 
     Args:
         sampler: what makes the pictures.
-        limits: what one request may ask for.
+        limits: what one request may ask for, and one client.
         key_digests: of the API keys; with any, every path but the page and the health checks needs one.
         patience: seconds to wait for the sampler to say what it holds before it counts as not there.
+        echo_ids: answer with ``x-request-id``; False where Serve's proxy does.
+        report: where what is measured goes.
     """
     limits = limits or Limits()
+    turns = Turns(limits)
     app = FastAPI(title="paris_ray", docs_url=None, redoc_url=None, redirect_slashes=False)
     known: tuple[float, ModelCard] | None = None
 
@@ -112,7 +122,7 @@ def create_app(sampler: SamplerClient, limits: Limits | None = None, key_digests
         except ApiError as error:
             return JSONResponse({"status": "not ready", "reason": error.message}, 503)
         states = {str(expert.index): expert.state for expert in card.experts}
-        good = card.warm and "ready" in states.values()
+        good = card.warm and list(states.values()).count("ready") >= max(card.min_experts, 1)
         return JSONResponse({"status": "ready" if good else "not ready", "experts": states}, 200 if good else 503)
 
     @app.get("/v1/models")
@@ -128,7 +138,7 @@ def create_app(sampler: SamplerClient, limits: Limits | None = None, key_digests
 
     schema = {"requestBody": {"required": True, "content": {"application/json": {"schema": GenerationRequest.model_json_schema()}}}}
 
-    @app.post("/v1/images/generations", response_model=GenerationResponse, openapi_extra=schema)
+    @app.post(IMAGES, response_model=GenerationResponse, openapi_extra=schema)
     async def generate(request: Request) -> Response:
         started = time.perf_counter()
         # A page of another origin can send text/plain without asking, but not JSON: with CORS off, this keeps it out.
@@ -140,13 +150,40 @@ def create_app(sampler: SamplerClient, limits: Limits | None = None, key_digests
         # Turns are per key, or per address where there are no keys: a header that nobody checks would buy as many turns as one likes.
         given = request.headers.get("authorization", "") if key_digests else request.client.host if request.client else ""
         job = resolve(parsed, card, limits, key_digest(given.rpartition(" ")[2].encode()).hex()[:16])
-        outcome = await unless_gone(request, sampler.generate(job))
+        format_ = parsed.output_format or "png"
+        headers = {"x-paris-seed": str(job.seed), "x-paris-routing": job.routing}
+        turn = turns.take(job.client, job.n)
+        try:
+            if parsed.stream:
+                events = sampler.stream(job)
+                # What is refused is refused with its own status, before the stream begins.
+                if await unless_gone(request, anext(events)) is None:
+                    turn.end()
+                    return Response(status_code=499)
+
+                async def ended() -> None:
+                    await events.aclose()
+                    turn.end()
+
+                return EventStream(openai_events(events, job, card, format_, request.state.request_id, report), headers, ended)
+            outcome = await unless_gone(request, sampler.generate(job))
+        except Exception:
+            turn.end(served=False)
+            raise
+        except asyncio.CancelledError:
+            turn.end()
+            raise
+        turn.end()
         if outcome is None:
             return Response(status_code=499)
-        format_ = parsed.output_format or "png"
         files = await asyncio.to_thread(lambda: [encode(p, format_, job, card, outcome.degraded) for p in outcome.pictures])
         pairs = zip(files, outcome.pictures, strict=True)
-        data = [GeneratedImage(b64_json=base64.b64encode(file).decode(), seed=job.seed, index=p.index, routing=p.routing()) for file, p in pairs]
+        data = [
+            GeneratedImage(
+                b64_json=base64.b64encode(file).decode(), seed=job.seed, index=p.index, routing=p.routing(), masked_probability=p.masked_probability
+            )
+            for file, p in pairs
+        ]
         answer = GenerationResponse(
             created=int(time.time()),
             data=data,
@@ -158,13 +195,14 @@ def create_app(sampler: SamplerClient, limits: Limits | None = None, key_digests
             degraded=list(outcome.degraded),
             timings={**outcome.timings, "total": round(time.perf_counter() - started, 4)},
         )
-        headers = {"x-paris-seed": str(job.seed), "x-paris-routing": job.routing}
+        headers["x-paris-timings"] = ",".join(f"{phase}={seconds:g}" for phase, seconds in answer.timings.items())
         if outcome.degraded:
             headers["x-paris-degraded"] = ",".join(f"expert-{k}" for k in outcome.degraded)
         return Response(answer.model_dump_json(), media_type="application/json", headers=headers)
 
     _add_error_handlers(app)
-    app.add_middleware(_Keys, digests=key_digests)
+    app.add_middleware(Keys, digests=key_digests)
+    app.add_middleware(Envelope, echo_ids=echo_ids, report=report)
     return app
 
 
@@ -181,44 +219,9 @@ def _model(card: ModelCard, limits: Limits) -> dict[str, Any]:
     }
 
 
-async def read_body(request: Request) -> bytes:
-    """The body, counted as it comes: a Content-Length may be absent or wrong.
-
-    Raises:
-        ApiError: status 413.
-    """
-    too_large = ApiError(413, f"The body is larger than this server's limit of {MAX_BODY_BYTES} bytes; shorten the prompt.", code="body_too_large")
-    declared = request.headers.get("content-length", "")
-    if declared.isdecimal() and (len(declared) > 12 or int(declared) > MAX_BODY_BYTES):
-        raise too_large
-    body = bytearray()
-    async for chunk in request.stream():
-        body += chunk
-        if len(body) > MAX_BODY_BYTES:
-            raise too_large
-    return bytes(body)
-
-
-async def unless_gone(request: Request, work: Awaitable[T]) -> T | None:
-    """The result of the work, or None when the client went away first; then, or when this await is cancelled, the work is cancelled."""
-
-    async def gone() -> None:
-        while (await request.receive())["type"] != "http.disconnect":
-            pass
-
-    working, leaving = asyncio.ensure_future(work), asyncio.ensure_future(gone())
-    try:
-        await asyncio.wait({working, leaving}, return_when=asyncio.FIRST_COMPLETED)
-        return working.result() if working.done() else None
-    finally:
-        leaving.cancel()
-        if not working.done():
-            working.cancel()
-        await asyncio.gather(working, leaving, return_exceptions=True)
-
-
 def _add_error_handlers(app: FastAPI) -> None:
-    def respond(error: ApiError, headers: dict[str, str] | None = None) -> JSONResponse:
+    def respond(request: Request, error: ApiError, headers: dict[str, str] | None = None) -> JSONResponse:
+        request.state.reason = error.code
         headers = dict(headers or {})
         if error.retry_after is not None:
             headers["retry-after"] = str(error.retry_after)
@@ -226,7 +229,7 @@ def _add_error_handlers(app: FastAPI) -> None:
 
     @app.exception_handler(ApiError)
     async def api_error(request: Request, error: ApiError) -> JSONResponse:
-        return respond(error)
+        return respond(request, error)
 
     @app.exception_handler(HTTPException)
     async def http_error(request: Request, error: HTTPException) -> JSONResponse:
@@ -234,45 +237,14 @@ def _add_error_handlers(app: FastAPI) -> None:
         message = {404: f"{path} does not exist here.", 405: f"{request.method} is not allowed on {path}."}.get(error.status_code, str(error.detail))
         code = {404: "not_found", 405: "method_not_allowed"}.get(error.status_code)
         kind = "server_error" if error.status_code >= 500 else "invalid_request_error"
-        return respond(ApiError(error.status_code, message, kind, code=code), dict(error.headers or {}))
+        return respond(request, ApiError(error.status_code, message, kind, code=code), dict(error.headers or {}))
 
     @app.exception_handler(RequestValidationError)
     async def validation_error(request: Request, error: RequestValidationError) -> JSONResponse:
         first = error.errors()[0]
         name = str(first["loc"][-1])
-        return respond(ApiError(400, f"{name}: {first['msg']}.", param=name, code="invalid_value"))
+        return respond(request, ApiError(400, f"{name}: {first['msg']}.", param=name, code="invalid_value"))
 
     @app.exception_handler(ClientDisconnect)
     async def client_gone(request: Request, error: Exception) -> Response:
         return Response(status_code=499)
-
-    @app.exception_handler(Exception)
-    async def internal_error(request: Request, error: Exception) -> JSONResponse:
-        reference = uuid.uuid4().hex[:12]
-        log.error("internal error %s on %s %s", reference, request.method, request.url.path, exc_info=error)
-        message = f"Internal error; the server's log has it under {reference}."
-        return respond(ApiError(500, message, "server_error", code="internal_error"))
-
-
-class _Keys:
-    """Refuses every request without a known key, but for the open paths; with no keys configured, lets everything through."""
-
-    def __init__(self, app: ASGIApp, digests: frozenset[bytes]):
-        self.app, self.digests = app, sorted(digests)
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        # Serve may mount the application below a prefix.
-        path = scope.get("path", "").removeprefix(scope.get("root_path", ""))
-        if not self.digests or scope["type"] == "lifespan" or (scope["type"] == "http" and path in OPEN_PATHS) or self._known(scope):
-            await self.app(scope, receive, send)
-            return
-        error = ApiError(401, "An API key is needed: send 'Authorization: Bearer KEY'.", "authentication_error", code="invalid_api_key")
-        await JSONResponse(error.body(), 401, {"www-authenticate": "Bearer"})(scope, receive, send)
-
-    def _known(self, scope: Scope) -> bool:
-        given = dict(scope["headers"]).get(b"authorization", b"")
-        scheme, _, key = given.partition(b" ")
-        digest = key_digest(key.strip())
-        # All compared, each in constant time: neither which key nor how much of it matched shows in the time taken.
-        matches = [hmac.compare_digest(digest, known) for known in self.digests]
-        return scheme.lower() == b"bearer" and any(matches)

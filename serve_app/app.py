@@ -17,7 +17,8 @@ from ray.serve.config import BackpressureConfig
 from paris_ray.hub import address, open_model
 from paris_ray.storage import Folder
 from serve_app.deployments import Api, ExpertGroup, Sampler
-from serve_app.protocol import Limits, key_digests
+from serve_app.keys import key_digests
+from serve_app.limits import Limits
 
 
 def _from_command_line(value: Any) -> Any:
@@ -54,6 +55,10 @@ class Args(Limits):
     # Pictures that the sampler steps at once, and pictures that may wait; past it 429.
     max_rows: Annotated[int, Field(ge=1)] = 64
     max_queue: Annotated[int, Field(ge=1)] = 256
+    # What is refused with 503 rather than served by the experts that are left: everything with fewer of them than so many, and a picture of which the
+    # router gives the missing ones more than so much.
+    min_experts: Annotated[int, Field(ge=1)] = 1
+    max_masked_probability: Annotated[float, Field(ge=0, le=1)] = 1.0
     # Any text. Deployed again with another one, the model is loaded anew: for files that changed in place.
     revision: str = ""
 
@@ -86,7 +91,10 @@ def build(args: Args) -> Application:
         info = folder.read_json("paris.json" if folder.exists("paris.json") else "config.json")
     except FileNotFoundError:
         raise FileNotFoundError(f"model: {folder.uri} has neither paris.json nor config.json; give the folder that jobs.assemble made") from None
-    groups = groups_of(args, int(info["num_experts"]))
+    count = int(info["num_experts"])
+    groups = groups_of(args, count)
+    if args.min_experts > count:
+        raise ValueError(f"min_experts: {args.min_experts} are more than the model's {count}, so nothing would ever be served; lower it")
     # A repository of the hub stays one, at the commit of now: each node fetches of it what it needs.
     common = {"model": address(folder), "threads": args.threads, "precision": args.precision, "compile": args.compile}
 
@@ -107,6 +115,8 @@ def build(args: Args) -> Application:
         gpus=gpus,
         max_rows=args.max_rows,
         max_queue=args.max_queue,
+        min_experts=args.min_experts,
+        max_masked_probability=args.max_masked_probability,
         **common,
     )
     api = serve.deployment(

@@ -6,14 +6,20 @@ Api (HTTP) ─▶ Sampler (router, text encoder, codec, engine) ─▶ ExpertGro
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import itertools
 import logging
 import math
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
+from concurrent.futures import Future
 from typing import TYPE_CHECKING, Any
 
-from serve_app.protocol import ApiError, ExpertCard, Job, Limits, ModelCard, Outcome, Picture
+from serve_app import metrics
+from serve_app.limits import Limits
+from serve_app.metrics import Report, to_ray
+from serve_app.protocol import ApiError, Event, ExpertCard, Finished, Glimpse, Job, ModelCard, Outcome, Picture, Queued
 
 if TYPE_CHECKING:
     import numpy as np
@@ -21,6 +27,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
     from ray.serve.handle import DeploymentHandle
 
+    from paris_ray.inference.engine import ImageResult
     from serve_app.remote import Answer, WireCall
 
 log = logging.getLogger("ray.serve")
@@ -50,6 +57,9 @@ class Sampler:
         compile: compile the networks' blocks.
         max_rows: pictures stepped at once.
         max_queue: pictures that may wait.
+        min_experts: with fewer there, requests are refused.
+        max_masked_probability: the most that the router may give to missing experts.
+        report: where what is measured goes.
     """
 
     def __init__(
@@ -62,12 +72,15 @@ class Sampler:
         compile: bool = False,
         max_rows: int = 64,
         max_queue: int = 256,
+        min_experts: int = 1,
+        max_masked_probability: float = 1.0,
+        report: Report = to_ray,
     ):
         import torch
 
-        from paris_ray.inference.engine import Engine
         from paris_ray.inference.experts import LocalExperts
         from paris_ray.inference.weights import load_model
+        from serve_app.measured import MeasuredEngine
         from serve_app.remote import RemoteExperts
 
         torch.set_num_threads(threads)
@@ -79,13 +92,15 @@ class Sampler:
         else:
             self.experts = LocalExperts(self.model, threads=threads)
             self.placed = list(present)
-        self.engine = Engine(self.model, self.experts, max_rows, max_queue)
+        self.min_experts, self.report = min_experts, report
+        self.engine = MeasuredEngine(self.model, self.experts, report, max_rows=max_rows, max_queue=max_queue)
         self.engine.start()
         self.created = int(time.time())
         self.seconds_per_picture = 1.0
         self.warm = False
         try:
             self._warm_up()
+            self.engine.max_masked = max_masked_probability  # what warms up may be anything
         except BaseException:
             self.close()
             raise
@@ -135,42 +150,98 @@ class Sampler:
             router_reads_text=self.model.router_reads_text,
             attribution=info.get("attribution"),
             warm=self.warm,
+            min_experts=self.min_experts,
         )
 
     async def generate(self, job: Job) -> Outcome:
-        """Make the pictures of a job; cancelling the await frees their places at the next step.
+        """Make the pictures of a job; cancelling the await frees their places at the next step. Raises as :meth:`stream` does."""
+        async with contextlib.aclosing(self.stream(job)) as events:
+            done = [event async for event in events if isinstance(event, Finished)]
+        return Outcome(
+            tuple(sorted((event.picture for event in done), key=lambda picture: picture.index)),
+            tuple(sorted({k for event in done for k in event.degraded})),
+            {"sampler": round(max(event.seconds for event in done), 4)},
+        )
+
+    async def stream(self, job: Job) -> AsyncGenerator[Event, None]:
+        """Make the pictures of a job and tell of them as they come; closing it frees their places at the next step.
 
         Raises:
             ApiError: 400 for what the model cannot do, 429 when the queue is full, 503 when no expert can be asked.
         """
-        from paris_ray.inference.engine import EngineFull, EngineStopped, ImageRequest
+        from serve_app.measured import tell_of_picture
+
+        self._check_experts()
+        futures: list[Future[ImageResult]] = []
+        try:
+            with self._api_errors(job):
+                told: asyncio.Queue[Glimpse | Future[ImageResult]] = asyncio.Queue()
+                loop = asyncio.get_running_loop()
+
+                def tell(news: Glimpse | Future[ImageResult]) -> None:
+                    loop.call_soon_threadsafe(told.put_nowait, news)
+
+                for index in range(job.index, job.index + job.n):
+                    futures.append(self._submit(job, index, tell))
+                    self.report(metrics.ADMITTED, 1)
+                yield Queued()
+                for future in futures:
+                    future.add_done_callback(tell)
+                left = len(futures)
+                while left:
+                    news = await told.get()
+                    if isinstance(news, Glimpse):
+                        yield news
+                        continue
+                    left -= 1
+                    result = news.result()
+                    tell_of_picture(self.report, result)
+                    self.seconds_per_picture += 0.2 * (result.seconds - self.seconds_per_picture)
+                    yield Finished(_picture(result), tuple(result.degraded), round(result.seconds, 4))
+        finally:
+            for future in futures:
+                future.cancel()
+
+    def _check_experts(self) -> None:
+        available = self.experts.available()
+        if 0 < sum(available) < self.min_experts:
+            missing = ", ".join(str(k) for k, here in enumerate(available) if not here)
+            message = f"Experts {missing} are not available; {sum(available)} are, and this server answers with {self.min_experts} or more."
+            raise ApiError(503, f"{message} Try again.", "server_error", code="too_degraded", retry_after=10)
+
+    def _submit(self, job: Job, index: int, tell: Callable[[Glimpse], object]) -> Future[ImageResult]:
+        from paris_ray.diffusion.solvers import evaluations
+        from paris_ray.inference.engine import ImageRequest, Preview
+
+        settings = (job.steps, job.guidance_scale, job.routing, job.solver, job.client, job.guidance_interval)
+        request = ImageRequest(job.prompt, job.negative_prompt, job.seed, index, *settings)
+        number = itertools.count()
+
+        def preview(seen: Preview) -> None:
+            if (this := next(number)) < job.previews:
+                tell(Glimpse(seen.image, index, this))
+
+        try:
+            every = preview_every(evaluations(job.solver, job.steps), job.previews)
+            return self.engine.submit(request, preview if job.previews else None, every)
+        except ValueError as error:
+            raise ApiError(400, f"{error}.", param=str(error).partition(":")[0], code="invalid_value") from None
+
+    @contextlib.contextmanager
+    def _api_errors(self, job: Job) -> Iterator[None]:
+        """What went wrong in the engine, as the client gets it."""
+        from paris_ray.inference.engine import EngineFull, EngineStopped, TooDegraded
         from paris_ray.inference.experts import ExpertError
 
-        futures = []
         try:
-            for index in range(job.index, job.index + job.n):
-                request = ImageRequest(
-                    job.prompt,
-                    job.negative_prompt,
-                    job.seed,
-                    index,
-                    job.steps,
-                    job.guidance_scale,
-                    job.routing,
-                    job.solver,
-                    job.client,
-                    job.guidance_interval,
-                )
-                try:
-                    futures.append(self.engine.submit(request))
-                except ValueError as error:
-                    raise ApiError(400, f"{error}.", param=str(error).partition(":")[0], code="invalid_value") from None
-            results = await asyncio.gather(*map(asyncio.wrap_future, futures))
+            yield
         except EngineFull as error:
             wait = max(1, min(60, math.ceil(self.seconds_per_picture)))
             raise ApiError(429, f"The server is busy: {error}.", "rate_limit_error", code="queue_full", retry_after=wait) from None
         except EngineStopped:
             raise ApiError(503, "The server is stopping; try again.", "server_error", code="stopping", retry_after=10) from None
+        except TooDegraded as error:
+            raise ApiError(503, f"Too much is missing: {error}; try again.", "server_error", code="too_degraded", retry_after=10) from None
         except ArithmeticError as error:
             log.error("a picture failed", exc_info=error)
             raise ApiError(500, f"{error}.", "server_error", code="not_finite") from None
@@ -182,21 +253,13 @@ class Sampler:
             if any(self.experts.available()):
                 raise
             raise ApiError(503, "No expert is available; try again.", "server_error", code="expert_unavailable", retry_after=5) from None
-        finally:
-            for future in futures:
-                future.cancel()
-        seconds = max(result.seconds for result in results)
-        self.seconds_per_picture += 0.2 * (seconds - self.seconds_per_picture)
-        return Outcome(
-            tuple(_picture(result) for result in results),
-            tuple(sorted({k for result in results for k in result.degraded})),
-            {"sampler": round(seconds, 4)},
-        )
 
     def check_health(self) -> None:
         """Raises when the engine's thread has died, so that Serve replaces the replica."""
         if not self.engine.running:
             raise RuntimeError("the engine has stopped")
+        for k, here in enumerate(self.experts.available()):
+            self.report(metrics.READY, float(here), expert=str(k))
 
     def close(self) -> None:
         """Stop the threads."""
@@ -206,11 +269,17 @@ class Sampler:
             close()
 
 
-def _picture(result: Any) -> Picture:
+def preview_every(evaluations: int, previews: int) -> int:
+    """Evaluations between previews, so that there are as many as were asked for before the end, evenly spread if that is possible."""
+    return max(1, min(math.ceil(evaluations / (previews + 1)), (evaluations - 1) // max(previews, 1)))
+
+
+def _picture(result: ImageResult) -> Picture:
     import numpy as np
 
     weights = np.array([step["weights"] for step in result.routing], np.float32)
-    return Picture(result.image, result.index, tuple(float(step["t"]) for step in result.routing), weights)
+    times = tuple(float(step["t"]) for step in result.routing)
+    return Picture(result.image, result.index, times, weights, round(result.masked_probability, 6))
 
 
 class ExpertGroup:
@@ -267,24 +336,43 @@ class HandleSampler:
         outcome: Outcome = await self._call("generate", job)
         return outcome
 
-    async def _call(self, method: str, *args: Any) -> Any:
-        from ray.exceptions import RayActorError, RayTaskError
-        from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
+    async def stream(self, job: Job) -> AsyncGenerator[Event, None]:
+        """See :meth:`Sampler.stream`."""
+        response, ended = self.handle.options(stream=True).stream.remote(job), False
+        try:
+            with _handle_errors():
+                async for event in response:
+                    yield event
+            ended = True
+        finally:
+            if not ended:
+                response.cancel()
 
+    async def _call(self, method: str, *args: Any) -> Any:
         response = getattr(self.handle, method).remote(*args)
         try:
-            return await response
+            with _handle_errors():
+                return await response
         except asyncio.CancelledError:
             response.cancel()
             raise
-        except RayTaskError as error:
-            if isinstance(error.cause, ApiError):
-                raise error.cause from None
-            raise
-        except BackPressureError:
-            raise ApiError(429, "The server is busy; try again.", "rate_limit_error", code="queue_full", retry_after=5) from None
-        except (RayActorError, DeploymentUnavailableError):
-            raise ApiError(503, "The sampler's process is being replaced; try again.", "server_error", code="not_ready", retry_after=10) from None
+
+
+@contextlib.contextmanager
+def _handle_errors() -> Iterator[None]:
+    from ray.exceptions import RayActorError, RayTaskError
+    from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
+
+    try:
+        yield
+    except RayTaskError as error:
+        if isinstance(error.cause, ApiError):
+            raise error.cause from None
+        raise
+    except BackPressureError:
+        raise ApiError(429, "The server is busy; try again.", "rate_limit_error", code="queue_full", retry_after=5) from None
+    except (RayActorError, DeploymentUnavailableError):
+        raise ApiError(503, "The sampler's process is being replaced; try again.", "server_error", code="not_ready", retry_after=10) from None
 
 
 class Api:
@@ -303,4 +391,4 @@ class Api:
         """Serve calls this once in the replica."""
         from serve_app.api import create_app
 
-        return create_app(self.sampler, self.limits, self.key_digests)
+        return create_app(self.sampler, self.limits, self.key_digests, echo_ids=False, report=to_ray)

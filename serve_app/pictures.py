@@ -6,6 +6,8 @@ import io
 import json
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
@@ -17,13 +19,18 @@ def encode(picture: Picture, output_format: str, job: Job, card: ModelCard, degr
 
     A PNG carries two text chunks: ``parameters``, in the words that image tools read, and ``routing``, JSON that says which expert did what.
     """
-    image = Image.fromarray(picture.pixels)
+    info = PngInfo()
+    # A text chunk ends at a NUL.
+    info.add_text("parameters", parameters(picture, job, card).replace("\0", "\ufffd"))
+    info.add_text("routing", json.dumps(provenance(picture, job, card, degraded)))
+    return to_file(picture.pixels, output_format, info)
+
+
+def to_file(pixels: NDArray[np.uint8], output_format: str, info: PngInfo | None = None) -> bytes:
+    """Pixels (H, W, 3) as a file; the text chunks go into a PNG only."""
+    image = Image.fromarray(pixels)
     file = io.BytesIO()
     if output_format == "png":
-        info = PngInfo()
-        # A text chunk ends at a NUL.
-        info.add_text("parameters", parameters(picture, job, card).replace("\0", "\ufffd"))
-        info.add_text("routing", json.dumps(provenance(picture, job, card, degraded)))
         image.save(file, "PNG", pnginfo=info)
     elif output_format == "jpeg":
         # Small pictures: full colour resolution.

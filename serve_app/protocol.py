@@ -6,11 +6,9 @@ Imports no torch: the HTTP process checks requests with this module alone.
 from __future__ import annotations
 
 import difflib
-import hashlib
-import re
 import secrets
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeAlias, TypeVar
 
 import numpy as np
 import pydantic
@@ -20,8 +18,11 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
 from paris_ray.diffusion.routing import Routing
 from paris_ray.diffusion.solvers import evaluations
+from serve_app.limits import Limits
 
+IMAGES = "/v1/images/generations"
 MAX_BODY_BYTES = 64 * 1024
+MAX_PREVIEWS = 3
 T = TypeVar("T")
 
 
@@ -78,6 +79,9 @@ class GenerationRequest(BaseModel):
     size: str | None = None
     response_format: Literal["b64_json"] | None = None
     output_format: Literal["png", "jpeg", "webp"] | None = None
+    # Answer with server-sent events, and how many previews each picture gets before it is done.
+    stream: bool | None = None
+    partial_images: Annotated[int, Field(ge=0, le=MAX_PREVIEWS)] | None = None
 
     # Extensions.
     seed: Annotated[int, Field(ge=0, lt=2**63)] | None = None
@@ -98,8 +102,6 @@ class GenerationRequest(BaseModel):
     quality: Literal["auto", "standard"] | None = None
     background: Literal["auto", "opaque"] | None = None
     moderation: Literal["auto", "low"] | None = None
-    partial_images: Annotated[int, Field(ge=0, le=0)] | None = None
-    stream: Literal[False] | None = None
 
 
 UNSUPPORTED = {
@@ -117,8 +119,7 @@ UNSUPPORTED = {
 
 _RULES = {
     "guidance_interval": "must be two times [low, high] with 0 <= low < high <= 1, where 0 is data and 1 is noise; leave it out to guide everywhere",
-    "stream": "streaming is not supported; leave out stream (or send false)",
-    "partial_images": "streaming is not supported; leave out partial_images (or send 0)",
+    "partial_images": f"must be a whole number from 0 to {MAX_PREVIEWS}",
     "response_format": "only 'b64_json' is served; pictures are not kept here, so there are no URLs",
     "quality": "has no effect here; only 'auto' and 'standard' are accepted. Use num_inference_steps",
     "background": "pictures are opaque; only 'auto' and 'opaque' are accepted",
@@ -168,18 +169,6 @@ def _explain(error: pydantic.ValidationError) -> ApiError:
     return ApiError(400, f"{name}: {rule} (got {shown}).", param=name, code="invalid_value")
 
 
-class Limits(BaseModel):
-    """What one request may ask for."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    max_images_per_request: Annotated[int, Field(ge=1)] = 10
-    max_steps: Annotated[int, Field(ge=1)] = 200
-    # Evaluations of the velocity over all pictures of a request: n × steps, twice that with heun or midpoint. One picture may always have max_steps.
-    max_image_steps: Annotated[int, Field(ge=1)] = 1000
-    max_prompt_chars: Annotated[int, Field(ge=1)] = 4000
-
-
 class ExpertCard(BaseModel):
     """One expert, as ``/v1/models`` tells it. State: ``ready``, ``down`` (placed but not answering) or ``missing`` (no weights)."""
 
@@ -206,6 +195,8 @@ class ModelCard(BaseModel):
     attribution: str | None
     # Whether every placed expert has run a forward pass since the sampler started.
     warm: bool
+    # With fewer experts there, requests are refused.
+    min_experts: int = 1
 
     @property
     def size(self) -> str:
@@ -229,6 +220,8 @@ class Job:
     client: str = ""
     # Lowest and highest time with guidance.
     guidance_interval: tuple[float, float] = (0.0, 1.0)
+    # Of each picture, before it is done.
+    previews: int = 0
 
 
 def resolve(request: GenerationRequest, card: ModelCard, limits: Limits, client: str = "") -> Job:
@@ -246,6 +239,9 @@ def resolve(request: GenerationRequest, card: ModelCard, limits: Limits, client:
             param="size",
             code="invalid_value",
         )
+    previews = _default(request.partial_images, 0)
+    if previews and not request.stream:
+        raise ApiError(400, "partial_images: previews come only with 'stream': true; send it, too.", param="partial_images", code="invalid_value")
     n = _default(request.n, 1)
     _at_most("n", n, limits.max_images_per_request, "send several requests")
     steps = _default(request.num_inference_steps, int(card.sampling["steps"]))
@@ -279,7 +275,7 @@ def resolve(request: GenerationRequest, card: ModelCard, limits: Limits, client:
     index = _default(request.index, 0)
     _at_most("index", index + n, 2**31, "choose a smaller one")
     low, high = _default(request.guidance_interval, [0.0, 1.0])
-    return Job(request.prompt, request.negative_prompt or "", n, seed, index, steps, guidance, str(routing), solver, client, (low, high))
+    return Job(request.prompt, request.negative_prompt or "", n, seed, index, steps, guidance, str(routing), solver, client, (low, high), previews)
 
 
 def _default(value: T | None, default: T) -> T:
@@ -308,16 +304,50 @@ class Picture:
         index: its index within the seed.
         times: the times at which velocities were asked for, E of them.
         weights: the experts' weights at these times, float32 (E, K).
+        masked_probability: the most that the router gave, at one time, to experts that were not available.
     """
 
     pixels: NDArray[np.uint8]
     index: int
     times: tuple[float, ...]
     weights: NDArray[np.float32]
+    masked_probability: float = 0.0
 
     def routing(self) -> list[dict[str, Any]]:
         """Which expert did what, as JSON: five digits of each weight, so that only who was not asked has 0."""
         return [{"t": round(t, 6), "weights": [float(f"{w:.5g}") for w in row]} for t, row in zip(self.times, self.weights.tolist(), strict=True)]
+
+
+@dataclass(frozen=True)
+class Queued:
+    """The first event of a job: all its pictures have a place in the queue."""
+
+
+@dataclass(frozen=True)
+class Glimpse:
+    """A preview: what the picture would be if the velocity stayed as it is.
+
+    Attributes:
+        pixels: uint8 (H, W, 3).
+        index: of the picture, within the seed.
+        number: of the preview, from 0.
+    """
+
+    pixels: NDArray[np.uint8]
+    index: int
+    number: int
+
+
+@dataclass(frozen=True)
+class Finished:
+    """A picture is done: with the experts that were masked meanwhile, and the seconds from submission."""
+
+    picture: Picture
+    degraded: tuple[int, ...]
+    seconds: float
+
+
+Event: TypeAlias = Queued | Glimpse | Finished
 
 
 @dataclass(frozen=True)
@@ -343,6 +373,8 @@ class GeneratedImage(BaseModel):
     index: int
     # Per velocity evaluation: time (1 noise, 0 data) and each expert's weight.
     routing: list[dict[str, Any]]
+    # The most that the router gave, at one time, to experts that were not available.
+    masked_probability: float
 
 
 class GenerationResponse(BaseModel):
@@ -359,26 +391,3 @@ class GenerationResponse(BaseModel):
     degraded: list[int]
     # Seconds by phase.
     timings: dict[str, float]
-
-
-_KEY = re.compile(r"[\x21-\x7e]{8,256}")
-
-
-def key_digest(key: bytes) -> bytes:
-    """What is kept of an API key."""
-    return hashlib.sha256(key).digest()
-
-
-def key_digests(text: str) -> frozenset[bytes]:
-    """Digests of the API keys in a text: one a line (or separated by commas), ``#`` starts a comment.
-
-    Raises:
-        ValueError: no key, or one that cannot be sent in a header.
-    """
-    words = [word.strip() for line in text.splitlines() for word in line.split("#")[0].split(",")]
-    keys = frozenset(word for word in words if word)
-    if not keys:
-        raise ValueError("API keys: none found; write one a line, or unset PARIS_API_KEYS and PARIS_API_KEYS_FILE to serve without keys")
-    if not all(_KEY.fullmatch(key) for key in keys):
-        raise ValueError("API keys: a key must be 8 to 256 printable ASCII characters without spaces")
-    return frozenset(key_digest(key.encode()) for key in keys)

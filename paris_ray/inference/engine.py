@@ -27,14 +27,14 @@ from paris_ray.inference.delivery import Look, finish, show
 from paris_ray.inference.experts import ExpertError, LocalExperts, pad_rows, padded
 from paris_ray.inference.precision import working_router
 from paris_ray.inference.prompts import Prompts
-from paris_ray.inference.request import EngineFull, EngineStopped, ImageRequest, ImageResult, Preview, validate
+from paris_ray.inference.request import EngineFull, EngineStopped, ImageRequest, ImageResult, Preview, TooDegraded, validate
 from paris_ray.inference.rows import Row, Ticket, conditioning, pick
 
 if TYPE_CHECKING:
     from paris_ray.inference.weights import ParisModel
     from paris_ray.models import Router
 
-__all__ = ["ANY_NUMBER", "Engine", "EngineFull", "EngineStopped", "ImageRequest", "ImageResult", "Preview", "generate"]
+__all__ = ["ANY_NUMBER", "Engine", "EngineFull", "EngineStopped", "ImageRequest", "ImageResult", "Preview", "TooDegraded", "generate"]
 
 ANY_NUMBER = 1 << 20
 """A queue for callers who wait for all that they submit."""
@@ -51,12 +51,14 @@ class Engine:
         experts: where velocities come from.
         max_rows: pictures stepped at once.
         max_queue: pictures that may wait.
+        max_masked: the probability that the router may give to missing experts; a picture of which more would be lost fails with TooDegraded.
     """
 
-    def __init__(self, model: ParisModel, experts: Experts, max_rows: int = 64, max_queue: int = 256):
+    def __init__(self, model: ParisModel, experts: Experts, max_rows: int = 64, max_queue: int = 256, max_masked: float = 1.0):
         if max_rows < 1 or max_queue < 1:
             raise ValueError(f"max_rows {max_rows} and max_queue {max_queue} must be at least 1")
         self.model, self.experts, self.max_rows, self.max_queue = model, experts, max_rows, max_queue
+        self.max_masked = max_masked
         self._waiting: OrderedDict[str, deque[Ticket]] = OrderedDict()  # by client, next client first
         self._active: list[Row] = []
         self._prompts = Prompts(model)
@@ -253,6 +255,8 @@ class Engine:
         t = upload(torch.tensor([row.t for row in rows]), x.device)  # (N,)
         cond = conditioning(rows)
         weights = self._weights(rows, x, t, available)
+        if self._too_degraded(rows, available):
+            return
         try:
             v = ensemble_velocity(x, t, cond, self.experts, weights)
         except ExpertError as error:
@@ -295,6 +299,15 @@ class Engine:
                 possible.append(row)
         return possible
 
+    def _too_degraded(self, rows: list[Row], available: list[bool]) -> bool:
+        """Whether some rows have lost more than may be, and failed; the others are where they were, and are stepped at the next tick."""
+        bad = [row for row in rows if row.masked_probability > self.max_masked]
+        missing = ", ".join(str(k) for k, here in enumerate(available) if not here)
+        for row in bad:
+            share = f"the router gives them {row.masked_probability:.1%} of this picture at t = {row.t:.3g}"
+            self._fail(row.ticket, TooDegraded(f"experts {missing} are not available, and {share}, above the limit of {self.max_masked:.1%}"))
+        return bool(bad)
+
     def _weights(self, rows: list[Row], x: Tensor, t: Tensor, available: list[bool]) -> Tensor:
         """Weights of the experts, (N, K) on the CPU: one router pass over the rows that are to be routed or weighed; the others keep theirs."""
         missing = [k for k, here in enumerate(available) if not here]
@@ -304,6 +317,7 @@ class Engine:
             alike: dict[Routing | None, list[int]] = {}  # at once: the device has nothing to do meanwhile
             for place, n in enumerate(asking):
                 alike.setdefault(rows[n].ticket.routing if rows[n].undecided(missing) else None, []).append(place)
+            lost = logits.softmax(1)[:, missing].sum(1).tolist()
             for routing, places in alike.items():
                 some, theirs = [rows[asking[place]] for place in places], logits[places]
                 if routing is None:
@@ -313,6 +327,8 @@ class Engine:
                 for row, weights in zip(some, found, strict=True):
                     row.weights = weights
                     row.masked.update(missing)
+                for place, row in zip(places, some, strict=True):
+                    row.masked_probability = max(row.masked_probability, min(1.0, lost[place]))
         return torch.stack([row.weights for row in rows if row.weights is not None])
 
     @staticmethod

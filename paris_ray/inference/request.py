@@ -27,6 +27,10 @@ class EngineStopped(RuntimeError):
     """The engine was stopped before the picture was done."""
 
 
+class TooDegraded(RuntimeError):
+    """The experts that are missing have more say in a picture than may be lost."""
+
+
 @dataclass(frozen=True)
 class ImageRequest:
     """One picture. Fields that are ``None`` take the model's defaults.
@@ -68,6 +72,7 @@ class ImageResult:
         degraded: experts that were masked in at least one evaluation because they were not available.
         seconds: from submission to the end.
         latent: the final latent, float32 (C, H, W).
+        masked_probability: the most that the router gave, at one time, to experts that were not available.
     """
 
     image: NDArray[np.uint8]
@@ -77,6 +82,7 @@ class ImageResult:
     degraded: list[int]
     seconds: float
     latent: NDArray[np.float32]
+    masked_probability: float = 0.0
 
 
 @dataclass(frozen=True)

@@ -51,6 +51,7 @@ class Row:
     weights: Tensor | None = None
     history: list[dict[str, Any]] = field(default_factory=list)
     masked: set[int] = field(default_factory=set)
+    masked_probability: float = 0.0
     setbacks: int = 0
 
     def undecided(self, missing: Sequence[int]) -> bool:

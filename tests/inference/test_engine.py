@@ -14,7 +14,7 @@ import tiny_model
 import torch
 
 from paris_ray.diffusion.sampler import initial_noise
-from paris_ray.inference.engine import Engine, EngineFull, EngineStopped, ImageRequest, generate
+from paris_ray.inference.engine import Engine, EngineFull, EngineStopped, ImageRequest, TooDegraded, generate
 from paris_ray.inference.experts import ExpertError, LocalExperts
 from paris_ray.models import DiT, Router
 
@@ -427,6 +427,26 @@ def test_masked_expert_is_reported_and_the_rest_renormalised(model):
         engine.run_until_idle()
         assert future.result().degraded == [1]
         close(future.result(), reference(model, request, available=[True, False, True, True]))
+
+
+def test_what_the_missing_would_have_said_is_reported_and_limited(model):
+    """With one step, the plain loop over all experts says what the router gives the one that is missing."""
+    request = ask(routing="full", steps=1)
+    lost = reference(model, request)[1][0][1]
+    assert 0.01 < lost < 0.99
+
+    def draw(limit):
+        engine = Engine(model, LocalExperts(model, indices=[0, 2, 3]), max_masked=limit)
+        futures = [engine.submit(request), engine.submit(ask(routing="expert-0"))]
+        engine.run_until_idle()
+        assert futures[1].result().masked_probability == 0.0
+        return futures[0]
+
+    assert draw(1.0).result().masked_probability == pytest.approx(lost, abs=1e-4)
+    assert draw(lost + 1e-3).result().degraded == [1]
+    with pytest.raises(TooDegraded, match=r"experts 1 are not available, and the router gives them .*% of this picture at t = 1, above"):
+        draw(lost - 1e-3).result()
+    assert generate(model, [request])[0].masked_probability == 0.0
 
 
 def test_unavailable_expert_is_named_and_only_its_row_fails(model):

@@ -13,7 +13,8 @@ from PIL import Image
 from starlette.testclient import TestClient
 
 from serve_app.api import create_app
-from serve_app.protocol import Limits, key_digests
+from serve_app.keys import key_digests
+from serve_app.limits import Limits
 
 PATH = "/v1/images/generations"
 

@@ -5,7 +5,9 @@ import sys
 
 import pytest
 
-from serve_app.protocol import ApiError, ExpertCard, GenerationRequest, Limits, ModelCard, key_digests, parse_request, resolve
+from serve_app.keys import key_digests
+from serve_app.limits import Limits
+from serve_app.protocol import ApiError, ExpertCard, GenerationRequest, ModelCard, parse_request, resolve
 
 CARD = ModelCard(
     id="demo",
@@ -121,8 +123,9 @@ def test_fields_without_effect_are_accepted():
         ({"prompt": "x", "solver": "rk45"}, "solver", "euler"),
         ({"prompt": "x" * 4001}, "prompt", "4001 characters"),
         ({"prompt": "x", "negative_prompt": "x" * 4001}, "negative_prompt", "4001 characters"),
-        ({"prompt": "x", "stream": True}, "stream", "not supported"),
-        ({"prompt": "x", "partial_images": 2}, "partial_images", "not supported"),
+        ({"prompt": "x", "stream": "yes"}, "stream", "boolean"),
+        ({"prompt": "x", "partial_images": 2}, "partial_images", "'stream': true"),
+        ({"prompt": "x", "stream": True, "partial_images": 4}, "partial_images", "from 0 to 3"),
         ({"prompt": "x", "quality": "hd"}, "quality", "num_inference_steps"),
         ({"prompt": "x", "background": "transparent"}, "background", "opaque"),
         ({"prompt": "x", "style": "vivid"}, "style", "prompt"),

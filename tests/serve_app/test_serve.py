@@ -4,17 +4,19 @@ import base64
 import contextlib
 import io
 import os
+import re
 import socket
 import threading
 import time
 
+import httpx
 import numpy as np
 import openai
 import psutil
 import pytest
 from PIL import Image
 
-from serve_app import client
+from serve_app import client, metrics
 from serve_app.app import Args, build, groups_of
 
 KEY = "a-key-for-tests"
@@ -93,7 +95,7 @@ def test_the_official_client(urls):
         ({"n": 11}, openai.BadRequestError, "n"),
         ({"size": "1024x1024"}, openai.BadRequestError, "size"),
         ({"style": "vivid"}, openai.BadRequestError, "style"),
-        ({"stream": True}, openai.BadRequestError, "stream"),
+        ({"partial_images": 2}, openai.BadRequestError, "partial_images"),
         ({"model": "dall-e-3"}, openai.NotFoundError, "model"),
     ]:
         with pytest.raises(kind) as caught:
@@ -102,6 +104,34 @@ def test_the_official_client(urls):
         assert caught.value.code
     with pytest.raises(openai.AuthenticationError):
         openai.OpenAI(base_url=urls["together"] + "/v1", api_key="wrong-key", max_retries=0).models.list()
+
+
+@pytest.mark.parametrize("name", ["together", "apart"])
+def test_the_official_client_streams(urls, name):
+    official = openai.OpenAI(base_url=urls[name] + "/v1", api_key=KEY, max_retries=0)
+    extra = {"seed": 0, "num_inference_steps": 8, "routing": "top-1"}
+    with official.images.generate(prompt="a cat", stream=True, partial_images=3, extra_body=extra) as stream:
+        *previews, done = list(stream)
+    assert [(event.type, event.partial_image_index) for event in previews] == [("image_generation.partial_image", i) for i in range(3)]
+    assert done.type == "image_generation.completed"
+    assert (done.size, done.output_format) == ("16x16", "png")
+    assert done.b64_json == official.images.generate(prompt="a cat", extra_body=extra).data[0].b64_json
+    assert len({event.b64_json for event in [*previews, done]}) == 4
+    with pytest.raises(openai.BadRequestError, match="not one of"):
+        official.images.generate(prompt="x", stream=True, extra_body={"routing": "no such"})
+
+
+def test_a_client_that_leaves_a_stream_frees_the_sampler(urls):
+    official = openai.OpenAI(base_url=urls["apart"] + "/v1", api_key=KEY, max_retries=0)
+    slow = {"prompt": "x", "n": 5, "extra_body": {"num_inference_steps": 200, "seed": 1}}
+    began = time.monotonic()
+    official.images.generate(**slow)
+    whole = time.monotonic() - began
+    began = time.monotonic()
+    with official.images.generate(**slow, stream=True, partial_images=3) as stream:
+        assert next(iter(stream)).type == "image_generation.partial_image"
+    client.generate(urls["apart"], prompt="y", num_inference_steps=1)
+    assert time.monotonic() - began < 0.8 * whole
 
 
 def test_the_http_process_has_no_torch_and_experts_no_text_tower(urls):
@@ -114,6 +144,23 @@ def test_the_http_process_has_no_torch_and_experts_no_text_tower(urls):
         assert [path for path in mapped(application, "Sampler") if "libtorch" in path]
     assert len(_processes("apart", "ExpertGroup-")) == 3
     assert not _processes("together", "ExpertGroup-")
+
+
+def test_every_answer_has_one_request_id(urls):
+    for given in ("my-id", None):
+        response = httpx.get(f"{urls['apart']}/health/live", headers={"x-request-id": given} if given else {})
+        (found,) = response.headers.get_list("x-request-id")
+        assert found == given or len(found) >= 32
+
+
+def test_prometheus_sees_what_was_measured(urls):
+    import ray
+
+    port = ray.nodes()[0]["MetricsExportPort"]
+    client.generate(urls["together"], key=KEY, prompt="x")
+    rare = {metrics.BROKEN_STREAMS}
+    wanted = {f"ray_{metric.name}{'_count' if metric.kind == 'histogram' else ''}" for metric in metrics.ALL if metric not in rare}
+    _wait(lambda: wanted <= set(re.findall(r"^(\w+)", httpx.get(f"http://127.0.0.1:{port}/metrics").text, re.MULTILINE)), 60)
 
 
 def test_it_listens_on_loopback_only(urls):
@@ -208,6 +255,9 @@ def test_an_expert_that_hangs_is_left_out_and_named_until_it_is_back(urls):
             _wait(lambda: answers[-1]["degraded"])
             assert answers[-1]["degraded"] == [1]
             assert client.model(urls["apart"])["experts"][1]["state"] != "ready"
+            with pytest.raises(client.ServerError, match="expert 1") as caught:
+                list(client.stream(urls["apart"], prompt="x", routing="expert-1"))
+            assert (caught.value.code, caught.value.param) == ("expert_unavailable", "routing")
         finally:
             victim.resume()
         _wait(lambda: not answers[-1]["degraded"])
