@@ -148,10 +148,12 @@ class Attention(nn.Module):
     def _projections(self, *rows: int) -> list[Callable[[Tensor], Tensor]]:
         """``in_proj`` as layers of so many rows each: (N, T, D) → (N, T, rows).
 
-        By one split, so that the backward pass joins the gradients of the parts; each slice would fill a whole matrix with zeros, to be added up.
+        By one split, so that the backward pass joins the gradients of the parts; each slice would fill a whole matrix with zeros, to be added up. All
+        rows are the matrix itself, whose gradient needs no copy.
         """
-        parts = zip(self.in_proj_weight.split(rows), self.in_proj_bias.split(rows), strict=True)
-        return [partial(linear, weight=weight, bias=bias) for weight, bias in parts]
+        weight, bias = self.in_proj_weight, self.in_proj_bias
+        parts = [(weight, bias)] if len(rows) == 1 else list(zip(weight.split(rows), bias.split(rows), strict=True))
+        return [partial(linear, weight=w, bias=b) for w, b in parts]
 
     def _heads(self, x: Tensor) -> Tensor:
         n, length, width = x.shape
