@@ -30,8 +30,9 @@ def action(config: RunConfig, args: argparse.Namespace) -> None:
         raise ConfigError("--new-expert: it learns what a source has; name it with --source")
     # What the run would be is checked before the corpus grows.
     more, k = with_another_expert(config) if args.new_expert else config, config.num_experts
-    if args.new_expert:
-        _check_experts(config, more)
+    _check_half_trained(config, args.new_expert)
+    if args.new_expert and (bad := cli.refused(more, _knows_fewer(more))):
+        raise StaleError(cli.refusal(more, bad))
     if args.source:
         named = argparse.Namespace(config=args.config, sets=[*args.sets, f"data.source={args.source}"], rebuild=[])
         other = cli.load(named)
@@ -59,16 +60,14 @@ def _knows_fewer(more: RunConfig) -> list[str]:
     return [name for name in ("router", stages.CONTROL_ROUTER, "assemble", "evaluate") if cli.status(more, name).state != "absent"]
 
 
-def _check_experts(config: RunConfig, more: RunConfig) -> None:
-    """Raise StaleError where the run with an expert more would not start."""
-    half = [name for name in map(stages.expert_name, range(config.num_experts)) if cli.status(config, name).state == "partial"]
-    if half:
+def _check_half_trained(config: RunConfig, new_expert: bool) -> None:
+    """Raise StaleError for trainings that are under way on shards which would get a new version; of another router nothing is lost."""
+    names = [*map(stages.expert_name, range(config.num_experts)), *([] if new_expert else ["router", stages.CONTROL_ROUTER])]
+    if half := [name for name in names if cli.status(config, name).state == "partial"]:
         raise StaleError(
-            f"--new-expert: {', '.join(half)} {'is' if len(half) == 1 else 'are'} half trained, on shards that would get a new version; nothing was "
+            f"append: {', '.join(half)} {'is' if len(half) == 1 else 'are'} half trained, on shards that would get a new version; nothing was "
             "appended. Finish training first (python -m jobs.run_all), or delete what was trained, and run this again."
         )
-    if bad := cli.refused(more, _knows_fewer(more)):
-        raise StaleError(cli.refusal(more, bad))
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -177,6 +177,8 @@ def test_what_a_run_with_an_expert_more_refuses_is_refused_before_the_corpus_gro
     stages.folder(one, "expert-0").write_bytes("checkpoints/images-000000008/state.json", b"{}")
     assert append_job.main(job) == 2
     assert "expert-0, expert-1, expert-2 are half trained" in capsys.readouterr().err
+    assert append_job.main(job[:-1]) == 2  # rows for the experts that there are change the router's, too
+    assert "expert-0, expert-1, expert-2, router, control_router are half trained" in capsys.readouterr().err
     for name in (*trained, "assemble", "evaluate"):
         stage = stages.stage(one, name)
         stage.begin()
