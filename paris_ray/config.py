@@ -391,6 +391,12 @@ class ServeConfig(Strict):
     max_prompt_chars: Annotated[int, Field(ge=1)] = 4000
     # Requests that may wait; past it 429.
     max_queue: Annotated[int, Field(ge=1)] = 256
+    # Of each API key, or of each address where there are no keys; past them 429. null: no limit.
+    images_per_minute: Annotated[int, Field(ge=1)] | None = None
+    requests_at_once: Annotated[int, Field(ge=1)] | None = None
+    # 503 with fewer experts than so many, and for a picture of which the router gives missing ones more than so much.
+    min_experts: Annotated[int, Field(ge=1)] = 1
+    max_masked_probability: Annotated[float, Field(ge=0, le=1)] = 1.0
 
 
 class EvaluationConfig(Strict):
@@ -454,6 +460,13 @@ class RunConfig(Strict):
         if self.num_clusters < 2:
             raise ValueError(f"partition.added is {self.partition.added} of {self.num_experts} experts; at least two have clusters: lower it")
         codec = self.data.codec
+        if self.serve.min_experts > self.num_experts:
+            raise ValueError(f"serve.min_experts is {self.serve.min_experts}, above the number of experts {self.num_experts}; lower it")
+        if (minute := self.serve.images_per_minute) is not None and minute < self.serve.max_images_per_request:
+            raise ValueError(
+                f"serve.images_per_minute is {minute}, below serve.max_images_per_request {self.serve.max_images_per_request}, so that some requests "
+                "would never be let through; raise the one or lower the other"
+            )
         if self.sampling.steps > self.serve.max_steps:
             raise ValueError(f"sampling.steps is {self.sampling.steps}, above serve.max_steps {self.serve.max_steps}; raise serve.max_steps")
         if self.data.filter.max_caption_chars > self.serve.max_prompt_chars:

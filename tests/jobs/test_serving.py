@@ -12,6 +12,7 @@ from jobs import serving
 from jobs.local_cluster import ClusterError
 from paris_ray import stages
 from paris_ray.config import ConfigError
+from serve_app.app import Args
 
 
 class FakeCluster:
@@ -38,6 +39,23 @@ def test_a_second_one_is_where_serve_listens_already(tmp_path):
     cluster = FakeCluster({"applications": {"paris": {"status": "RUNNING"}}, "http_options": {"host": "127.0.0.1", "port": 8000}})
     assert serving.deploy(cluster, tiny(tmp_path), 8123) == "http://127.0.0.1:8000"
     assert cluster.put["http_options"]["port"] == 8000
+
+
+def test_the_application_takes_every_setting_of_a_config(tmp_path):
+    settings = {"min_experts": 2, "max_masked_probability": 0.5, "images_per_minute": 30, "requests_at_once": 3, "max_queue": 7}
+    config, cluster = tiny(tmp_path, *(f"serve.{name}={value}" for name, value in settings.items())), FakeCluster()
+    serving.deploy(cluster, config, 8123)
+    args = Args.model_validate(cluster.put["applications"][0]["args"])
+    assert {name: getattr(args, name) for name in settings} == settings
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [("min_experts=9", "serve.min_experts is 9, above the number of experts"), ("images_per_minute=1", "serve.images_per_minute is 1, below")],
+)
+def test_what_would_never_serve_is_refused(tmp_path, setting, message):
+    with pytest.raises(ConfigError, match=message):
+        tiny(tmp_path, f"serve.{setting}")
 
 
 def test_a_model_made_anew_is_loaded_anew(tmp_path):
