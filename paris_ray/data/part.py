@@ -184,7 +184,7 @@ class EncodePart:
         self.meta = folder.read_json(encoders.FILE)
         device = encoders.default_device(self.data.encoder_gpus)
         if device != "cpu":
-            # TF32, as cuDNN's convolutions are by torch's default; float32 takes seven times as long, and a latent is stored in float16.
+            # TF32, as convolutions are by torch's default; a latent is stored in float16. Float32 takes seven times as long (H100's data sheet).
             torch.set_float32_matmul_precision("high")
         self.codec = load_codec(folder.uri, self.meta["codec"], device)
         self.text = load_text_encoder(folder.uri, self.meta["text"], device)

@@ -6,7 +6,6 @@ stage's event says so, with what is asked for and what the cluster has; while it
 
 from __future__ import annotations
 
-import contextlib
 import threading
 import time
 from collections import Counter
@@ -66,6 +65,7 @@ class Machines:
         self._node: str | None = None
         self._waits_since: float | None = None
         self._queued = False  # the event says so
+        self._failing = False
         self._looked = time.monotonic()
         self._end = threading.Event()
         self._thread = threading.Thread(target=self._run, daemon=True, name="machines")
@@ -80,8 +80,13 @@ class Machines:
 
     def _run(self) -> None:
         while not self._end.wait(self._every):
-            with contextlib.suppress(Exception):  # figures for people: nothing about them may end a training
+            try:
                 self.look(*_see())
+                self._failing = False
+            except Exception as error:  # nothing about these figures may end a training
+                if not self._failing:
+                    print(f"{self._stage}: what it waits for and costs is not written down for now ({type(error).__name__}: {error})", flush=True)
+                self._failing = True
 
     def look(self, groups: Mapping[str, tuple[str, list[str]]], nodes: list[dict[str, Any]], free: Mapping[str, float]) -> None:
         """Account for the time since the last look.

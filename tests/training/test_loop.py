@@ -182,17 +182,23 @@ def test_asked_to_go_it_leaves_a_checkpoint_where_it_is_and_goes_on_as_if_nothin
     assert last.run()["images"] == 160
 
 
-def test_asked_to_go_while_the_store_fails_it_tries_once_and_goes(tmp_path, monkeypatch):
-    """Not waiting out a pause of up to a minute, of which a cloud gives half."""
+def lose_saves(monkeypatch, count):
+    """The first so many checkpoints are not written; the images of each try, as they come."""
     save, tries = checkpoint.save, []
 
     def lost(stage, images, *rest):
         tries.append(images)
-        if len(tries) < 3:
+        if len(tries) <= count:
             raise ConnectionResetError("lost")
         save(stage, images, *rest)
 
     monkeypatch.setattr(checkpoint, "save", lost)
+    return tries
+
+
+def test_asked_to_go_while_the_store_fails_it_tries_once_and_goes(tmp_path, monkeypatch):
+    """Not waiting out a pause of up to a minute, of which a cloud gives half."""
+    tries = lose_saves(monkeypatch, 2)
     monkeypatch.setattr(saver, "FIRST_PAUSE_S", 60.0)
     monkeypatch.setattr(Saver, "ready", READY)
     began = time.monotonic()
@@ -206,15 +212,7 @@ def test_asked_to_go_while_the_store_fails_it_tries_once_and_goes(tmp_path, monk
 
 
 def test_asked_to_go_with_time_left_it_outlasts_a_store_that_is_away(tmp_path, monkeypatch):
-    save, tries = checkpoint.save, []
-
-    def lost(stage, images, *rest):
-        tries.append(images)
-        if len(tries) < 4:
-            raise ConnectionResetError("lost")
-        save(stage, images, *rest)
-
-    monkeypatch.setattr(checkpoint, "save", lost)
+    tries = lose_saves(monkeypatch, 3)
     monkeypatch.setattr(saver, "FIRST_PAUSE_S", 0.01)
     loop = Loop(GaussianTask(), config(), 1, Folder(tmp_path), asked_to_go=lambda: loop.images == 24, seconds_left=lambda: 60.0)
     with pytest.raises(TerminatedError, match="a checkpoint at image 24 is written"):

@@ -74,6 +74,22 @@ def test_a_store_that_is_away_does_not_reset_the_bill(tmp_path, monkeypatch):
     assert (found["hours"], found["cost"]) == (pytest.approx(11.0), pytest.approx(44.0))
 
 
+def test_what_cannot_be_looked_at_is_said_once(tmp_path, monkeypatch, capsys):
+    looks = []
+
+    def away():
+        looks.append(1)
+        raise ConnectionResetError("lost")
+
+    monkeypatch.setattr(machines, "_see", away)
+    monkeypatch.setattr(machines, "EVERY_S", 0.01)
+    with Machines(Folder(tmp_path), "expert-0", Resources()):
+        while len(looks) < 4:
+            time.sleep(0.01)
+    said = capsys.readouterr().out
+    assert said == "expert-0: what it waits for and costs is not written down for now (ConnectionResetError: lost)\n"
+
+
 def test_what_has_no_room_for_long_says_so(tmp_path, monkeypatch, capsys):
     one = Watch(tmp_path, monkeypatch, cpus=16, labels={"market": "spot"}, wait_minutes=10)
     one.events.write_json("expert-0.json", EVENT)
