@@ -1,20 +1,22 @@
 """Cutting shards against ``pyarrow.dataset.write_dataset``, and the memory of the driver and of k-means over the number of rows.
 
     python benchmarks/data_partition.py --out benchmarks/results/data_partition.md
-    python benchmarks/data_partition.py --rows 4000 --few 5000 --many 20000      # a quick look
+    python benchmarks/data_partition.py --memory 100000 --out benchmarks/results/data_partition_memory.md
 
 Writing: a generated corpus with latents of 4 × 32 × 32, cut into eight shards by ``paris_ray.data.cut``, against what one would write with pyarrow:
 read the same columns, add the expert, ``write_dataset`` with Hive folders, with its own encodings of columns (a dictionary for each) and with
 ours (``schema.layout``). All write zstd with the same number of threads; ours also sorts by id.
 Rounds alternate; a ratio is theirs over ours (above 1: ours is faster), the median with its 95 % interval.
 
-Memory: the whole stage (k-means in actors, cutting by Ray Data) on generated corpora of two sizes with thin latents, each in a process of its own,
-and k-means in one process; the peak resident set of that process, and its slope in bytes a row.
+Memory, at N and ten times N rows: the whole stage (k-means in actors, cutting by Ray Data) on generated corpora with thin latents, each in a process
+of its own, and k-means in one process. The peak resident set of that process, and of the stage also that of all its processes and Ray's together
+(their proportional sets, looked at ten times a second), without what the rows in actors take; and the slope in bytes a row.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import secrets
@@ -30,6 +32,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parents[1]))  # from any folder, without installation
 
 import numpy as np
+import psutil
 import pyarrow as pa
 import pyarrow.dataset as pads
 import pyarrow.parquet as pq
@@ -126,9 +129,20 @@ def writing(rows: int, rounds: int, threads: int, folder: Path) -> list[str]:
 # -- memory -------------------------------------------------------------------------------------------------------------
 
 
-def _measured(what: str, *arguments: str) -> float:
-    done = subprocess.run([sys.executable, __file__, "--child", what, *arguments], check=True, stdout=subprocess.PIPE, text=True)
-    return float(json.loads(done.stdout.splitlines()[-1]))
+def _measured(what: str, *arguments: str) -> tuple[float, float]:
+    """Peak resident set of a child process, and the peak of the memory of it and all that it started, in bytes; what they share counts once."""
+    child, most = subprocess.Popen([sys.executable, __file__, "--child", what, *arguments], stdout=subprocess.PIPE, text=True), 0
+    while child.poll() is None:
+        total = 0
+        for process in [psutil.Process(child.pid), *psutil.Process(child.pid).children(recursive=True)]:
+            with contextlib.suppress(psutil.Error, OSError):
+                total += process.memory_full_info().pss
+        most = max(most, total)
+        time.sleep(0.1)
+    assert child.stdout is not None
+    if child.returncode:
+        raise SystemExit(child.returncode)
+    return float(json.loads(child.stdout.read().splitlines()[-1])), float(most)
 
 
 def child(what: str, arguments: list[str]) -> None:
@@ -138,7 +152,7 @@ def child(what: str, arguments: list[str]) -> None:
         import ray
 
         ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False, configure_logging=False)
-        fit.DRIVER_BYTES, cut.GROUP_BYTES = 12_000_000, 8_000_000
+        fit.DRIVER_BYTES, cut.GROUP_BYTES = int(arguments[1]), 8_000_000
         partition.draw_sheets = lambda config: None  # type: ignore[assignment]
         partition.write_report = lambda config, sheets: (Folder(config.run_dir) / "clusters").write_bytes("report.html", b"")  # type: ignore[assignment]
         partition.partition(configs.load(f"{arguments[0]}/config.yaml"))
@@ -153,25 +167,28 @@ def child(what: str, arguments: list[str]) -> None:
     print(1024 * int(status.split("VmHWM:")[1].split()[0]))
 
 
-def memory(few: int, many: int, folder: Path) -> Iterator[str]:
+def memory(few: int, folder: Path) -> Iterator[str]:
     """Lines of Markdown."""
-    yield from ["| what | peak at few rows, MB | at many, MB | bytes a row |", "|---|---|---|---|"]
+    many = 10 * few
+    yield from ["| what | peak at few rows, MB | at many, MB | ratio | bytes a row |", "|---|---|---|---|---|"]
 
     def line(what: str, peaks: list[float]) -> str:
-        return f"| {what} | {peaks[0] / 1e6:.0f} | {peaks[1] / 1e6:.0f} | {(peaks[1] - peaks[0]) / (many - few):.0f} |"
+        return f"| {what} | {peaks[0] / 1e6:.0f} | {peaks[1] / 1e6:.0f} | {peaks[1] / peaks[0]:.3f} | {(peaks[1] - peaks[0]) / (many - few):.0f} |"
 
-    peaks = []
+    driver, all_, width = [], [], 64
     for rows in (few, many):
         path = folder / f"run-{rows}"
-        config = generate(str(path), rows, 64, 2, 64)
+        config = generate(str(path), rows, width, 2, 64)
         (path / "config.yaml").write_text(configs.dump(config))
-        peaks.append(_measured("stage", str(path)))
+        mine, everybodys = _measured("stage", str(path), str(int(0.6 * 2 * width * rows)))  # two actors, whatever they hold
+        driver.append(mine)
+        all_.append(everybodys - 2 * width * rows)
         shutil.rmtree(path)
-    yield line("driver of the stage, rows in actors", peaks)
+    yield line("partition: all its processes and Ray's, but for the rows (float16) in actors", all_)
+    yield line("its driver", driver)
     for width in (64, 256):
-        yield line(
-            f"k-means in one process, width {width}: 2 × {width} of them are the row", [_measured("rows", str(n), str(width)) for n in (few, many)]
-        )
+        peaks = [_measured("rows", str(n), str(width))[0] for n in (few, many)]
+        yield line(f"k-means in one process, width {width}: 2 × {width} of them are the row", peaks)
 
 
 def main() -> None:
@@ -180,15 +197,14 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=40_000, help="of the corpus that is cut")
     parser.add_argument("--rounds", type=int, default=9, help="at least 6, for an interval")
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--few", type=int, default=100_000)
-    parser.add_argument("--many", type=int, default=1_000_000)
-    parser.add_argument("--out", type=Path, help="Markdown file for the tables")
+    parser.add_argument("--memory", type=int, metavar="N", help="instead: memory at N and 10 N rows")
+    parser.add_argument("--out", type=Path, help="Markdown file for the table")
     parser.add_argument("--child", nargs="+", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.child:
         return child(args.child[0], args.child[1:])
     lines = [
-        "# Partition",
+        f"# Partition: {'memory' if args.memory else 'rate'}",
         "",
         f"{hardware(args.threads)}, pyarrow {pa.__version__}",
         f"`python benchmarks/data_partition.py {' '.join(sys.argv[1:])}`",
@@ -196,10 +212,9 @@ def main() -> None:
     ]
     print("\n".join(lines), flush=True)
     with tempfile.TemporaryDirectory() as folder:
-        for part in (writing(args.rows, args.rounds, args.threads, Path(folder)), [""], memory(args.few, args.many, Path(folder))):
-            for text in part:
-                print(text, flush=True)
-                lines.append(text)
+        for text in memory(args.memory, Path(folder)) if args.memory else writing(args.rows, args.rounds, args.threads, Path(folder)):
+            print(text, flush=True)
+            lines.append(text)
     if args.out:
         args.out.parent.mkdir(parents=True, exist_ok=True)
         args.out.write_text("\n".join([*lines, ""]))

@@ -1,4 +1,4 @@
-"""Floating-point operations of a DiT, counted, and what GPUs can do of them."""
+"""Floating-point operations of a DiT, counted."""
 
 from __future__ import annotations
 
@@ -8,14 +8,6 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from paris_ray.models import DiT
-
-PEAKS = {"H200": 989.4e12, "H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989.4e12, "A100": 312e12, "A40": 149.7e12}
-"""Dense bfloat16 operations a second by a part of the device's name, from the maker's data sheets; the first that fits counts."""
-
-
-def peak(device_name: str) -> float | None:
-    """What a GPU can do in bfloat16, ``None`` for one that is not in the list."""
-    return next((value for name, value in PEAKS.items() if name in device_name), None)
 
 
 def count(model: DiT, text_tokens: int) -> dict[str, int]:

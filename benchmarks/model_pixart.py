@@ -35,6 +35,7 @@ from paris_ray.diffusion.path import Flow
 from paris_ray.inference.precision import set_precision
 from paris_ray.models import DiT
 from paris_ray.storage import Folder
+from paris_ray.training.budget import peak_flops
 from paris_ray.training.loop import Batch, Loop, Place
 
 TEXT_TOKENS, TEXT_WIDTH = 77, 768
@@ -69,7 +70,7 @@ def bare_step(model: nn.Module, predict: Callable[[], Tensor], target: Tensor) -
 class Given:
     """A task of the training loop whose batch is always the same."""
 
-    stage, rows, dropout = "expert-0", 1, 0.0
+    stage, rows, dropout, flops = "expert-0", 1, 0.0, 0
 
     def __init__(self, model: nn.Module, shape: tuple[int, ...]):
         self.model, self.shape = model, shape
@@ -94,7 +95,7 @@ class Table:
 
     def __init__(self, args: argparse.Namespace, operations: dict[str, int]):
         self.args, self.operations, self.lines = args, operations, []
-        self.peak = flops.peak(torch.cuda.get_device_name()) if args.device != "cpu" and args.precision == "bf16" else None
+        self.peak = peak_flops(torch.cuda.get_device_name()) if args.device != "cpu" and args.precision == "bf16" else None
 
     def add(self, what: str, how: str, ours: Callable[[], object], theirs: Callable[[], object]) -> None:
         """Time one row."""

@@ -4,7 +4,7 @@
     python benchmarks/training_loop.py --device cuda --size B/2 --batch 256 --out benchmarks/results/training_loop_gpu.md
 
 ``loop`` is the whole of it: rows drawn and read from a shard, caption dropout, noise and times, forward, backward, clipping, fused AdamW, averages,
-checks, metrics lines. ``bare`` is forward, backward and fused AdamW on one batch that is at hand. ``checkpoints`` is the loop with one every ten
+checks, metrics lines. ``bare`` is forward, backward and fused AdamW on one batch that is at hand. ``checkpoints`` is the loop with one every twenty
 steps, in a thread beside it, ``none`` the loop without. Rounds alternate, each of so many steps from a fresh start; the clock starts after the first
 three. A ratio is the other's seconds over those of the row's own (above 1: the row is faster), the median of the rounds with its 95 % interval.
 """
@@ -58,7 +58,7 @@ def main() -> None:
     """Parse, measure, print, write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size", choices=SIZES, help="of the expert; default: 256 wide, 6 deep")
-    parser.add_argument("--batch", type=int, default=32)
+    parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--steps", type=int, default=20, help="of a round, after the first three")
     parser.add_argument("--rounds", type=int, default=9, help=f"at least {timing.LEAST_PAIRS}")
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
@@ -74,7 +74,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         sets = {f"experts__0__model__{key}": value for key, value in shape.items()}
         train = {"images": steps * args.batch, "batch_size": args.batch, "log_images": 5 * args.batch, "sample_images": "null", "warmup_images": 0}
-        train |= {"precision": "fp32" if args.device == "cpu" else "bf16", "checkpoint_images": 10 * args.batch}
+        train |= {"precision": "fp32" if args.device == "cpu" else "bf16", "checkpoint_images": 20 * args.batch}
         config = fake.make_run(folder, experts=[0], **sets, **{f"experts__0__train__{key}": value for key, value in train.items()})
         waits: list[float] = []
 
@@ -126,7 +126,7 @@ def main() -> None:
     for row, other in (("none", "bare"), ("checkpoints", "none")):
         ratios = [theirs / ours for ours, theirs in zip(times[row], times[other], strict=True)]
         low, high = interval(ratios)
-        names = {"none": "loop, no checkpoints", "bare": "bare torch loop", "checkpoints": "loop, a checkpoint every 10 steps"}
+        names = {"none": "loop, no checkpoints", "bare": "bare torch loop", "checkpoints": "loop, a checkpoint every 20 steps"}
         mine, theirs = (1000 * statistics.median(times[name]) for name in (row, other))
         lines.append(f"| {names[row]} | {names[other]} | {mine:.1f} | {theirs:.1f} | {statistics.median(ratios):.3f} | {low:.3f} – {high:.3f} |")
     lines += ["", f"Waiting for data: {statistics.median(waits):.2%} of a step (median of the metrics lines), {max(waits):.2%} at most."]

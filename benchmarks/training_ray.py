@@ -45,7 +45,7 @@ def main() -> None:
     """Parse, measure, print, write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size", choices=SIZES, help="of the expert; default: 256 wide, 6 deep")
-    parser.add_argument("--batch", type=int, default=32)
+    parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--steps", type=int, default=48, help="of a round, after the first four; a multiple of four")
     parser.add_argument("--rounds", type=int, default=9, help=f"at least {timing.LEAST_PAIRS}")
     parser.add_argument("--out", type=Path, help="Markdown file for the table")

@@ -15,6 +15,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from paris_ray.data import schema
+from paris_ray.data.attempts import Work, attempt, counted
 from paris_ray.data.placement import memory
 from paris_ray.data.splits import read_each
 from paris_ray.storage import Folder
@@ -77,8 +78,14 @@ def cut_batch(batch: dict[str, NDArray[Any]], corpus: str, shards: str) -> dict[
     done = []
     for parts, index, fine, expert in zip(batch["parts"], batch["index"], batch["fine"], batch["expert"], strict=True):
         labels = np.frombuffer(fine, np.int32), np.frombuffer(expert, np.int32)
-        done.append(cut(Folder(corpus), parts.split("\n"), int(index), *labels, Folder(shards)))
+        with attempt(Folder(shards), _work(int(index), parts.split("\n"))):
+            done.append(cut(Folder(corpus), parts.split("\n"), int(index), *labels, Folder(shards)))
     return {"rows": np.array(done)}
+
+
+def _work(index: int, parts: list[str]) -> Work:
+    remedy = f"most likely of memory: cutting takes {3 * GROUP_BYTES / 2**30:.1f} GiB beside the process. Give nodes more; the same command goes on"
+    return Work(index, f"partition: corpus/{parts[0]} to {parts[-1]}", remedy)
 
 
 def cut_all(
@@ -93,6 +100,9 @@ def cut_all(
         expert: expert of each.
         shards: ``RUN/shards``.
         first: number of the first group.
+
+    Raises:
+        WorkError: workers keep dying on a group.
     """
     jobs: list[dict[str, Any]] = []
     start = 0
@@ -111,5 +121,6 @@ def cut_all(
     data = ray.data.from_items(jobs, override_num_blocks=len(jobs))
     needs = memory(3 * GROUP_BYTES)  # a group, an expert's rows of it, and these as they are written
     cutting = data.map_batches(cut_batch, fn_kwargs={"corpus": corpus.uri, "shards": shards.uri}, batch_size=1, num_cpus=1, memory=needs)
-    for batch in cutting.iter_batches(batch_size=1):
-        yield int(batch["rows"][0])
+    with counted(shards, [_work(index, parts) for index, parts in enumerate(grouped, first)]):
+        for batch in cutting.iter_batches(batch_size=1):
+            yield int(batch["rows"][0])

@@ -22,7 +22,7 @@ import pyarrow.parquet as pq
 from paris_ray import stages
 from paris_ray.config import ConfigError, DataConfig, PatchPcaCodec, RunConfig
 from paris_ray.data import duplicates, encoders, schema
-from paris_ray.data.attempts import counted
+from paris_ray.data.attempts import Work, counted
 from paris_ray.data.codec import PatchPcaCodec as FittedPca
 from paris_ray.data.codec import PatchSums
 from paris_ray.data.openmoji import ATTRIBUTION
@@ -175,7 +175,7 @@ def _sum_patches(config: RunConfig, units: list[Unit], progress: Progress) -> Pa
         num_cpus=1,
         memory=memory(worker_bytes(config.data, 1)),
     )
-    with counted(Folder(config.run_dir) / "encoders", units):
+    with counted(Folder(config.run_dir) / "encoders", [Work.of(unit) for unit in units]):
         for row in dataset.iter_rows():
             total.merge(PatchSums(row["count"], np.frombuffer(row["total"]).copy(), np.frombuffer(row["outer"]).reshape(total.outer.shape).copy()))
             done += row["rows"]
@@ -211,7 +211,7 @@ def encode(config: RunConfig, run: Folder, units: list[Unit], progress: Progress
         memory=memory(encoder_bytes(data, run / "encoders")),
     )
     rejected, known = 0, all(unit.rows is not None for unit in units)
-    with counted(run / "corpus", todo):
+    with counted(run / "corpus", [Work.of(unit) for unit in todo]):
         for row in dataset.iter_rows():
             done += row["rows"]
             rejected += row["rejected"]

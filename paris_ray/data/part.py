@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from paris_ray.config import DataConfig, PatchPcaCodec
 from paris_ray.data import encoders, schema
-from paris_ray.data.attempts import attempt
+from paris_ray.data.attempts import Work, attempt
 from paris_ray.data.codec import PatchSums, load_codec
 from paris_ray.data.filters import check_caption, check_key, check_score, check_shape
 from paris_ray.data.images import RejectError, load_square
@@ -151,7 +151,7 @@ class SumPart:
         data, unit = DataConfig.model_validate(self.data), unit_of(table)
         assert isinstance(data.codec, PatchPcaCodec)
         sums, rows = PatchSums.zero(data.codec.downsampling), 0
-        with attempt(Folder(self.run_dir) / "encoders", unit):
+        with attempt(Folder(self.run_dir) / "encoders", Work.of(unit)):
             for _, row in read_rows(open_source(data), unit, data, self.seed, 1):
                 rows += 1
                 if isinstance(row, Row) and row.split == "train":
@@ -216,7 +216,7 @@ class EncodePart:
                 made.clear()
 
         # The part of the corpus appears last: where it is, the part is done.
-        with attempt(self.run / "corpus", unit), schema.PartWriter(self.run / "corpus", name, self.schema) as writer:
+        with attempt(self.run / "corpus", Work.of(unit)), schema.PartWriter(self.run / "corpus", name, self.schema) as writer:
             for source, row in read_rows(self.source, unit, self.data, self.seed, _threads(self.data)):
                 listed += 1
                 if isinstance(row, str):

@@ -25,6 +25,9 @@ them."""
 
 READ_AHEAD = 8
 
+GROUP_ROWS = 1 << 16
+"""Rows of a row group at most: a writer holds one, encoded, in memory."""
+
 LABELS = "labels"
 """Stem of the files of ``RUN/clusters`` with the label of every row: each version adds one, of the rows that it adds."""
 
@@ -138,7 +141,7 @@ def layout(schema: pa.Schema) -> dict[str, Any]:
 def write_table(folder: Folder, name: str, content: pa.Table) -> None:
     """Write one Parquet file atomically; equal tables give equal bytes."""
     with folder.writer(name) as sink:
-        pq.write_table(content, sink, **layout(content.schema))
+        pq.write_table(content, sink, row_group_size=GROUP_ROWS, **layout(content.schema))
 
 
 class PartWriter:

@@ -4,14 +4,21 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 from paris_ray.config import ModelConfig, TrainConfig
 
-PEAK_TFLOPS = {"A40": 149.7, "A100": 312.0, "H100": 989.0}
-"""Peak of a device's matrix products in bfloat16 with fp32 sums, dense, in 10¹² operations a second (data sheets; H100 SXM)."""
+PEAK_TFLOPS = {"A40": 149.7, "A100": 312.0, "H100 PCIe": 756.0, "H100 NVL": 835.0, "H100": 989.4, "H200": 989.4}
+"""Peak of a device's matrix products in bfloat16 with fp32 sums, dense, in 10¹² operations a second (data sheets; where nothing is said, SXM)."""
 
 MFU = 0.4
 """Share of the peak that training is assumed to reach; an assumption, not a measurement."""
+
+
+def peak_flops(device_name: str) -> float | None:
+    """Peak of a GPU, in operations a second, by the name that its driver gives it; ``None`` if its words hold no name of :data:`PEAK_TFLOPS`."""
+    words = set(device_name.replace("-", " ").split())
+    return next((1e12 * peak for name, peak in PEAK_TFLOPS.items() if words.issuperset(name.split())), None)
 
 
 def total_images(config: TrainConfig, rows: int) -> int:
@@ -35,6 +42,12 @@ class Inputs:
     side: int
     text_tokens: int
     text_width: int
+
+    @classmethod
+    def of(cls, encoders: dict[str, Any]) -> Inputs:
+        """Those of an expert, from the content of ``RUN/encoders/encoders.json``."""
+        codec, text = encoders["codec"], encoders["text"]
+        return cls(codec["channels"], codec["latent_size"], text["max_length"], text["width"])
 
 
 def expert_flops(model: ModelConfig, inputs: Inputs) -> int:

@@ -18,6 +18,7 @@ from paris_ray.models.init_from import init_from
 from paris_ray.stages import expert_name
 from paris_ray.storage import Folder
 from paris_ray.training import checkpoint, samples
+from paris_ray.training.budget import Inputs, expert_flops
 from paris_ray.training.checkpoint import tensor_bytes
 from paris_ray.training.draws import Draw
 from paris_ray.training.loop import TIME_BINS, Batch
@@ -52,6 +53,7 @@ class ExpertTask:
         self.objective = objective(self.spec.objective, self.spec.noise_schedule)
         self.null = self.encoders.null_states.to(device)
         self.text_encoder = None if self.train.token_ids is None else self.encoders.text_encoder(device)
+        self.flops = 3 * expert_flops(self.spec.model, Inputs.of(self.encoders.meta))
         self.model: nn.Module = self._model().to(device)
 
     def _model(self) -> DiT:

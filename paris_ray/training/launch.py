@@ -75,7 +75,8 @@ def train_stage(config: RunConfig, name: str) -> dict[str, Any]:
     progress.done = progress.total = counts["images"]
     progress.loss = counts["loss"]
     rate = counts["images_per_second"]  # unknown when the last attempt had nothing left to train
-    said = [*([f"{rate} images/s"] if rate else []), counted(counts["restarts"], "restart"), f"{counts['goodput']:.0%} of the time in steps"]
+    mfu = f" at {counts['mfu']:.0%} MFU" if "mfu" in counts else ""
+    said = [*([f"{rate} images/s{mfu}"] if rate else []), counted(counts["restarts"], "restart"), f"{counts['goodput']:.0%} of the time in steps"]
     progress.finish(", ".join(said))
     return manifest
 

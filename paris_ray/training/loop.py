@@ -24,7 +24,7 @@ from torch.nn.parallel import DistributedDataParallel
 from paris_ray.config import TrainConfig
 from paris_ray.storage import Folder
 from paris_ray.training import checkpoint
-from paris_ray.training.budget import total_images
+from paris_ray.training.budget import peak_flops, total_images
 from paris_ray.training.draws import Draw, Draws
 from paris_ray.training.ema import Ema
 from paris_ray.training.saver import CheckpointError, Saver
@@ -49,6 +49,7 @@ class Task(Protocol):
         rows: rows of the training data.
         shape: shape of one sample's noise.
         dropout: probability that a caption is dropped.
+        flops: operations of the network for one image, forward and backward.
     """
 
     stage: str
@@ -56,6 +57,7 @@ class Task(Protocol):
     rows: int
     shape: tuple[int, ...]
     dropout: float
+    flops: int
 
     def batch(self, draw: Draw) -> Batch:
         """What the draws name, as tensors on the CPU. May be called from another thread."""
@@ -144,6 +146,7 @@ class Loop:
         self.ema = Ema(task.model, config.ema_half_life_images)
         self.draws = Draws(seed, task.stage, task.rows, task.shape, task.dropout)
         self.total = total_images(config, task.rows)
+        self._peak = peak_flops(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
         self.images, self.seconds = 0, 0.0
         self.lines: list[dict[str, Any]] = []
         self._line: dict[str, Any] = {}
@@ -361,6 +364,8 @@ class Loop:
             "data_wait": clock.waited / seconds if seconds > 0 else 0.0,
             "seconds": self.seconds,
         }
+        if self._peak and seconds > 0:  # model FLOP utilisation: recomputed activations and frozen encoders are no use
+            self._line["mfu"] = self.task.flops * images / seconds / (self._peak * self.place.world)
 
 
 class _Clock:

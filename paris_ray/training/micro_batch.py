@@ -105,11 +105,8 @@ def _node_share(asked: Resources) -> float:
 
 def image_bytes(task: Trained, train: TrainConfig) -> int:
     """The bound on what one row takes."""
-    text = task.encoders.meta["text"]
-    channels, side, _ = task.encoders.latent_shape
-    inputs = Inputs(channels, side, text["max_length"], text["width"])
     count = memory.expert_activations if task.stage.startswith("expert-") else memory.router_activations
-    return count(task.spec.model, inputs, train)
+    return count(task.spec.model, Inputs.of(task.encoders.meta), train)
 
 
 def _tried(task: Trained, train: TrainConfig, rows: int, device: torch.device) -> float:

@@ -98,9 +98,7 @@ def trainings(config: RunConfig, sizes: Sequence[int], encoders: dict[str, Any])
         sizes: train rows of each expert.
         encoders: the content of ``RUN/encoders/encoders.json``.
     """
-    codec, text = encoders["codec"], encoders["text"]
-    inputs = Inputs(codec["channels"], codec["latent_size"], text["max_length"], text["width"])
-    found = []
+    inputs, found = Inputs.of(encoders), []
     for line in cost.estimate(config, sizes, encoders)["stages"][:-1]:
         expert = config.experts[int(line["stage"].removeprefix("expert-"))]
         weights, image = memory.expert_weights(expert.model, inputs), memory.expert_activations(expert.model, inputs, expert.train)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from paris_ray.models.router import Router, with_more_clusters
 from paris_ray.stages import CONTROL_ROUTER
 from paris_ray.storage import Folder
 from paris_ray.training import checkpoint
+from paris_ray.training.budget import Inputs, router_flops
 from paris_ray.training.checkpoint import tensor_bytes
 from paris_ray.training.draws import Draw
 from paris_ray.training.loop import TIME_BINS, Batch
@@ -50,6 +52,9 @@ class RouterTask:
         self.rows_at_once = self.spec.train.micro_batch if isinstance(self.spec.train.micro_batch, int) else self.spec.train.batch_size
         self.shape: tuple[int, ...] = self.encoders.latent_shape
         self.dropout = self.spec.caption_dropout if self.reads_text else 0.0
+        inputs = Inputs.of(self.encoders.meta)
+        inputs = inputs if self.reads_text else replace(inputs, text_width=0)
+        self.flops = 3 * router_flops(self.spec.model, inputs, config.num_experts)
         self.null = self.encoders.null_pooled().to(device)
         self.pooling = self.encoders.meta["text"]["pooling"]
         self.text_encoder = self.encoders.text_encoder(device) if self.reads_text and self.train.token_ids is not None else None

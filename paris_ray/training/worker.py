@@ -154,7 +154,7 @@ def run(config: RunConfig, stage: str, place: Place, report: Callable[[dict[str,
         "images_per_second": round(loop.images / loop.seconds, 1) if loop.seconds else None,
         "loss": last["loss"],
         "validation_loss": last.get("validation_loss"),
-        **{name: last[name] for name in ("accuracy", "ece") if name in last},
+        **{name: last[name] for name in ("accuracy", "ece", "mfu") if name in last},
         "rows": task.rows,
         "restarts": attempts - 1,
     }

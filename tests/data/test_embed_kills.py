@@ -162,7 +162,7 @@ def test_a_part_that_kills_its_workers_is_named(cluster, source, tmp_path, monke
     monkeypatch.setattr(stage, "EncodePart", light.MortalEncode)
     monkeypatch.setattr(attempts, "ATTEMPTS", 2)
     Folder(run / "deadly").write_bytes("caption", b"picture 3 ")  # the first row of the fourth tar
-    with pytest.raises(attempts.UnitError, match=r"2 workers have died on part 3 \('00003.tar'\): of memory, or of a decoder"):
+    with pytest.raises(attempts.WorkError, match=r"part 3 \('00003.tar'\): 2 workers have died on it, of memory, or of a decoder"):
         stage.embed(light.light_config(run, source, "data.encoder_batch=1"))
     assert len(os.listdir(run / "pids")) == 2
     (run / "deadly/caption").write_bytes(b"no picture of this name")  # the next command counts anew, and goes on

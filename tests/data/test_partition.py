@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +17,7 @@ import torch
 from paris_ray import config as configs
 from paris_ray import stages
 from paris_ray.config import ConfigError
-from paris_ray.data import cut, fit, partition, schema
+from paris_ray.data import attempts, cut, fit, partition, schema
 from paris_ray.data.cut import cut_all
 from paris_ray.data.kmeans import Rows, kmeans
 from paris_ray.data.remote_rows import RemoteRows, load, ranges
@@ -311,3 +313,38 @@ def test_several_groups_go_through_ray_data(tmp_path: Path, ray_local: None, mon
         order = np.argsort(b["id"].astype(str))
         for name, values in a.items():
             assert (values == b[name][order]).all()
+
+
+def test_a_group_that_kills_its_workers_is_named(tmp_path: Path, ray_local: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ray would start the task again, without end."""
+
+    def dies(batch: dict[str, Any], corpus: str, shards: str) -> Any:  # in a worker, which has it by value and knows no test
+        real, attempts.ATTEMPTS = cut.cut, 2
+
+        def cut_or_die(folder: Folder, parts: list[str], index: int, *others: Any) -> int:
+            if index == 1:
+                (Folder(shards) / "_pids").write_bytes(str(os.getpid()), b"")
+                os.kill(os.getpid(), signal.SIGKILL)
+            return real(folder, parts, index, *others)
+
+        cut.cut = cut_or_die
+        try:
+            return cut.cut_batch(batch, corpus, shards)
+        finally:
+            cut.cut = real
+
+    config = make_corpus(tmp_path / "run")
+    monkeypatch.setattr(cut, "GROUP_BYTES", 2 * max(entry.size for entry in (Folder(tmp_path) / "run/corpus").files() if entry.name[:5] == "part-"))
+    with monkeypatch.context() as mortal:
+        mortal.setattr(cut, "cut_batch", dies)
+        mortal.setattr(attempts, "ATTEMPTS", 2)
+        with pytest.raises(attempts.WorkError, match=r"partition: corpus/part-\S+ to part-\S+: 2 workers have died on it, most likely of memory"):
+            partition.partition(config)
+    assert len((Folder(tmp_path) / "run/shards/_pids").files()) == 2
+    partition.partition(config)  # counts anew, and goes on
+    assert not list((tmp_path / "run").rglob("_attempts*"))
+    partition.partition(make_corpus(tmp_path / "calm"))
+    for k in range(3):
+        a, b = (schema.read_columns(Folder(tmp_path) / name / "shards" / f"expert={k}", ["id", "fine"]) for name in ("run", "calm"))
+        assert (a["id"] == b["id"]).all()
+        assert (a["fine"] == b["fine"]).all()

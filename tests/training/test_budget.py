@@ -10,7 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from paris_ray.config import ModelConfig, TrainConfig
 from paris_ray.models.dit import DiT
 from paris_ray.models.router import Router
-from paris_ray.training.budget import Inputs, expert_flops, gpu_hours, router_flops, total_images
+from paris_ray.training.budget import Inputs, expert_flops, gpu_hours, peak_flops, router_flops, total_images
 
 SHAPES = [
     (ModelConfig(hidden_size=32, num_layers=3, num_heads=4), Inputs(channels=4, side=8, text_tokens=5, text_width=12)),
@@ -60,6 +60,14 @@ def test_the_papers_expert_and_hours() -> None:
     assert flops == pytest.approx(290e9, rel=0.02)
     # An hour of an A100 at 40 % of 312 TFLOP/s is 4.49e17 operations.
     assert gpu_hours(4.4928e17, 312.0) == pytest.approx(1.0)
+
+
+def test_peaks_are_found_by_a_drivers_name() -> None:
+    assert peak_flops("NVIDIA H100 80GB HBM3") == pytest.approx(989.4e12)
+    assert peak_flops("NVIDIA H100 PCIe") == 756e12
+    assert peak_flops("NVIDIA H200") == pytest.approx(989.4e12)
+    assert peak_flops("NVIDIA A100-SXM4-80GB") == 312e12
+    assert peak_flops("NVIDIA RTX A4000") is None
 
 
 def settings(**changes: object) -> TrainConfig:

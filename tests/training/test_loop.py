@@ -33,7 +33,7 @@ def every_checkpoint(monkeypatch):
 class GaussianTask:
     """Flow matching on rows of a two-dimensional normal distribution, with a small MLP."""
 
-    stage, shape, dropout = "expert-0", (2,), 0.25
+    stage, shape, dropout, flops = "expert-0", (2,), 0.25, 6000
 
     def __init__(self, rows: int = 50, width: int = 16, init: int = 0):
         g = torch.Generator().manual_seed(0)
@@ -371,6 +371,15 @@ def test_metrics_are_the_means_of_their_interval(tmp_path):
         inside = (times >= k / 4) & (times < (k + 1) / 4)
         expected = losses[inside].mean().item() if inside.any() else None
         assert lines[0]["loss_by_time"][k] == (pytest.approx(expected, rel=1e-5) if expected is not None else None)
+
+
+def test_utilisation_is_operations_over_what_the_devices_can_do(tmp_path):
+    loop = Loop(GaussianTask(), config(), 1, Folder(tmp_path))
+    assert "mfu" not in loop.run()  # nobody knows what this processor can do
+    loop = Loop(GaussianTask(), config(), 1, Folder(tmp_path / "known"))
+    loop._peak = 1e9
+    line = loop.run()
+    assert line["mfu"] == pytest.approx(6000 * line["images_per_second"] / 1e9)
 
 
 def test_learned_velocity_is_the_closed_form_of_a_gaussian(tmp_path):

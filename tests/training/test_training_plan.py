@@ -56,7 +56,7 @@ def test_rates_come_from_the_stage_the_size_or_the_peak() -> None:
     one = paris()[0]
     assert fitted(one, machine()).rate == 250
     assert fitted(one, machine(images_per_second={"XL/2": 250, "expert-0": 99})).rate == 99
-    assert fitted(one, machine(images_per_second={}, device="H100", mfu=0.5)).rate == pytest.approx(0.5 * 989e12 / one.flops)
+    assert fitted(one, machine(images_per_second={}, device="H100", mfu=0.5)).rate == pytest.approx(0.5 * 989.4e12 / one.flops)
     assert fitted(paris("expert.resources.num_workers=4")[0], machine()).rate == 1000
     with pytest.raises(ConfigError, match=r"machines.a: images_per_second has neither 'XL/2' nor 'expert-0'.*peak_tflops, or as device one of A40"):
         fit(one, machine(images_per_second={}, device="abacus"))

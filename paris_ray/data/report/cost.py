@@ -16,6 +16,9 @@ ENOUGH_PASSES = 100
 FEW_ROWS = 10_000
 """Clusters up to which that is said; it was measured on some hundred pictures and tells nothing of millions."""
 
+DEVICES = {name: PEAK_TFLOPS[name] for name in ("A40", "A100", "H100")}
+"""Those that hours are named for."""
+
 UNEQUAL = 2.0
 """Ratio of the largest to the smallest expert's training above which it is worth a warning."""
 
@@ -36,13 +39,12 @@ def estimate(config: RunConfig, sizes: Sequence[int], encoders: dict[str, Any]) 
         ``workers``, ``gpus`` of each worker and ``gpu_hours`` of all of them by device; ``critical``: the expert that takes longest when all run at
         once; ``mfu`` and ``peak_tflops``, which the hours assume.
     """
-    codec, text = encoders["codec"], encoders["text"]
-    inputs = Inputs(codec["channels"], codec["latent_size"], text["max_length"], text["width"])
+    inputs = Inputs.of(encoders)
     lines = [_stage(expert_name(k), config.experts[k], size, expert_flops(config.experts[k].model, inputs)) for k, size in enumerate(sizes)]
     blind = Inputs(inputs.channels, inputs.side, inputs.text_tokens, 0)
     forward = router_flops(config.router.model, inputs if config.router.text == "pooled" else blind, config.num_experts)
     critical = max(lines, key=lambda line: line["flops"] / line["workers"])["stage"]
-    return {"stages": [*lines, _stage("router", config.router, sum(sizes), forward)], "critical": critical, "mfu": MFU, "peak_tflops": PEAK_TFLOPS}
+    return {"stages": [*lines, _stage("router", config.router, sum(sizes), forward)], "critical": critical, "mfu": MFU, "peak_tflops": DEVICES}
 
 
 def _stage(name: str, spec: Any, rows: int, forward: int) -> dict[str, Any]:
@@ -57,7 +59,7 @@ def _stage(name: str, spec: Any, rows: int, forward: int) -> dict[str, Any]:
         "flops": flops,
         "workers": spec.resources.num_workers,
         "gpus": spec.resources.gpus,
-        "gpu_hours": {device: gpu_hours(flops, peak) for device, peak in PEAK_TFLOPS.items()},
+        "gpu_hours": {device: gpu_hours(flops, peak) for device, peak in DEVICES.items()},
     }
 
 
