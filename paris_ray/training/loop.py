@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -52,7 +52,7 @@ class Task(Protocol):
     stage: str
     model: nn.Module
     rows: int
-    ids: Sequence[str]
+    ids: list[str]
     shape: tuple[int, ...]
     dropout: float
 
