@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -36,12 +37,10 @@ def write_config(path: Path, run: Path) -> RunConfig:
 def workers(cluster: LocalCluster) -> dict[str, list[psutil.Process]]:
     """Training workers by Ray's id of their job."""
     found = defaultdict(list)
-    for process in cluster.processes():
-        try:
-            if "RayTrainWorker" in " ".join(process.cmdline()):
-                found[process.environ()["RAY_JOB_ID"]].append(process)
-        except psutil.Error:
-            continue
+    for actor in cluster.request("/api/v0/actors?limit=10000", timeout=60.0)["data"]["result"]["result"]:
+        if actor["class_name"] == "RayTrainWorker" and actor["state"] == "ALIVE":
+            with contextlib.suppress(psutil.Error):  # it has just ended
+                found[actor["job_id"]].append(psutil.Process(actor["pid"]))
     return found
 
 

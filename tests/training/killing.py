@@ -84,7 +84,7 @@ def processes(title: str) -> list[psutil.Process]:
     found = []
     for process in psutil.Process().children(recursive=True):
         try:
-            if process.status() != psutil.STATUS_ZOMBIE and f"ray::{title}" in " ".join(process.cmdline()):
+            if process.status() != psutil.STATUS_ZOMBIE and title in " ".join(process.cmdline()):
                 found.append(process)
         except psutil.Error:
             continue
@@ -108,6 +108,9 @@ def train(ground: Ground, config: RunConfig, k: int, kills: list[Kill], log: Pat
             assert driver.returncode != 0, f"it is done before its end was disturbed as planned\n{log.read_text()}"
             driver, starts = ground.start(config, k, log), starts + 1
 
+    def unfinished() -> bool:
+        return any(images > done for images in checkpoints(stage, finished=False))
+
     def newest(beyond: int) -> int:
         deadline = time.monotonic() + 240
         while (found := max(checkpoints(stage, finished=True), default=0)) <= beyond:
@@ -121,14 +124,14 @@ def train(ground: Ground, config: RunConfig, k: int, kills: list[Kill], log: Pat
         for kill in kills:
             done = newest(done)
             if kill.seconds is None:
-                while not [images for images in checkpoints(stage, finished=False) if images > done]:
+                while not unfinished():
                     assert driver.poll() is None, log.read_text()
             else:
                 time.sleep(kill.seconds)
             while not ground.kill(kill.kind, driver):
                 alive()
                 time.sleep(0.05)
-            kill.unfinished = bool(checkpoints(stage, finished=False))
+            kill.unfinished = unfinished()
             print(f"{kill.kind} killed after image {done}, {'a checkpoint half written' if kill.unfinished else 'between checkpoints'}", flush=True)
         deadline = time.monotonic() + 240
         while driver.poll() is None or driver.returncode != 0:
