@@ -55,28 +55,40 @@ def write_config(folder: Path, eu: LocalCluster, models: list[dict[str, Any]], *
     return path
 
 
+JOIN = """
+import json, sys, time
+from ray._private.node import Node
+from ray._private.parameter import RayParams
+node = Node(RayParams(**json.loads(sys.argv[1])), head=False, shutdown_at_exit=True, spawn_reaper=True)
+while node.remaining_processes_alive():
+    time.sleep(1)
+"""
+
+
 def join(cluster: LocalCluster, gpu: str) -> subprocess.Popen[bytes]:
-    """A node with two CPUs that says it has such a GPU. It ends with the cluster, whose mark it bears."""
-    command = [sys.executable, "-m", "ray.scripts.scripts", "start", "--block", "--address", cluster.gcs, "--node-ip-address", "127.0.0.1"]
-    has = ["--num-cpus", "2", "--resources", json.dumps({f"accelerator_type:{gpu}": 1}), "--object-store-memory", str(128 << 20)]
-    labels = ["--labels", ",".join(f"{key}={value}" for key, value in NODES[gpu].items())]
+    """A node with two CPUs that says it has such a GPU, started as jobs/head.py does it. It ends with the cluster, whose mark it bears."""
+    params = {
+        "gcs_address": cluster.gcs, "node_ip_address": "127.0.0.1", "node_manager_port": 0, "min_worker_port": 0, "max_worker_port": 0, "num_cpus": 2,
+        "resources": {f"accelerator_type:{gpu}": 1}, "labels": NODES[gpu], "object_store_memory": 128 << 20, "dashboard_agent_listen_port": None,
+        "include_log_monitor": False, "temp_dir": str(cluster.temp_dir / "ray"),
+    }  # fmt: skip
     with open(cluster.folder / f"node-{gpu}.log", "wb") as log:
-        return subprocess.Popen([*command, *has, *labels], env=cluster._server_env(), stdout=log, stderr=log)
+        return subprocess.Popen([sys.executable, "-c", JOIN, json.dumps(params)], env=cluster._server_env(), stdout=log, stderr=log)
 
 
 def nodes(cluster: LocalCluster) -> int:
-    found = cluster.request("/nodes?view=summary")["data"]["summary"]
-    return sum(node["raylet"].get("state") == "ALIVE" for node in found)
+    return sum(node["state"] == "ALIVE" for node in cluster.request("/api/v0/nodes")["data"]["result"]["result"])
 
 
 def trained_and_served(folder: Path, models: list[dict[str, Any]], **more: Any) -> dict[str, Any]:
     """The whole of it; returns what was seen: seconds, bills, and pictures by routing."""
     run, began = folder / "run", time.monotonic()
     with LocalCluster(run, num_cpus=4) as here, LocalCluster(folder / "eu", num_cpus=2) as eu:
-        joined = [join(here, gpu) for gpu in NODES]
-        while nodes(here) < 3:
-            assert all(one.poll() is None for one in joined), [path.read_text() for path in run.glob("node-*.log")]
-            time.sleep(0.5)
+        for number, gpu in enumerate(NODES, 2):
+            node = join(here, gpu)
+            while nodes(here) < number:  # one after the other: two at once would take the same names for their sockets
+                assert node.poll() is None, (run / f"node-{gpu}.log").read_text()
+                time.sleep(0.5)
         config_file = write_config(folder, eu, models, **more)
         done = subprocess.run(
             [sys.executable, "-m", "jobs.run_all", "--config", str(config_file)], cwd=PROJECT, capture_output=True, text=True, check=False

@@ -1,4 +1,4 @@
-"""A training on a cluster of several nodes of which any part is killed with signal 9, and the same command that goes on each time."""
+"""A training on a cluster of which any part is killed with signal 9, and the same command that goes on each time."""
 
 from __future__ import annotations
 
@@ -38,12 +38,11 @@ class Kill:
 
 
 class Ground:
-    """A head without room for a training worker and two nodes with room for one each, for trainings that are commands of their own."""
+    """A head without room for a training worker and a node with room for one, for trainings that are commands of their own."""
 
     def __init__(self) -> None:
         self.cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
-        for _ in range(2):
-            self.cluster.add_node(num_cpus=1)
+        self.cluster.add_node(num_cpus=1)
 
     def close(self) -> None:
         ray.shutdown()
@@ -69,14 +68,11 @@ class Ground:
             for victim in victims:
                 os.kill(victim.pid, signal.SIGKILL)
             return True
-        for node in list(self.cluster.worker_nodes):
-            raylet = node.all_processes["raylet"][0].process.pid
-            if any(raylet == above.pid for above in victims[0].parents()):
-                os.kill(raylet, signal.SIGKILL)
-                self.cluster.remove_node(node, allow_graceful=False)  # what is left of it
-                self.cluster.add_node(num_cpus=1)  # another machine, where the autoscaler would start one
-                return True
-        return False
+        (node,) = self.cluster.worker_nodes
+        os.kill(node.all_processes["raylet"][0].process.pid, signal.SIGKILL)
+        self.cluster.remove_node(node, allow_graceful=False)  # what is left of it
+        self.cluster.add_node(num_cpus=1)  # another machine, as an autoscaler would start it
+        return True
 
 
 def processes(title: str) -> list[psutil.Process]:

@@ -1,4 +1,4 @@
-"""A training whose parts are killed with signal 9, on a cluster of several nodes, against one that nobody disturbed: the same bytes.
+"""A training whose parts are killed with signal 9, on a cluster of two nodes, against one that nobody disturbed: the same bytes.
 
 What is killed while others train is in tests/jobs; workers that are killed or asked to go, in test_training_on_ray.py.
 """
