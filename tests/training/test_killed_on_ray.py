@@ -65,7 +65,7 @@ def undisturbed(tmp_path_factory):
 INTERVAL = 400
 LONG = {
     # Large enough that a checkpoint takes a tenth of a second, in which it can be hit.
-    "expert__model__hidden_size": 256, "expert__model__num_layers": 4, "expert__train__images": 8000, "expert__train__checkpoint_images": INTERVAL,
+    "expert__model__hidden_size": 256, "expert__model__num_layers": 4, "expert__train__images": 4800, "expert__train__checkpoint_images": INTERVAL,
 }  # fmt: skip
 
 
