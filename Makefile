@@ -7,7 +7,7 @@ STAMP := $(VENV)/.installed
 
 export RAY_USAGE_STATS_ENABLED := 0
 
-.PHONY: help demo serve stop test lint format
+.PHONY: help demo serve stop test chaos lint format
 .DEFAULT_GOAL := help
 
 help:
@@ -15,6 +15,7 @@ help:
 	@echo "make serve   the demo's model behind http://127.0.0.1:8000, in the background"
 	@echo "make stop    ends what make demo or make serve left running"
 	@echo "make test    all tests"
+	@echo "make chaos   trainings killed in every way at random moments, and what else takes many minutes to show"
 	@echo "make lint    ruff and mypy"
 	@echo "make format  ruff's own layout"
 
@@ -43,6 +44,10 @@ stop:
 
 test: $(STAMP)
 	@exec $(BIN)/python -m pytest
+
+# Each test prints the seed of its moments; CHAOS_SEED=N brings them back.
+chaos: $(STAMP)
+	@exec $(BIN)/python -m pytest -s -m chaos
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

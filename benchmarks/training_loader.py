@@ -30,7 +30,8 @@ from benchmarks import timing
 from benchmarks.alternating import HEAD, alternate, ratios
 from paris_ray.storage import Folder
 from paris_ray.training.expert_task import ExpertTask
-from paris_ray.training.loop import Loop, _Clock, _feed
+from paris_ray.training.feed import Clock, feed
+from paris_ray.training.loop import Loop
 from paris_ray.training.shard import Rows
 
 SHAPE, TOKENS = (4, 32, 32), 77
@@ -84,7 +85,7 @@ def main() -> None:
             return run
 
         loaders = {
-            "ours": timed(lambda: _feed(loop._prepare, starts(), 0)),
+            "ours": timed(lambda: feed(loop._prepare, starts(), 0)),
             "DataLoader": timed(lambda: theirs(False)),
             "DataLoader, whole batches": timed(lambda: theirs(True)),
         }
@@ -94,8 +95,8 @@ def main() -> None:
         waits: dict[int, list[float]] = {0: [], 2: []}
         for _ in range(args.rounds):
             for ahead, shares in waits.items():
-                clock = _Clock()
-                for _ in clock.timed(_feed(loop._prepare, starts(), ahead)):
+                clock = Clock()
+                for _ in clock.timed(feed(loop._prepare, starts(), ahead)):
                     time.sleep(args.step)
                 shares.append(clock.waited / clock.seconds())
     lines = [

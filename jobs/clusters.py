@@ -117,11 +117,7 @@ class Cluster:
             raise
         except RuntimeError:
             pass  # likewise; which of them it was, the job's status says
-        self.await_end(submission_id, STOP_SECONDS)
-
-    def await_end(self, submission_id: str, seconds: float) -> None:
-        """Wait for so long until a job has ended. Raises AwayError."""
-        deadline = time.monotonic() + seconds
+        deadline = time.monotonic() + STOP_SECONDS
         while time.monotonic() < deadline and self.status(submission_id) not in ENDED:
             time.sleep(0.3)
 

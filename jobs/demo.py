@@ -131,7 +131,8 @@ def _timings(config: RunConfig, seconds: dict[str, float], total: float) -> None
     print("\nstage           wall time")
     for name in _names(config):
         print(f"{name:<16}{clock(seconds[name]) if name in seconds else 'was done before'}")
-    print(f"{'all':<16}{clock(total)}")
+    print(f"{'all':<16}{clock(total)}\n")
+    run_all.print_goodput(config)
 
 
 def _farewell(config: RunConfig, state: str) -> None:

@@ -23,6 +23,7 @@ from paris_ray import config as configs
 from paris_ray import stages
 from paris_ray.config import ConfigError, RunConfig
 from paris_ray.manifest import Lock, LockedError, StaleError
+from paris_ray.progress import clock
 from paris_ray.storage import Folder
 
 INTERRUPTED = 130
@@ -86,7 +87,17 @@ def _run(config: RunConfig, args: argparse.Namespace) -> int:
                 stack.pop_all()  # the jobs go on, so their cluster does
             raise
     print(f"{config.name}: all stages are done; the model is in {stages.folder(config, 'assemble').uri}")
+    print_goodput(config)
     return 0
+
+
+def print_goodput(config: RunConfig) -> None:
+    """Print which share of the trainings' time was spent in steps that counted; starts, waiting for machines and lost work are the rest."""
+    counts = [(cli.status(config, name).manifest or {}).get("counts", {}) for name in stages.names(config) if stages.trains(name)]
+    known = [one for one in counts if one.get("goodput")]  # not of an expert that somebody else trained
+    if known:
+        steps, wall = sum(one["seconds"] for one in known), sum(one["seconds"] / one["goodput"] for one in known)
+        print(f"{config.name}: {steps / wall:.0%} of the {clock(wall)} of training were spent in steps (goodput)")
 
 
 def check_source(config: RunConfig, rebuild: Sequence[str] = ()) -> None:

@@ -17,6 +17,7 @@ from jobs import cli
 from jobs.attempt import Attempt
 from jobs.board import Board
 from jobs.clusters import ENDED, LOST, AwayError, Cluster
+from jobs.departures import Departures, Leaving
 from jobs.forecast import training_to_go, work
 from paris_ray import stages
 from paris_ray.config import RunConfig
@@ -25,7 +26,7 @@ from paris_ray.progress import clock
 from paris_ray.resources import HERE
 from paris_ray.storage import Folder
 from paris_ray.training import stopping
-from paris_ray.training.machines import QUEUED, bill, wants
+from paris_ray.training.machines import QUEUED, read_bill, wants
 from paris_ray.training.worker import resources
 
 POLL_SECONDS = 1.0
@@ -76,6 +77,7 @@ class Runner:
         self.logs = self.events / "logs"
         self.prefix = f"{config.name}-{hashlib.sha256(self.run_folder.uri.encode()).hexdigest()[:8]}"
         self.running: dict[str, Attempt] = {}
+        self.leaving = Departures()
         self.failures: dict[str, int] = {}
         self.seconds: dict[str, float] = {}
         self.planned = stages.names(config) if planned is None else planned
@@ -84,6 +86,7 @@ class Runner:
             one.say = self._say
         self._met: dict[str, int] = {}  # after which of its losses each cluster's jobs have been looked at
         self._looked = 0.0
+        self._costs: dict[str, float] = {}  # of trainings, as last read
 
     def _say(self, text: str) -> None:
         self.board.say(text)
@@ -112,6 +115,7 @@ class Runner:
         self._met.clear()
         while True:
             self._meet(todo)
+            self.leaving.see_off(self.clusters)
             for name, status in self._ended().items():
                 if self._settle(name, status):
                     todo.remove(name)
@@ -124,7 +128,7 @@ class Runner:
             for name in self._given_up(todo):
                 todo.remove(name)
                 failed.append(name)
-            if not self.running and not self._ready(todo, done):
+            if not self.running and not self.leaving and not self._ready(todo, done):
                 break
             running = {name: one.since for name, one in self.running.items()}
             self.board.show(len(done), len(every), running, lambda events: training_to_go(self.config, todo, events), self._notes())
@@ -193,20 +197,24 @@ class Runner:
                     self.running[name] = Attempt(name, int(meta["attempt"]), job.submission_id, since, fallback=meta.get("fallback") == "yes")
                     self.board.say(f"{name}: already running as {job.submission_id}{self._at(name)}, following it")
                 continue
+            if job.submission_id in self.leaving:
+                continue
             leaves = moved and name not in self.running and self._trains_since(name, since)
             self.board.say(f"{name}: {job.submission_id} {why}, ending it{' after a checkpoint' if leaves else ''}")
             if leaves:
                 stopping.wish(self.events, name)
-                cluster.await_end(job.submission_id, stopping.CHECKPOINT_S)
-            cluster.end(job.submission_id)
+                self.leaving[job.submission_id] = Leaving(name, cluster.name)
+            else:
+                cluster.end(job.submission_id)
 
     def _at(self, name: str) -> str:
         """For people: where, if not here."""
         return "" if self.config.cluster_of(name) == HERE else f" in {self.config.cluster_of(name)}"
 
     def _notes(self) -> list[str]:
-        """What is worth saying all the time: the clusters that do not answer."""
-        return [f"{one.label} has not answered for {clock(one.away)}" for one in self.clusters.values() if not one.answers]
+        """What is worth saying all the time: who leaves a cluster, and the clusters that do not answer."""
+        away = [f"{one.label} has not answered for {clock(one.away)}" for one in self.clusters.values() if not one.answers]
+        return [*self.leaving.notes(self.clusters), *away]
 
     # -- waiting, and money -------------------------------------------------------------------------------------
 
@@ -223,8 +231,11 @@ class Runner:
                 self._no_room(attempt, event["message"], arguments.get(name, ()))
 
     def spent(self) -> float:
-        """Money that this run's trainings have cost, over all their starts."""
-        return sum(bill(self.events, name)["cost"] or 0.0 for name in stages.names(self.config) if stages.trains(name))
+        """Money that this run's trainings have cost, over all their starts; of a bill that cannot be read now, what it last said."""
+        for name in filter(stages.trains, stages.names(self.config)):
+            with contextlib.suppress(OSError, ValueError):
+                self._costs[name] = read_bill(self.events, name)["cost"] or 0.0
+        return sum(self._costs.values())
 
     def _no_room(self, attempt: Attempt, message: str, arguments: Sequence[str]) -> None:
         """A training's machines do not come: take the fallback, or say it once."""
@@ -266,8 +277,8 @@ class Runner:
 
     def _ready(self, todo: Sequence[str], done: set[str]) -> list[str]:
         """What can be submitted now, in the order of submission; a stage that trains waits for one of its cluster's ``max_parallel`` places."""
-        given_up = self._given_up(todo)
-        ready = [name for name in todo if name not in self.running and name not in given_up and done.issuperset(stages.parents(self.config, name))]
+        taken = {*self.running, *self._given_up(todo), *self.leaving.stages()}
+        ready = [name for name in todo if name not in taken and done.issuperset(stages.parents(self.config, name))]
         training = sorted((name for name in ready if stages.trains(name)), key=lambda name: (name == stages.CONTROL_ROUTER, -work(self.config, name)))
         chosen = [name for name in ready if not stages.trains(name)]
         for place in self.clusters:

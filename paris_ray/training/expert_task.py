@@ -21,7 +21,8 @@ from paris_ray.training import checkpoint, samples
 from paris_ray.training.budget import Inputs, expert_flops
 from paris_ray.training.checkpoint import tensor_bytes
 from paris_ray.training.draws import Draw
-from paris_ray.training.loop import TIME_BINS, Batch
+from paris_ray.training.feed import Batch
+from paris_ray.training.loop import TIME_BINS
 from paris_ray.training.shard import Encoders, Rows, read_rows
 
 VALIDATION_ROWS = 2048
@@ -46,7 +47,7 @@ class ExpertTask:
         self.folder = run / "experts" / str(k)
         self.encoders = Encoders(run)
         self.train, self.validation = read_rows(run, [k], config.data.store_text)
-        self.rows, self.dropout = len(self.train), self.spec.caption_dropout
+        self.rows, self.ids, self.dropout = len(self.train), self.train.ids, self.spec.caption_dropout
         # Rows in one pass of validation: the micro-batch, once it is settled.
         self.rows_at_once = self.spec.train.micro_batch if isinstance(self.spec.train.micro_batch, int) else self.spec.train.batch_size
         self.shape: tuple[int, ...] = self.encoders.latent_shape

@@ -9,9 +9,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections import deque
-from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -27,13 +25,12 @@ from paris_ray.training import checkpoint
 from paris_ray.training.budget import peak_flops, total_images
 from paris_ray.training.draws import Draw, Draws
 from paris_ray.training.ema import Ema
+from paris_ray.training.feed import Batch, Clock, feed
 from paris_ray.training.saver import CheckpointError, Saver
 from paris_ray.training.termination import TerminatedError
 
 TIME_BINS = 4
 """Losses are reported for this many equal intervals of time, from data to noise."""
-
-Batch = dict[str, Tensor]
 
 
 class NonFiniteError(RuntimeError):
@@ -47,6 +44,7 @@ class Task(Protocol):
         stage: the stage's name, which also names its random streams.
         model: the network, on the device.
         rows: rows of the training data.
+        ids: of these rows.
         shape: shape of one sample's noise.
         dropout: probability that a caption is dropped.
         flops: operations of the network for one image, forward and backward.
@@ -55,6 +53,7 @@ class Task(Protocol):
     stage: str
     model: nn.Module
     rows: int
+    ids: list[str]
     shape: tuple[int, ...]
     dropout: float
     flops: int
@@ -152,7 +151,7 @@ class Loop:
         self._line: dict[str, Any] = {}
         # Sums of loss and counts by time bin, sum of gradient norms: kept on the device, read at metrics lines only. Last, how many workers must go.
         self._sums = torch.zeros(2 * TIME_BINS + 2, device=device)
-        self._clock, self._going, self._saved = _Clock(), False, -1
+        self._clock, self._going, self._saved = Clock(), False, -1
         self.saver = Saver(folder, config.keep_checkpoints)
         # 1 from the first non-finite value on; and the image it was seen at.
         self._broken = torch.zeros((), device=device)
@@ -244,7 +243,7 @@ class Loop:
     def _run(self) -> dict[str, Any]:
         config, size, clock = self.config, self.config.batch_size, self._clock
         clock.start = time.monotonic()
-        for batch in clock.timed(_feed(self._prepare, range(self.images, self.total, size), ahead=0 if self.place.device.type == "cpu" else 2)):
+        for batch in clock.timed(feed(self._prepare, range(self.images, self.total, size), ahead=0 if self.place.device.type == "cpu" else 2)):
             self._step(batch)
             self.images += size
             sample, save = self._due(config.sample_images), self._due(config.checkpoint_images)
@@ -271,11 +270,15 @@ class Loop:
         """Whether the last step passed a multiple of ``every`` images, or was the last of all."""
         return self.images == self.total or (every is not None and self.images % every < self.config.batch_size)
 
-    def _prepare(self, start: int) -> Batch:
-        """Prepare this worker's slice of the samples [start, start + batch)."""
+    def _draw(self, start: int) -> Draw:
+        """The draws of this worker's slice of the samples [start, start + batch)."""
         share = self.config.batch_size // self.place.world
         first = start + self.place.rank * share
-        batch = self.task.batch(self.draws(first, first + share))
+        return self.draws(first, first + share)
+
+    def _prepare(self, start: int) -> Batch:
+        """Prepare this worker's slice of the samples [start, start + batch)."""
+        batch = self.task.batch(self._draw(start))
         if self.place.device.type == "cuda":
             batch = {name: tensor.pin_memory() for name, tensor in batch.items()}
         return batch
@@ -291,7 +294,7 @@ class Loop:
         gradients = [p.grad for p in self.trained if p.grad is not None]
         norm = torch.nn.utils.get_total_norm(gradients)
         self._check(losses.mean(), norm)
-        if self.config.clip_norm is not None:
+        if self.config.clip_norm is not None and self._clips(norm, self.config.clip_norm):
             torch.nn.utils.clip_grads_with_norm_(self.trained, self.config.clip_norm, norm)
         rate = learning_rate(self.config, self.images + size, self.total)
         for group in self.optimizer.param_groups:
@@ -303,6 +306,10 @@ class Loop:
         self._sums[:TIME_BINS].index_add_(0, bins, losses)
         self._sums[TIME_BINS : 2 * TIME_BINS].index_add_(0, bins, torch.ones_like(losses))
         self._sums[2 * TIME_BINS] += norm
+
+    def _clips(self, norm: Tensor, limit: float) -> bool:
+        """Whether clipping changes a gradient: below the limit torch multiplies all by one, which on a CPU takes 1 % of a step."""
+        return not self.check_each_step or (limit / (norm + 1e-6)).item() < 1  # torch's own factor; a GPU is not waited for
 
     def _gradients(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Gradients of the mean loss of this worker's slice, summed over equal micro-batches; returns losses (n,) and times (n,)."""
@@ -335,13 +342,26 @@ class Loop:
         self.optimizer.found_inf = self._broken  # type: ignore[attr-defined]
 
     def _non_finite(self, images: int, what: str) -> NonFiniteError:
+        """The error of the step that ended at ``images``, with what helps."""
+        if rows := self._broken_rows(images - self.config.batch_size):
+            shown = ", ".join(rows[:8]) + (f" and {len(rows) - 8} more" if len(rows) > 8 else "")
+            helps = f"What it read is no number either, in the rows {shown}: copy their shard anew, or pass --rebuild partition"
+        else:
+            helps = (
+                f"Lower train.learning_rate (now {self.config.learning_rate:g}), lengthen train.warmup_images (now {self.config.warmup_images}), "
+                f"or set train.clip_norm (now {self.config.clip_norm}) and train.precision=fp32"
+            )
         return NonFiniteError(
             f"{self.task.stage}: not a finite number at image {images} ({what}); stopped before the update, and the checkpoint before it is good. "
-            f"Lower train.learning_rate (now {self.config.learning_rate:g}), lengthen train.warmup_images (now {self.config.warmup_images}), "
-            f"or set train.clip_norm (now {self.config.clip_norm}) and train.precision=fp32; then start the stage anew."
+            f"{helps}; then start the stage anew."
         )
 
-    def _measure(self, clock: _Clock) -> None:
+    def _broken_rows(self, start: int) -> list[str]:
+        """Ids of rows in this worker's slice of a step that are not finite themselves: a step's samples can be read again."""
+        good = [tensor.isfinite().flatten(1).all(1) for tensor in self.task.batch(self._draw(start)).values() if tensor.ndim > 1]
+        return sorted({self.task.ids[row] for row in self._draw(start).rows[~torch.stack(good).all(0).numpy()]})
+
+    def _measure(self, clock: Clock) -> None:
         """Make the metrics line of the interval that ends here; the only place where the loop waits for a GPU."""
         self._sums[-1] = float(self.asked_to_go())
         if self.place.world > 1:
@@ -366,45 +386,3 @@ class Loop:
         }
         if self._peak and seconds > 0:  # model FLOP utilisation: recomputed activations and frozen encoders are no use
             self._line["mfu"] = self.task.flops * images / seconds / (self._peak * self.place.world)
-
-
-class _Clock:
-    """Seconds of an interval, and how many of them went by waiting for data."""
-
-    def __init__(self) -> None:
-        self.restart()
-
-    def restart(self) -> None:
-        self.start, self.waited, self.carried = time.monotonic(), 0.0, 0.0
-
-    def carry(self, seconds: float, waited: float) -> None:
-        """Count what an earlier process spent in this interval."""
-        self.restart()
-        self.carried, self.waited = seconds, waited
-
-    def seconds(self) -> float:
-        return time.monotonic() - self.start + self.carried
-
-    def timed(self, batches: Iterator[Batch]) -> Iterator[Batch]:
-        while True:
-            asked = time.monotonic()
-            batch = next(batches, None)
-            self.waited += time.monotonic() - asked
-            if batch is None:
-                return
-            yield batch
-
-
-def _feed(prepare: Callable[[int], Batch], starts: range, ahead: int) -> Iterator[Batch]:
-    """Batches in order; with ``ahead`` > 0 a thread prepares that many while the device works (on a CPU it would only take turns with it)."""
-    if ahead == 0:
-        yield from map(prepare, starts)
-        return
-    with ThreadPoolExecutor(1) as pool:
-        pending: deque[Future[Batch]] = deque()
-        for start in starts:
-            pending.append(pool.submit(prepare, start))
-            if len(pending) > ahead:
-                yield pending.popleft().result()
-        while pending:
-            yield pending.popleft().result()

@@ -35,13 +35,13 @@ def bill(events: Folder, stage: str) -> dict[str, Any]:
         ``hours`` (of workers), ``cost`` (``None`` when no price was known in any of them) and ``node`` (the kind of node of the last start).
     """
     try:
-        return _bill(events, stage)
+        return read_bill(events, stage)
     except (OSError, ValueError):
         return dict(_NOTHING)
 
 
-def _bill(events: Folder, stage: str) -> dict[str, Any]:
-    """As :func:`bill`; raises OSError when the store does not say."""
+def read_bill(events: Folder, stage: str) -> dict[str, Any]:
+    """As :func:`bill`. Raises OSError or ValueError when the store does not say, where that takes it for nothing."""
     try:
         return dict(events.read_json(f"machines/{stage}.json"))
     except FileNotFoundError:
@@ -116,7 +116,7 @@ class Machines:
 
     def _write_bill(self) -> None:
         if self._before is None:  # never taken for nothing because a store was away: what is written here replaces it
-            self._before = _bill(self._events, self._stage)
+            self._before = read_bill(self._events, self._stage)
         hours, price = self._asked.num_workers * self._held / 3600, self._asked.price_per_hour
         spent = self._before["cost"] if price is None else (self._before["cost"] or 0.0) + hours * price
         self._events.write_json(f"machines/{self._stage}.json", {"hours": self._before["hours"] + hours, "cost": spent, "node": self._node})

@@ -23,7 +23,8 @@ from paris_ray.training import checkpoint
 from paris_ray.training.budget import Inputs, router_flops
 from paris_ray.training.checkpoint import tensor_bytes
 from paris_ray.training.draws import Draw
-from paris_ray.training.loop import TIME_BINS, Batch
+from paris_ray.training.feed import Batch
+from paris_ray.training.loop import TIME_BINS
 from paris_ray.training.shard import Encoders, Rows, read_rows
 
 VALIDATION_ROWS = 8192
@@ -47,7 +48,7 @@ class RouterTask:
         self.folder = run / self.stage
         self.encoders = Encoders(run)
         self.train, self.validation = read_rows(run, range(config.num_experts), config.data.store_text)
-        self.rows = len(self.train)
+        self.rows, self.ids = len(self.train), self.train.ids
         # Rows in one pass of validation: the micro-batch, once it is settled.
         self.rows_at_once = self.spec.train.micro_batch if isinstance(self.spec.train.micro_batch, int) else self.spec.train.batch_size
         self.shape: tuple[int, ...] = self.encoders.latent_shape

@@ -158,7 +158,8 @@ def test_an_expert_that_moves_leaves_nothing_behind(tmp_path, capsys):
     assert "runs in the cluster eu, and the config now has it in the cluster, ending it" in capsys.readouterr().out
 
 
-def test_an_expert_that_trains_and_moves_leaves_a_checkpoint_first(tmp_path, monkeypatch, capsys):
+def moving(tmp_path):
+    """A run whose expert 2 trains in eu, and is now to train here; its job there goes on until it is told otherwise."""
     both = Both(tmp_path, "experts.2.cluster=here")
     for name in ("embed", "partition", "expert-1"):
         publish(both.config, name)
@@ -167,16 +168,48 @@ def test_an_expert_that_trains_and_moves_leaves_a_checkpoint_first(tmp_path, mon
     old = both.eu.add(f"{one.prefix}-expert-2-a1", meta)
     old.left = 10**9
     say(both.config, "expert-2", "running")
+    return both, one, old
 
-    def heard(folder, stage):
-        assert (stage, old.status) == ("expert-2", "RUNNING")
-        old.status, old.driver_exit_code = "FAILED", cli.STOPPED
 
-    monkeypatch.setattr(stopping, "wish", heard)
-    assert both.run()
-    assert (old.status, old.driver_exit_code) == ("FAILED", cli.STOPPED)  # by itself
+def test_an_expert_that_trains_and_moves_leaves_a_checkpoint_first_and_nobody_waits(tmp_path, monkeypatch, capsys):
+    both, one, old = moving(tmp_path)
+    wishes, beside, submit = [], [], both.here.submit_job
+    monkeypatch.setattr(stopping, "wish", lambda folder, stage: wishes.append((stage, old.status)))
+
+    def submitted(**options):
+        if options["metadata"]["stage"] == "expert-2":
+            assert old.status == "FAILED"  # never two at once
+        submit(**options)
+
+    def look(done, total, running, to_go, notes):
+        if old.status == "RUNNING":
+            beside.append((done, notes))
+        if cli.status(both.config, "router").state == "valid":
+            old.status, old.driver_exit_code = "FAILED", cli.STOPPED  # by itself
+
+    monkeypatch.setattr(both.here, "submit_job", submitted)
+    monkeypatch.setattr(one.board, "show", look)
+    assert one.run(stages.names(both.config))
+    assert wishes == [("expert-2", "RUNNING")]
+    assert (old.status, old.driver_exit_code) == ("FAILED", cli.STOPPED)
+    # Meanwhile the others were done, and the follower said why this one was not.
+    assert max(done for done, _ in beside) >= 5
+    assert beside[0][1] == ["expert-2 leaves the cluster eu"]
     assert "the config now has it in the cluster, ending it after a checkpoint" in capsys.readouterr().out
     assert f"{one.prefix}-expert-2-a2" in both.here.jobs
+
+
+@pytest.mark.parametrize("answers", [True, False])
+def test_one_that_moves_and_takes_too_long_for_its_checkpoint_is_ended(tmp_path, monkeypatch, answers):
+    """Or counts as gone, where nobody answers any more."""
+    both, one, old = moving(tmp_path)
+    monkeypatch.setattr(stopping, "wish", lambda *_: None if answers else away(both.eu, monkeypatch))
+    monkeypatch.setattr(stopping, "CHECKPOINT_S", 0.3)
+    began = time.monotonic()
+    assert one.run(stages.names(both.config))
+    assert time.monotonic() - began > 0.3
+    assert old.status == ("STOPPED" if answers else "RUNNING")
+    assert "expert-2" in both.here.order
 
 
 def test_one_that_lets_us_wait_does_not_make_the_other_lost(tmp_path, monkeypatch):
@@ -304,6 +337,19 @@ def test_at_the_limit_of_cost_they_also_stop_where_nobody_answers(tmp_path, monk
         both.run(max_cost=3)
     assert events.exists("expert-1.stop")
     assert not events.exists("expert-2.stop")  # done
+
+
+def test_a_bill_that_cannot_be_read_counts_as_what_it_last_said(tmp_path):
+    both = Both(tmp_path)
+    machines = Folder(tmp_path) / "events" / "machines"
+    machines.write_json("expert-1.json", {"hours": 1.5, "cost": 3.0, "node": "A100"})
+    machines.write_json("expert-2.json", {"hours": 1.0, "cost": 2.0, "node": "A100"})
+    one = both.runner()
+    assert one.spent() == 5.0
+    machines.delete("expert-1.json")
+    (tmp_path / "events/machines/expert-1.json").mkdir()  # no file: the store does not say
+    machines.write_json("expert-2.json", {"hours": 1.5, "cost": 3.0, "node": "A100"})
+    assert one.spent() == 6.0
 
 
 def test_a_limit_of_cost_needs_prices():

@@ -105,6 +105,7 @@ def test_killed_twice_it_ends_with_the_same_bits(tmp_path):
         assert second.wait(900) == 0, log.read_text()
         text = log.read_text()
         assert "expert-0: already running as" in text
+        assert re.search(r"^tiny: \d+% of the .* of training were spent in steps \(goodput\)$", text, re.MULTILINE)
         jobs = {job["submission_id"]: job for job in cluster.request("/api/jobs/")}
         config = configs.load(str(run / "config.yaml"))
         assert before < set(jobs)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from fabricated_cluster import FakeClient, on, publish, tiny
 
-from jobs import cli, runner
+from jobs import cli, run_all, runner
 from jobs.forecast import work
 from jobs.runner import ClusterLostError, Runner
 from paris_ray import stages
@@ -217,3 +217,12 @@ def test_a_job_that_ends_well_without_its_manifest_has_failed(config, monkeypatc
     monkeypatch.setattr("fabricated_cluster.publish", lambda *_: None)
     assert not Runner(config, on(client), retries=0).run(["embed"])
     assert "ended without finishing the stage" in capsys.readouterr().out
+
+
+def test_a_run_says_how_much_of_its_trainings_time_was_steps(config, capsys):
+    """90 of 100 seconds and 60 of 300: 150 of 400. Of one that somebody else trained nobody knows."""
+    for name in names(config):
+        figures = {"expert-0": {"seconds": 90, "goodput": 0.9}, "router": {"seconds": 60, "goodput": 0.2}}.get(name, {"seconds": 1000})
+        publish(config, name, counts=figures)
+    run_all.print_goodput(config)
+    assert capsys.readouterr().out == "tiny: 38% of the 6 min 40 s of training were spent in steps (goodput)\n"

@@ -141,9 +141,13 @@ def test_experts_of_two_clusters_are_one_model(tmp_path):
         for part in ("encoders", "corpus", "clusters", "shards"):
             shutil.copytree(run / part, calm / part)
         env = {**here.env(), "RAY_ADDRESS": here.gcs}
+        alone = []
         for k, machine in ((1, []), (2, ["--fallback"])):
-            alone = ["--config", str(config), "--set", f"run_dir={calm}", "--set", f"experts.{k}.cluster=here", "--expert", str(k), *machine]
-            subprocess.run([sys.executable, "-m", "jobs.train_expert", *alone], cwd=PROJECT, env=env, check=True, timeout=600)
+            sets = [f"run_dir={calm}", "experts.1.cluster=here", "experts.2.cluster=here"]
+            command = ["--config", str(config), *(word for one in sets for word in ("--set", one)), "--expert", str(k), *machine]
+            alone.append(subprocess.Popen([sys.executable, "-m", "jobs.train_expert", *command], cwd=PROJECT, env=env))
+        for k, process in zip((1, 2), alone, strict=True):
+            assert process.wait(600) == 0
             assert weights(calm, k) == weights(run, k)
 
     # No token anywhere but in its file.

@@ -38,7 +38,7 @@ class GaussianTask:
     def __init__(self, rows: int = 50, width: int = 16, init: int = 0):
         g = torch.Generator().manual_seed(0)
         self.data = torch.tensor([1.0, -0.5]) + 0.7 * torch.randn(rows, 2, generator=g)
-        self.rows = rows
+        self.rows, self.ids = rows, [f"row {i}" for i in range(rows)]
         torch.manual_seed(init)
         self.model: nn.Module = nn.Sequential(nn.Linear(3, width), nn.SiLU(), nn.Linear(width, width), nn.SiLU(), nn.Linear(width, 2))
         self.seen: list[dict[str, torch.Tensor]] = []
@@ -137,6 +137,18 @@ def test_loop_is_adamw_with_clipping_and_average(tmp_path):
         torch.testing.assert_close(ours, theirs, rtol=2e-4, atol=2e-5)
     for ours, theirs in zip(loop.ema.weights.values(), average, strict=True):
         torch.testing.assert_close(ours.double(), theirs, rtol=2e-4, atol=2e-5)
+
+
+def test_gradients_below_the_limit_are_left_alone_to_the_bits_of_torchs_clipping(tmp_path, monkeypatch):
+    ours = Loop(GaussianTask(), config(clip_norm=1.0), 3, Folder(tmp_path / "ours"))
+    asked, clips = [], ours._clips
+    ours._clips = lambda *given: asked.append(clips(*given)) or asked[-1]
+    ours.run()
+    assert {True, False} == set(asked)
+    always = Loop(GaussianTask(), config(clip_norm=1.0), 3, Folder(tmp_path / "always"))
+    always._clips = lambda *_: True
+    always.run()
+    assert same(weights(ours), weights(always))
 
 
 def test_decay_only_pulls_on_matrices():
@@ -321,6 +333,19 @@ def test_non_finite_loss_stops_before_the_update(tmp_path):
         loop.run()
     assert same(weights(loop), before[48])
     assert checkpoint.latest(Folder(tmp_path)).images == 40
+
+
+@pytest.mark.parametrize("check_each_step", [True, False])
+def test_a_row_that_is_no_number_is_named_with_the_step_that_read_it(tmp_path, check_each_step):
+    """Of several it is the first in the order of the draws; other rows of the step are not named."""
+    task = GaussianTask()
+    task.data[[13, 31]] = torch.tensor([[torch.nan, 0.0], [0.0, torch.inf]])
+    order = Draws(1, task.stage, task.rows, task.shape, task.dropout)(0, task.rows).rows.tolist()
+    first = min(order.index(13), order.index(31)) // 8 * 8  # the step's first sample
+    named = ", ".join(f"row {row}" for row in sorted(set(order[first : first + 8]) & {13, 31}))
+    with pytest.raises(NonFiniteError, match=rf"at image {first + 8} .*no number either, in the rows {named}: copy their shard anew") as caught:
+        Loop(task, config(), 1, Folder(tmp_path), check_each_step=check_each_step).run()
+    assert "learning_rate" not in str(caught.value)
 
 
 def test_non_finite_found_later_was_not_learned_from(tmp_path):

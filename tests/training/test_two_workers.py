@@ -73,3 +73,41 @@ def asked_to_go(rank: int, path: str) -> None:
 def test_no_worker_goes_before_the_last_checkpoint_is_written(tmp_path):
     fake.make_run(tmp_path / "run", experts=[0])
     torch.multiprocessing.start_processes(asked_to_go, (str(tmp_path),), nprocs=2, start_method="fork" if sys.platform == "linux" else "spawn")
+
+
+def half(rank: int, path: str) -> None:
+    """Train with another worker until the checkpoint at image 40, then be gone."""
+    torch.distributed.init_process_group("gloo", init_method=f"file://{path}/rendezvous", rank=rank, world_size=2)
+
+    def gone(line):
+        raise InterruptedError(line["images"])
+
+    with pytest.raises(InterruptedError):
+        worker.run(fake.make_config(f"{path}/two", **short(path)), "expert-0", Place(torch.device("cpu"), rank, 2), gone)
+    torch.distributed.destroy_process_group()
+
+
+def test_one_worker_goes_on_where_two_left_off(tmp_path, monkeypatch):
+    """With the same rows in the same order, and losses to which the other order of sums makes no difference."""
+    for name in ("one", "two"):
+        fake.make_run(tmp_path / name, experts=[0])
+    source = ExpertTask(fake.make_config(tmp_path / "one"), 0, torch.device("cpu")).model
+    save_file(source.state_dict(), tmp_path / "start.safetensors")
+    torch.multiprocessing.start_processes(half, (str(tmp_path),), nprocs=2, start_method="fork" if sys.platform == "linux" else "spawn")
+    one, two = (Folder(tmp_path / name / "experts" / "0") for name in ("one", "two"))
+    assert checkpoint.latest(two).images == 40
+    rows, batch = [], ExpertTask.batch
+    monkeypatch.setattr(ExpertTask, "batch", lambda task, draw: rows.extend(draw.rows.tolist()) or batch(task, draw))
+    seen = {}
+    for name in ("one", "two"):
+        rows.clear()
+        worker.run(fake.make_config(tmp_path / name, **short(tmp_path)), "expert-0", Place(torch.device("cpu")))
+        seen[name] = list(rows)
+    # 36 rows: a whole pass and 44 of the next ones, of which it saw the second half.
+    assert sorted(seen["one"][:36]) == list(range(36))
+    assert seen["two"] == seen["one"][40:]
+    assert [line["images"] for line in checkpoint.read_metrics(two)] == [40, 80]
+    for first, second in zip(checkpoint.read_metrics(one), checkpoint.read_metrics(two), strict=True):
+        assert abs(first["loss"] - second["loss"]) < 1e-3 * abs(first["loss"])
+    for name, expected in checkpoint.latest(one).tensors("model").items():
+        torch.testing.assert_close(checkpoint.latest(two).tensors("model")[name], expected, rtol=1e-2, atol=2e-4)
