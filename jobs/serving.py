@@ -17,6 +17,7 @@ from jobs.local_cluster import ClusterError, LocalCluster
 from paris_ray import stages
 from paris_ray.config import ConfigError, RunConfig
 from paris_ray.manifest import published
+from paris_ray.placement import serve_groups
 
 APPLICATION = "paris"
 READY_SECONDS = 400.0
@@ -56,9 +57,9 @@ def deploy(cluster: LocalCluster, config: RunConfig, port: int) -> str:
 
 def cpus(config: RunConfig) -> int:
     """CPUs that a cluster of its own must hand out for the application to fit; Ray counts them and pins nothing."""
-    placement = config.serve.placement
-    groups = 0 if placement == "together" else config.num_experts if placement == "apart" else len(placement)
-    return max(os.cpu_count() or 2, math.ceil(max(groups, 1) * config.serve.cpus + 1.0 + 1.0))  # the sampler, and a little for the others
+    own = config.serve.cpus
+    groups = [group.most_replicas * (own if group.cpus is None else group.cpus) for group in serve_groups(config.serve.placement, config.num_experts)]
+    return max(os.cpu_count() or 2, math.ceil(sum(groups or [own]) + 1.0 + 1.0))  # the sampler, and a little for the others
 
 
 def check_exposed(config: RunConfig) -> None:

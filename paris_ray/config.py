@@ -38,6 +38,7 @@ from paris_ray.data_config import (  # noqa: F401, the whole schema can be had f
     VaeCodec,
     WebdatasetSource,
 )
+from paris_ray.placement import Placement, serve_groups
 from paris_ray.presets import PRESETS
 from paris_ray.resources import HERE, ClusterConfig, Resources  # noqa: F401
 from paris_ray.strict import ConfigError, Strict
@@ -58,8 +59,8 @@ class SamplingConfig(Strict):
 class ServeConfig(Strict):
     """How the Serve application is laid out."""
 
-    # together: all experts in the sampler's process. apart: one replica per expert. Or groups such as [[0, 1], [2, 3]].
-    placement: Literal["together", "apart"] | tuple[tuple[int, ...], ...] = "together"
+    # together: all experts in the sampler's process. apart: one process per expert. Or groups: [[0, 1], {experts: [2], replicas: [1, 4], gpus: 1}].
+    placement: Placement = "together"
     host: str = "127.0.0.1"
     port: Annotated[int, Field(ge=1, le=65535)] = 8000
     cpus: float = 1.0
@@ -161,9 +162,9 @@ class RunConfig(Strict):
             raise ValueError("sampling.routing is caption, but router.text is none, which reads no caption; change one")
         self._check_clusters()
         if isinstance(self.serve.placement, tuple):
-            flat = sorted(k for group in self.serve.placement for k in group)
+            flat = sorted(k for group in serve_groups(self.serve.placement, self.num_experts) for k in group.experts)
             if flat != list(range(self.num_experts)):
-                raise ValueError(f"serve.placement {self.serve.placement} must name each expert 0…{self.num_experts - 1} once")
+                raise ValueError(f"serve.placement: groups of experts {flat} must name each expert 0…{self.num_experts - 1} once")
         return self
 
     def _check_clusters(self) -> None:

@@ -15,32 +15,22 @@ from fastapi.responses import HTMLResponse, JSONResponse, Response
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
+from serve_app.cards import ModelCard
 from serve_app.envelope import Envelope
 from serve_app.events import openai_events
 from serve_app.keys import Keys, key_digest
 from serve_app.limits import Limits
 from serve_app.metrics import Report, ignore
 from serve_app.pictures import encode
-from serve_app.protocol import (
-    IMAGES,
-    ApiError,
-    Event,
-    GeneratedImage,
-    GenerationRequest,
-    GenerationResponse,
-    Job,
-    ModelCard,
-    Outcome,
-    parse_request,
-    resolve,
-)
+from serve_app.protocol import IMAGES, ApiError, GeneratedImage, GenerationRequest, GenerationResponse, parse_request, resolve
 from serve_app.transport import EventStream, read_body, unless_gone
 from serve_app.turns import Turns
+from serve_app.work import Event, Job, Outcome
 
 CARD_SECONDS = 5.0
 """For how long a known model card is good enough to check requests against."""
 
-PAGE = Path(__file__).parent / "static" / "index.html"
+STATIC = Path(__file__).parent / "static"
 
 PAGE_HEADERS = {
     "content-security-policy": (
@@ -109,7 +99,11 @@ def create_app(
 
     @app.get("/", include_in_schema=False)
     async def page() -> HTMLResponse:
-        return HTMLResponse(PAGE.read_text(encoding="utf-8"), headers=PAGE_HEADERS)
+        return HTMLResponse((STATIC / "index.html").read_text(encoding="utf-8"), headers=PAGE_HEADERS)
+
+    @app.get("/experts", include_in_schema=False)
+    async def experts_page() -> HTMLResponse:
+        return HTMLResponse((STATIC / "experts.html").read_text(encoding="utf-8"), headers=PAGE_HEADERS)
 
     @app.get("/health/live")
     async def live() -> dict[str, str]:
@@ -135,6 +129,12 @@ def create_app(
         if model != card.id:
             raise ApiError(404, f"model: {model[:80]!r} is not served here; this server has {card.id!r}.", param="model", code="model_not_found")
         return _model(card, limits)
+
+    @app.get("/v1/experts")
+    async def experts() -> dict[str, Any]:
+        card = await fresh_card()
+        load = {"queued": card.queued, "active": card.active}
+        return {"object": "list", "model": card.id, "data": [{"object": "expert", **one.model_dump()} for one in card.experts], "load": load}
 
     schema = {"requestBody": {"required": True, "content": {"application/json": {"schema": GenerationRequest.model_json_schema()}}}}
 
@@ -180,7 +180,12 @@ def create_app(
         pairs = zip(files, outcome.pictures, strict=True)
         data = [
             GeneratedImage(
-                b64_json=base64.b64encode(file).decode(), seed=job.seed, index=p.index, routing=p.routing(), masked_probability=p.masked_probability
+                b64_json=base64.b64encode(file).decode(),
+                seed=job.seed,
+                index=p.index,
+                routing=p.routing(),
+                masked_probability=p.masked_probability,
+                changed=p.changed,
             )
             for file, p in pairs
         ]
@@ -198,6 +203,8 @@ def create_app(
         headers["x-paris-timings"] = ",".join(f"{phase}={seconds:g}" for phase, seconds in answer.timings.items())
         if outcome.degraded:
             headers["x-paris-degraded"] = ",".join(f"expert-{k}" for k in outcome.degraded)
+        if changed := sorted({k for item in data for k in item.changed}):
+            headers["x-paris-changed"] = ",".join(f"expert-{k}" for k in changed)
         return Response(answer.model_dump_json(), media_type="application/json", headers=headers)
 
     _add_error_handlers(app)
@@ -207,7 +214,8 @@ def create_app(
 
 
 def _model(card: ModelCard, limits: Limits) -> dict[str, Any]:
-    extensions = card.model_dump(exclude={"id", "created", "image_size", "warm"})
+    extensions = card.model_dump(exclude={"id": True, "created": True, "image_size": True, "warm": True, "queued": True, "active": True,
+                                          "experts": {"__all__": {"rows"}}})  # fmt: skip
     return {
         "id": card.id,
         "object": "model",

@@ -12,13 +12,15 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, ConfigDict, Field
 from ray import serve
 from ray.serve import Application
-from ray.serve.config import BackpressureConfig
+from ray.serve.config import AutoscalingConfig, BackpressureConfig
 
 from paris_ray.hub import address, open_model
+from paris_ray.placement import Placement, ServeGroup, serve_groups
 from paris_ray.storage import Folder
-from serve_app.deployments import Api, ExpertGroup, Sampler
+from serve_app.deployments import ExpertGroup, Sampler
+from serve_app.ingress import Api
 from serve_app.keys import key_digests
-from serve_app.limits import Limits
+from serve_app.limits import Limits, divided
 
 
 def _from_command_line(value: Any) -> Any:
@@ -38,14 +40,17 @@ class Args(Limits):
 
     # Folder, URI or repository of the hub: what jobs.assemble made, or a released Paris checkpoint.
     model: str
-    # together: all experts in the sampler's process. apart: one process per expert. Or groups such as [[0, 1], [2, 3]].
-    placement: Annotated[Literal["together", "apart"] | tuple[tuple[int, ...], ...], BeforeValidator(_from_command_line)] = "together"
+    # together: all experts in the sampler's process. apart: one process per expert. Or groups: [[0, 1], {experts: [2], replicas: [1, 4], gpus: 1}].
+    placement: Annotated[Placement, BeforeValidator(_from_command_line)] = "together"
     # Of each process that holds experts; the sampler's, too, when they are together with it.
     cpus: Annotated[float, Field(ge=0)] = 1.0
     gpus: Annotated[float, Field(ge=0)] = 0.0
     # Of the sampler when the experts are elsewhere.
     sampler_cpus: Annotated[float, Field(ge=0)] = 1.0
     sampler_gpus: Annotated[float, Field(ge=0)] = 0.0
+    # Replicas of the sampler, each with an engine and a queue of its own, and of the HTTP ingress, among which what one key may have is divided.
+    samplers: Annotated[int, Field(ge=1)] = 1
+    ingresses: Annotated[int, Field(ge=1)] = 1
     # Threads of each process; part of what "the same bytes" means.
     threads: Annotated[int, Field(ge=1)] = 1
     # Of the experts' weights; int8 has one scale per output channel.
@@ -63,20 +68,8 @@ class Args(Limits):
     revision: str = ""
 
 
-def groups_of(args: Args, num_experts: int) -> list[tuple[int, ...]]:
-    """The experts of each group; none when all are together with the sampler.
-
-    Raises:
-        ValueError: the placement names an expert twice, or one that does not exist.
-    """
-    if args.placement == "together":
-        return []
-    if args.placement == "apart":
-        return [(k,) for k in range(num_experts)]
-    named = [k for group in args.placement for k in group]
-    if len(set(named)) != len(named) or any(not 0 <= k < num_experts for k in named) or any(not group for group in args.placement):
-        raise ValueError(f"placement: {args.placement} must name experts of 0…{num_experts - 1}, none twice and no group empty")
-    return list(args.placement)
+DRAIN_SECONDS = 120.0
+"""For how long a process that is to go finishes what it has begun."""
 
 
 def build(args: Args) -> Application:
@@ -92,26 +85,37 @@ def build(args: Args) -> Application:
     except FileNotFoundError:
         raise FileNotFoundError(f"model: {folder.uri} has neither paris.json nor config.json; give the folder that jobs.assemble made") from None
     count = int(info["num_experts"])
-    groups = groups_of(args, count)
+    groups = serve_groups(args.placement, count)
     if args.min_experts > count:
         raise ValueError(f"min_experts: {args.min_experts} are more than the model's {count}, so nothing would ever be served; lower it")
+    limits = divided(Limits(**{name: getattr(args, name) for name in Limits.model_fields}), args.ingresses)
     # A repository of the hub stays one, at the commit of now: each node fetches of it what it needs.
     common = {"model": address(folder), "threads": args.threads, "precision": args.precision, "compile": args.compile}
 
-    def group(name: str, indices: tuple[int, ...]) -> Application:
-        options = {"num_cpus": args.cpus, "num_gpus": args.gpus}
-        # One sampler calls, and a watcher asks now and then.
-        deployment = serve.deployment(name=name, ray_actor_options=options, max_ongoing_requests=8, health_check_period_s=3.0)(ExpertGroup)
-        return deployment.bind(indices=indices, gpus=args.gpus, **common)
+    lasting = {"health_check_period_s": 3.0, "graceful_shutdown_wait_loop_s": 0.5, "graceful_shutdown_timeout_s": DRAIN_SECONDS}
+
+    def deploy(name: str, group: ServeGroup) -> Application:
+        gpus = args.gpus if group.gpus is None else group.gpus
+        options = {"num_cpus": args.cpus if group.cpus is None else group.cpus, "num_gpus": gpus, "resources": group.resources}
+        if group.labels:
+            options["label_selector"] = group.labels
+        # A sampler sends so many pieces at once as it has rows for, and a watcher asks now and then.
+        scale: dict[str, Any] = {"num_replicas": group.replicas}
+        if isinstance(group.replicas, tuple):
+            least, most = group.replicas
+            scale = {"autoscaling_config": AutoscalingConfig(min_replicas=least, max_replicas=most, target_ongoing_requests=1)}
+        deployment = serve.deployment(name=name, ray_actor_options=options, max_ongoing_requests=8 * args.samplers, **scale, **lasting)(ExpertGroup)
+        return deployment.bind(indices=group.experts, gpus=gpus, **common)
 
     cpus, gpus = (args.sampler_cpus, args.sampler_gpus) if groups else (args.cpus, args.gpus)
     # The engine's own queue must be what fills up first, because it knows what to answer; past all that Serve itself says 429.
     room = args.max_rows + args.max_queue + 64
-    sampler = serve.deployment(
-        name="Sampler", ray_actor_options={"num_cpus": cpus, "num_gpus": gpus}, max_ongoing_requests=2 * room, health_check_period_s=3.0
-    )(Sampler)
+    options = {"num_cpus": cpus, "num_gpus": gpus}
+    sampler = serve.deployment(name="Sampler", ray_actor_options=options, num_replicas=args.samplers, max_ongoing_requests=2 * room, **lasting)(
+        Sampler
+    )
     bound = sampler.bind(
-        groups=[(indices, group(f"ExpertGroup-{number}", indices)) for number, indices in enumerate(groups)],
+        groups=[(group.experts, deploy(f"ExpertGroup-{number}", group), group.most_replicas) for number, group in enumerate(groups)],
         gpus=gpus,
         max_rows=args.max_rows,
         max_queue=args.max_queue,
@@ -122,11 +126,12 @@ def build(args: Args) -> Application:
     api = serve.deployment(
         name="Api",
         ray_actor_options={"num_cpus": 0.1},
+        num_replicas=args.ingresses,
         max_ongoing_requests=room,
         max_queued_requests=room,
+        **lasting,
         backpressure_config=BackpressureConfig(status_code=429, retry_after_s=5),
     )(serve.ingress()(Api))
-    limits = Limits(**{name: getattr(args, name) for name in Limits.model_fields})
     return api.bind(bound, limits, _keys())
 
 

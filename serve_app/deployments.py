@@ -17,13 +17,13 @@ from concurrent.futures import Future
 from typing import TYPE_CHECKING, Any
 
 from serve_app import metrics
-from serve_app.limits import Limits
+from serve_app.cards import ExpertCard, ExpertState, ModelCard
 from serve_app.metrics import Report, to_ray
-from serve_app.protocol import ApiError, Event, ExpertCard, Finished, Glimpse, Job, ModelCard, Outcome, Picture, Queued
+from serve_app.protocol import ApiError
+from serve_app.work import Event, Finished, Glimpse, Job, Outcome, Picture, Queued, outcome
 
 if TYPE_CHECKING:
     import numpy as np
-    from fastapi import FastAPI
     from numpy.typing import NDArray
     from ray.serve.handle import DeploymentHandle
 
@@ -34,6 +34,10 @@ log = logging.getLogger("ray.serve")
 
 WARM_SECONDS = 300.0
 """For how long a starting sampler waits for expert groups; it then serves with those that are there, and takes the others in as they come."""
+STUCK_SECONDS = 180.0
+"""A sampler with pictures to make that has not made a step for so long is replaced."""
+QUEUE_SECONDS = 0.5
+"""How often those who wait are told of their place."""
 
 
 def _device(gpus: float) -> str:
@@ -50,7 +54,7 @@ class Sampler:
 
     Args:
         model: folder or URI of the model.
-        groups: the handles of the expert groups and what each is meant to hold; none places all experts here.
+        groups: what each expert group is meant to hold, its handle, and how many replicas it may have; none places all experts here.
         threads: CPU threads of this process.
         gpus: GPUs that this replica was given.
         precision: of the experts, ``fp32``, ``bf16`` or ``int8``.
@@ -65,7 +69,7 @@ class Sampler:
     def __init__(
         self,
         model: str,
-        groups: Sequence[tuple[tuple[int, ...], DeploymentHandle]] = (),
+        groups: Sequence[tuple[tuple[int, ...], DeploymentHandle, int]] = (),
         threads: int = 1,
         gpus: float = 0.0,
         precision: str = "fp32",
@@ -80,24 +84,26 @@ class Sampler:
 
         from paris_ray.inference.experts import LocalExperts
         from paris_ray.inference.weights import load_model
+        from serve_app.keeper import Keeper
         from serve_app.measured import MeasuredEngine
         from serve_app.remote import RemoteExperts
 
         torch.set_num_threads(threads)
-        self.model = load_model(model, _device(gpus), precision, compile=compile)
-        present = self.model.present
+        device = _device(gpus)
+        self.model = load_model(model, device, precision, compile=compile)
+        self.keeper: Keeper | None = None
         if groups:
             self.experts: LocalExperts | RemoteExperts = RemoteExperts(groups, self.model.num_experts)
-            self.placed = [here and placed for here, placed in zip(present, self.experts.placed, strict=True)]
         else:
-            self.experts = LocalExperts(self.model, threads=threads)
-            self.placed = list(present)
+            self.keeper = Keeper(model, None, device, precision, compile, threads)
+            self.experts = self.keeper.experts
         self.min_experts, self.report = min_experts, report
         self.engine = MeasuredEngine(self.model, self.experts, report, max_rows=max_rows, max_queue=max_queue)
         self.engine.start()
         self.created = int(time.time())
         self.seconds_per_picture = 1.0
         self.warm = False
+        self._progress = (-1, 0.0)
         try:
             self._warm_up()
             self.engine.max_masked = max_masked_probability  # what warms up may be anything
@@ -109,7 +115,7 @@ class Sampler:
         """One forward pass of the router, the codec and of every placed expert that answers in time."""
         from paris_ray.inference.engine import ImageRequest
 
-        if not any(self.placed):
+        if not any(self.model.present):
             raise FileNotFoundError(f"{self.model.folder.uri} has no expert with weights; assemble the model when at least one is trained")
         deadline = time.monotonic() + WARM_SECONDS
         while self._waiting_for() and time.monotonic() < deadline:
@@ -123,21 +129,33 @@ class Sampler:
             future.result(timeout=WARM_SECONDS)
         self.warm = True
 
+    def _states(self) -> list[ExpertState]:
+        return self.keeper.states() if self.keeper else self.experts.states()  # type: ignore[union-attr]
+
     def _waiting_for(self) -> list[int]:
-        return [k for k, (placed, here) in enumerate(zip(self.placed, self.experts.available(), strict=True)) if placed and not here]
+        return [state.index for state in self._states() if state.state == "loading"]
+
+    def reconfigure(self, user_config: Any) -> None:
+        """What Serve calls with the deployment's ``user_config``: see :class:`serve_app.keeper.Changes`."""
+        if self.keeper:
+            self.keeper.reconfigure(user_config)
+        else:
+            log.error("the sampler has no experts to change; give user_config to the deployment ExpertGroup-N that has them")
 
     async def card(self) -> ModelCard:
         """The model, and the state of its experts now."""
-        info, available = self.model.info, self.experts.available()
+        info, counts = self.model.info, self.engine.metrics
         experts = [
             ExpertCard(
-                index=k,
-                objective=spec["objective"],
+                index=state.index,
+                objective=state.objective or spec["objective"],
                 cluster_size=spec.get("cluster_size"),
-                fingerprint=spec.get("fingerprint"),
-                state="ready" if available[k] else "down" if self.placed[k] else "missing",
+                fingerprint=state.fingerprint or spec.get("fingerprint"),
+                state=state.state,
+                reason=state.reason,
+                rows=rows,
             )
-            for k, spec in enumerate(info["experts"])
+            for state, spec, rows in zip(self._states(), info["experts"], counts["rows_per_expert"], strict=True)
         ]
         sampling = {name: self.model.defaults[name] for name in ("steps", "guidance_scale", "routing", "solver")}
         return ModelCard(
@@ -151,17 +169,14 @@ class Sampler:
             attribution=info.get("attribution"),
             warm=self.warm,
             min_experts=self.min_experts,
+            queued=counts["queued"],
+            active=counts["active"],
         )
 
     async def generate(self, job: Job) -> Outcome:
         """Make the pictures of a job; cancelling the await frees their places at the next step. Raises as :meth:`stream` does."""
         async with contextlib.aclosing(self.stream(job)) as events:
-            done = [event async for event in events if isinstance(event, Finished)]
-        return Outcome(
-            tuple(sorted((event.picture for event in done), key=lambda picture: picture.index)),
-            tuple(sorted({k for event in done for k in event.degraded})),
-            {"sampler": round(max(event.seconds for event in done), 4)},
-        )
+            return outcome([event async for event in events if isinstance(event, Finished)])
 
     async def stream(self, job: Job) -> AsyncGenerator[Event, None]:
         """Make the pictures of a job and tell of them as they come; closing it frees their places at the next step.
@@ -184,12 +199,19 @@ class Sampler:
                 for index in range(job.index, job.index + job.n):
                     futures.append(self._submit(job, index, tell))
                     self.report(metrics.ADMITTED, 1)
-                yield Queued()
+                ahead = self.engine.ahead(futures[0])
+                yield Queued(ahead or 0)
                 for future in futures:
                     future.add_done_callback(tell)
                 left = len(futures)
                 while left:
-                    news = await told.get()
+                    try:
+                        news = await asyncio.wait_for(told.get(), QUEUE_SECONDS if ahead else None)
+                    except TimeoutError:
+                        if (now := self.engine.ahead(futures[0])) != ahead:
+                            yield Queued(now or 0)
+                        ahead = now
+                        continue
                     if isinstance(news, Glimpse):
                         yield news
                         continue
@@ -255,18 +277,40 @@ class Sampler:
             raise ApiError(503, "No expert is available; try again.", "server_error", code="expert_unavailable", retry_after=5) from None
 
     def check_health(self) -> None:
-        """Raises when the engine's thread has died, so that Serve replaces the replica."""
+        """Raises when the engine's thread has died or is stuck, or when an idle model does not compute; Serve then replaces the replica."""
         if not self.engine.running:
             raise RuntimeError("the engine has stopped")
+        counts, now = self.engine.metrics, time.monotonic()
+        if not counts["active"] + counts["queued"]:
+            self._try_router()
+        elif self._progress[0] != counts["ticks"]:
+            self._progress = counts["ticks"], now
+        elif now - self._progress[1] > STUCK_SECONDS:
+            raise RuntimeError(f"the engine has not made a step for {STUCK_SECONDS:g} s")
+        if self.keeper:
+            self.keeper.check()
         for k, here in enumerate(self.experts.available()):
             self.report(metrics.READY, float(here), expert=str(k))
+
+    def _try_router(self) -> None:
+        """One forward pass. Raises what it raises, and ArithmeticError when its answer is not finite."""
+        import torch
+
+        self._progress = (-1, 0.0)
+        model = self.model
+        with torch.inference_mode():
+            zeros, text = (
+                torch.zeros(1, *model.latent_shape, device=model.device),
+                torch.zeros(1, model.router.text_embed_dim or 0, device=model.device),
+            )
+            logits = model.router(zeros, torch.full((1,), 0.5, device=model.device), text if model.router_reads_text else None)
+        if not bool(torch.isfinite(logits).all()):
+            raise ArithmeticError("the router's answer is not finite")
 
     def close(self) -> None:
         """Stop the threads."""
         self.engine.stop()
-        close = getattr(self.experts, "close", None)
-        if close is not None:
-            close()
+        (self.keeper or self.experts).close()  # type: ignore[union-attr]
 
 
 def preview_every(evaluations: int, previews: int) -> int:
@@ -279,7 +323,7 @@ def _picture(result: ImageResult) -> Picture:
 
     weights = np.array([step["weights"] for step in result.routing], np.float32)
     times = tuple(float(step["t"]) for step in result.routing)
-    return Picture(result.image, result.index, times, weights, round(result.masked_probability, 6))
+    return Picture(result.image, result.index, times, weights, round(result.masked_probability, 6), result.versions)
 
 
 class ExpertGroup:
@@ -295,21 +339,23 @@ class ExpertGroup:
     """
 
     def __init__(self, model: str, indices: Sequence[int], threads: int = 1, gpus: float = 0.0, precision: str = "fp32", compile: bool = False):
-        import torch
-
-        from paris_ray.inference.experts import LocalExperts
-        from paris_ray.inference.weights import open_experts
+        from serve_app.keeper import Keeper
         from serve_app.remote import RemoteCallee
 
-        torch.set_num_threads(threads)
-        files = open_experts(model, _device(gpus), precision, compile=compile)
-        experts = LocalExperts(files, [k for k in indices if files.present[k]], threads=threads)
-        self.callee = RemoteCallee(experts, files.device)
-        self.callee.warm_up(files.latent_shape, (1, files.text_width))
+        self.keeper = Keeper(model, indices, _device(gpus), precision, compile, threads)
+        self.callee = RemoteCallee(self.keeper.experts, self.keeper.files.device)
 
-    def loaded(self) -> list[int]:
-        """Which of its experts can be called."""
-        return self.callee.loaded()
+    def states(self) -> list[ExpertState]:
+        """See :meth:`serve_app.keeper.Keeper.states`."""
+        return self.keeper.states()
+
+    def reconfigure(self, user_config: Any) -> None:
+        """What Serve calls with the deployment's ``user_config``: see :class:`serve_app.keeper.Changes`."""
+        self.keeper.reconfigure(user_config)
+
+    def check_health(self) -> None:
+        """Raises when an expert does not compute; Serve then replaces the replica."""
+        self.keeper.check()
 
     def velocities(self, calls: list[WireCall], texts: dict[str, NDArray[np.float32]]) -> Answer:
         """See :meth:`serve_app.remote.RemoteCallee.velocities`."""
@@ -318,77 +364,3 @@ class ExpertGroup:
     def pid(self) -> int:
         """The process, for operators and tests."""
         return os.getpid()
-
-
-class HandleSampler:
-    """The sampler behind a Serve handle, with Ray's errors turned into ours; see :class:`serve_app.api.SamplerClient`."""
-
-    def __init__(self, handle: DeploymentHandle):
-        self.handle = handle
-
-    async def card(self) -> ModelCard:
-        """See :meth:`Sampler.card`."""
-        card: ModelCard = await self._call("card")
-        return card
-
-    async def generate(self, job: Job) -> Outcome:
-        """See :meth:`Sampler.generate`."""
-        outcome: Outcome = await self._call("generate", job)
-        return outcome
-
-    async def stream(self, job: Job) -> AsyncGenerator[Event, None]:
-        """See :meth:`Sampler.stream`."""
-        response, ended = self.handle.options(stream=True).stream.remote(job), False
-        try:
-            with _handle_errors():
-                async for event in response:
-                    yield event
-            ended = True
-        finally:
-            if not ended:
-                response.cancel()
-
-    async def _call(self, method: str, *args: Any) -> Any:
-        response = getattr(self.handle, method).remote(*args)
-        try:
-            with _handle_errors():
-                return await response
-        except asyncio.CancelledError:
-            response.cancel()
-            raise
-
-
-@contextlib.contextmanager
-def _handle_errors() -> Iterator[None]:
-    from ray.exceptions import RayActorError, RayTaskError
-    from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
-
-    try:
-        yield
-    except RayTaskError as error:
-        if isinstance(error.cause, ApiError):
-            raise error.cause from None
-        raise
-    except BackPressureError:
-        raise ApiError(429, "The server is busy; try again.", "rate_limit_error", code="queue_full", retry_after=5) from None
-    except (RayActorError, DeploymentUnavailableError):
-        raise ApiError(503, "The sampler's process is being replaced; try again.", "server_error", code="not_ready", retry_after=10) from None
-
-
-class Api:
-    """The HTTP ingress; see :func:`serve_app.api.create_app`.
-
-    Args:
-        sampler: handle of the sampler.
-        limits: what one request may ask for.
-        key_digests: digests of the API keys; none serves without keys.
-    """
-
-    def __init__(self, sampler: DeploymentHandle, limits: Limits, key_digests: frozenset[bytes] = frozenset()):
-        self.sampler, self.limits, self.key_digests = HandleSampler(sampler), limits, key_digests
-
-    def __serve_build_asgi_app__(self) -> FastAPI:
-        """Serve calls this once in the replica."""
-        from serve_app.api import create_app
-
-        return create_app(self.sampler, self.limits, self.key_digests, echo_ids=False, report=to_ray)

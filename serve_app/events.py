@@ -8,11 +8,13 @@ import time
 from collections.abc import AsyncGenerator
 from typing import Any
 
+from serve_app.cards import ModelCard
 from serve_app.envelope import internal_error
 from serve_app.metrics import BROKEN_STREAMS, Report
 from serve_app.pictures import encode, to_file
-from serve_app.protocol import ApiError, Event, Finished, Glimpse, Job, ModelCard
+from serve_app.protocol import ApiError
 from serve_app.transport import server_sent
+from serve_app.work import Event, Finished, Glimpse, Job, Queued
 
 # Nothing is metered; OpenAI's clients want the field.
 USAGE = {"input_tokens": 0, "input_tokens_details": {"image_tokens": 0, "text_tokens": 0}, "output_tokens": 0, "total_tokens": 0}
@@ -40,7 +42,9 @@ async def openai_events(
 
     try:
         async for event in events:
-            if isinstance(event, Glimpse):
+            if isinstance(event, Queued):
+                yield f": {event.ahead} ahead\n\n".encode()  # a comment, which OpenAI's clients pass over
+            elif isinstance(event, Glimpse):
                 file = await asyncio.to_thread(to_file, event.pixels, format_)
                 yield server_sent("image_generation.partial_image", {**common(file, event.index), "partial_image_index": event.number})
             elif isinstance(event, Finished):
@@ -51,6 +55,7 @@ async def openai_events(
                     "routing": event.picture.routing(),
                     "masked_probability": event.picture.masked_probability,
                     "degraded": list(event.degraded),
+                    "changed": event.picture.changed,
                     "timings": {"sampler": event.seconds},
                 }
                 yield server_sent("image_generation.completed", {**common(file, event.picture.index), **more})

@@ -11,8 +11,8 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from serve_app.protocol import ApiError
 
-OPEN_PATHS = frozenset({"/", "/health/live", "/health/ready"})
-"""What needs no key: the page, which asks for one, and the health checks."""
+OPEN_PATHS = frozenset({"/", "/experts", "/health/live", "/health/ready"})
+"""What needs no key: the pages, which say nothing of the model and ask for a key, and the health checks."""
 
 _KEY = re.compile(r"[\x21-\x7e]{8,256}")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Annotated, Self
 
 import pydantic
@@ -30,3 +31,15 @@ class Limits(BaseModel):
                 "would never be let through; raise the one or lower the other"
             )
         return self
+
+
+def divided(limits: Limits, ingresses: int) -> Limits:
+    """The limits of one of so many ingress processes, each of which counts for itself: its part of what a client may have, rounded up.
+
+    A client whose requests are spread evenly has what the limits say; one that always meets the same process has that one's part.
+
+    Raises:
+        ValueError: a part is so small that some requests would never be let through.
+    """
+    parts = {name: math.ceil(whole / ingresses) for name in ("images_per_minute", "requests_at_once") if (whole := getattr(limits, name)) is not None}
+    return Limits(**{**limits.model_dump(), **parts})

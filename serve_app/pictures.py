@@ -11,7 +11,8 @@ from numpy.typing import NDArray
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-from serve_app.protocol import Job, ModelCard, Picture
+from serve_app.cards import ModelCard
+from serve_app.work import Job, Picture
 
 
 def encode(picture: Picture, output_format: str, job: Job, card: ModelCard, degraded: tuple[int, ...]) -> bytes:
@@ -59,6 +60,10 @@ def provenance(picture: Picture, job: Job, card: ModelCard, degraded: tuple[int,
         "fingerprint": card.fingerprint,
         "routing": job.routing,
         "degraded": list(degraded),
-        "experts": [{"index": e.index, "objective": e.objective, "fingerprint": e.fingerprint} for e in card.experts],
+        "changed": picture.changed,
+        "experts": [
+            {"index": e.index, "objective": e.objective, "fingerprint": ", then ".join(picture.versions.get(e.index, ())) or e.fingerprint}
+            for e in card.experts
+        ],
         "steps": picture.routing(),
     }

@@ -7,18 +7,17 @@ from __future__ import annotations
 
 import difflib
 import secrets
-from dataclasses import dataclass
-from typing import Annotated, Any, Literal, TypeAlias, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
-import numpy as np
 import pydantic
 import pydantic_core
-from numpy.typing import NDArray
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
 from paris_ray.diffusion.routing import Routing
 from paris_ray.diffusion.solvers import evaluations
+from serve_app.cards import ModelCard
 from serve_app.limits import Limits
+from serve_app.work import Job
 
 IMAGES = "/v1/images/generations"
 MAX_BODY_BYTES = 64 * 1024
@@ -54,8 +53,23 @@ class ApiError(Exception):
         return self.message
 
     def body(self) -> dict[str, dict[str, Any]]:
-        """The one shape that every error has."""
+        """As :class:`ErrorAnswer` has it."""
         return {"error": {"message": self.message, "type": self.type, "param": self.param, "code": self.code}}
+
+
+class ErrorBody(BaseModel):
+    """What went wrong: in words, as OpenAI's class of error, the field at fault, and a word for programs."""
+
+    message: str
+    type: str
+    param: str | None
+    code: str | None
+
+
+class ErrorAnswer(BaseModel):
+    """The one shape that every error has."""
+
+    error: ErrorBody
 
 
 # -- requests -----------------------------------------------------------------------------------------------------------
@@ -169,61 +183,6 @@ def _explain(error: pydantic.ValidationError) -> ApiError:
     return ApiError(400, f"{name}: {rule} (got {shown}).", param=name, code="invalid_value")
 
 
-class ExpertCard(BaseModel):
-    """One expert, as ``/v1/models`` tells it. State: ``ready``, ``down`` (placed but not answering) or ``missing`` (no weights)."""
-
-    index: int
-    objective: str
-    cluster_size: int | None
-    fingerprint: str | None
-    state: Literal["ready", "down", "missing"]
-
-
-class ModelCard(BaseModel):
-    """A model as the sampler holds it."""
-
-    id: str
-    created: int
-    fingerprint: str | None
-    # Side of the square picture in pixels.
-    image_size: int
-    experts: list[ExpertCard]
-    # steps, guidance_scale, routing, solver of a request that does not say.
-    sampling: dict[str, Any]
-    # Whether the router reads the prompt, which routing "caption" needs.
-    router_reads_text: bool
-    attribution: str | None
-    # Whether every placed expert has run a forward pass since the sampler started.
-    warm: bool
-    # With fewer experts there, requests are refused.
-    min_experts: int = 1
-
-    @property
-    def size(self) -> str:
-        return f"{self.image_size}x{self.image_size}"
-
-
-@dataclass(frozen=True)
-class Job:
-    """A request with nothing left open: what the API hands to the sampler."""
-
-    prompt: str
-    negative_prompt: str
-    n: int
-    seed: int
-    index: int
-    steps: int
-    guidance_scale: float
-    routing: str
-    solver: str
-    # Whose job it is; waiting clients are served in turn.
-    client: str = ""
-    # Lowest and highest time with guidance.
-    guidance_interval: tuple[float, float] = (0.0, 1.0)
-    # Of each picture, before it is done.
-    previews: int = 0
-
-
 def resolve(request: GenerationRequest, card: ModelCard, limits: Limits, client: str = "") -> Job:
     """Fill in the defaults and check against the model and the limits.
 
@@ -295,76 +254,6 @@ def _at_most(name: str, value: int, limit: int, remedy: str) -> None:
 # -- answers ------------------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Picture:
-    """One picture as the sampler hands it over.
-
-    Attributes:
-        pixels: uint8 (H, W, 3).
-        index: its index within the seed.
-        times: the times at which velocities were asked for, E of them.
-        weights: the experts' weights at these times, float32 (E, K).
-        masked_probability: the most that the router gave, at one time, to experts that were not available.
-    """
-
-    pixels: NDArray[np.uint8]
-    index: int
-    times: tuple[float, ...]
-    weights: NDArray[np.float32]
-    masked_probability: float = 0.0
-
-    def routing(self) -> list[dict[str, Any]]:
-        """Which expert did what, as JSON: five digits of each weight, so that only who was not asked has 0."""
-        return [{"t": round(t, 6), "weights": [float(f"{w:.5g}") for w in row]} for t, row in zip(self.times, self.weights.tolist(), strict=True)]
-
-
-@dataclass(frozen=True)
-class Queued:
-    """The first event of a job: all its pictures have a place in the queue."""
-
-
-@dataclass(frozen=True)
-class Glimpse:
-    """A preview: what the picture would be if the velocity stayed as it is.
-
-    Attributes:
-        pixels: uint8 (H, W, 3).
-        index: of the picture, within the seed.
-        number: of the preview, from 0.
-    """
-
-    pixels: NDArray[np.uint8]
-    index: int
-    number: int
-
-
-@dataclass(frozen=True)
-class Finished:
-    """A picture is done: with the experts that were masked meanwhile, and the seconds from submission."""
-
-    picture: Picture
-    degraded: tuple[int, ...]
-    seconds: float
-
-
-Event: TypeAlias = Queued | Glimpse | Finished
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """A finished job.
-
-    Attributes:
-        pictures: in the order of their indices.
-        degraded: experts that were masked while the job ran.
-        timings: seconds, by phase.
-    """
-
-    pictures: tuple[Picture, ...]
-    degraded: tuple[int, ...]
-    timings: dict[str, float]
-
-
 class GeneratedImage(BaseModel):
     """One picture of an answer."""
 
@@ -375,6 +264,8 @@ class GeneratedImage(BaseModel):
     routing: list[dict[str, Any]]
     # The most that the router gave, at one time, to experts that were not available.
     masked_probability: float
+    # Experts whose weights were exchanged while it was made: a retry with the same seed gives another picture.
+    changed: list[int]
 
 
 class GenerationResponse(BaseModel):

@@ -19,7 +19,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from paris_ray.diffusion.ensemble import Conditioning, ExpertCall, upload
-from paris_ray.inference.experts import ExpertError, LocalExperts, texts_used
+from paris_ray.inference.experts import ExpertError, ExpertGone, LocalExperts, texts_used
+from serve_app.cards import ExpertState
 
 if TYPE_CHECKING:
     from ray.serve.handle import DeploymentHandle, DeploymentResponse
@@ -35,6 +36,8 @@ CHECK_SECONDS = 5.0
 """How often a group that answers is asked what it holds."""
 RETRY_SECONDS = 1.0
 """Pause after a group was lost before it is asked again."""
+PIECE_ROWS = 8
+"""Rows that go to one of several replicas of a group at once."""
 TEXT_BYTES = 1 << 28
 """Text states that one group keeps (CLIP at 77 × 768: 0.24 MB a text)."""
 
@@ -57,10 +60,11 @@ class WireCall:
 
 @dataclass(frozen=True)
 class Answer:
-    """Velocities (n, C, H, W) per call, or the keys of the texts without which there are none."""
+    """Velocities (n, C, H, W) per call and the versions of the weights that made them, or the keys of the texts without which there are none."""
 
     velocities: list[NDArray[np.float32]]
     missing: tuple[str, ...] = ()
+    versions: tuple[str | None, ...] = ()
 
 
 class RemoteCallee:
@@ -77,17 +81,6 @@ class RemoteCallee:
         self._texts: OrderedDict[str, Tensor] = OrderedDict()
         self._bytes = 0
         self._lock = threading.Lock()
-
-    def loaded(self) -> list[int]:
-        """Indices of the experts that can be called."""
-        return [k for k, here in enumerate(self.experts.available()) if here]
-
-    def warm_up(self, latent: tuple[int, int, int], text: tuple[int, int]) -> None:
-        """One forward pass of every expert, with latents (C, H, W) and text states (S, D) of zeros."""
-        shapes, guidance = np.zeros((1, *latent), np.float32), np.full(1, 2.0, np.float32)
-        calls = [WireCall(k, shapes, np.full(1, 0.5, np.float32), guidance, ("warm-up",), ("warm-up",)) for k in self.loaded()]
-        if calls:
-            self.velocities(calls, {"warm-up": np.zeros(text, np.float32)})
 
     def velocities(self, calls: Sequence[WireCall], texts: dict[str, NDArray[np.float32]]) -> Answer:
         """Guided velocities, or what is missing for them. Raises ExpertError."""
@@ -106,8 +99,8 @@ class RemoteCallee:
             while self._bytes > self.limit and len(self._texts) > len(needed):
                 self._bytes -= self._texts.popitem(last=False)[1].nbytes
             told = {key: self._texts[key] for key in needed}
-        results = self.experts.velocities([self._local(call, told) for call in calls])
-        return Answer([v.float().cpu().numpy() for v in results])
+        answers = [self.experts.answer(call) for call in self.experts.announce([self._local(call, told) for call in calls])]
+        return Answer([v.float().cpu().numpy() for v, _ in answers], versions=tuple(version for _, version in answers))
 
     def _local(self, call: WireCall, texts: dict[str, Tensor]) -> ExpertCall:
         text = [texts[key] for key in call.text_keys]
@@ -123,14 +116,36 @@ class RemoteCallee:
 class _Group:
     indices: tuple[int, ...]
     handle: DeploymentHandle
-    # What it said it holds; empty while it is loading or lost.
-    loaded: frozenset[int] = frozenset()
+    # At most; with several, rows are sent in pieces, so that each has something to do.
+    replicas: int = 1
+    # What it said of its experts; empty while it is starting or lost.
+    states: dict[int, ExpertState] = field(default_factory=dict)
+    # Why it is lost.
+    error: str = ""
+    seen: bool = False
     # Texts that its present replica was told.
     sent: set[str] = field(default_factory=set)
-    lost: threading.Event = field(default_factory=threading.Event)
+    # Set to have it asked at once.
+    asked: threading.Event = field(default_factory=threading.Event)
     # Counts losses, so that an answer given before a loss does not undo it.
     losses: int = 0
     lock: threading.Lock = field(default_factory=threading.Lock)
+
+    def state(self, k: int) -> ExpertState:
+        """Of one of its experts."""
+        if self.error:
+            return ExpertState(k, "dead", f"its process does not answer: {self.error}")
+        return self.states.get(k, ExpertState(k, "loading", "its process is starting"))
+
+
+@dataclass
+class _Piece:
+    """Calls that go to a group together; the positions are those of the engine's calls that they are, or are part of."""
+
+    group: _Group
+    positions: list[int]
+    calls: list[ExpertCall]
+    wires: list[WireCall]
 
 
 class RemoteExperts:
@@ -139,32 +154,34 @@ class RemoteExperts:
     A group that fails is masked until it answers again; a thread a group asks.
 
     Args:
-        groups: which experts each handle has.
+        groups: which experts each handle has, and how many replicas are behind it at most.
         num_experts: how many experts the model has.
     """
 
-    def __init__(self, groups: Sequence[tuple[tuple[int, ...], DeploymentHandle]], num_experts: int):
+    def __init__(self, groups: Sequence[tuple[tuple[int, ...], DeploymentHandle] | tuple[tuple[int, ...], DeploymentHandle, int]], num_experts: int):
         self.num_experts = num_experts
-        self._groups = [_Group(indices, handle) for indices, handle in groups]
+        self.versions: dict[int, tuple[str, ...]] = {}
+        """What the weights are called that answered last, by expert; several where replicas of a group differ."""
+        self._groups = [_Group(*group) for group in groups]
         self._group_of = {k: group for group in self._groups for k in group.indices}
         self._closed = threading.Event()
         for group in self._groups:
             threading.Thread(target=self._watch, args=(group,), daemon=True, name=f"watch-{group.indices[0]}").start()
 
-    @property
-    def placed(self) -> list[bool]:
-        """Which experts some group is meant to have."""
-        return [k in self._group_of for k in range(self.num_experts)]
+    def states(self) -> list[ExpertState]:
+        """Of every expert, as far as it is known."""
+        nowhere = "it is placed nowhere"
+        return [self._group_of[k].state(k) if k in self._group_of else ExpertState(k, "missing", nowhere) for k in range(self.num_experts)]
 
     def available(self) -> list[bool]:
         """Which experts can be called now."""
-        return [k in self._group_of and k in self._group_of[k].loaded for k in range(self.num_experts)]
+        return [state.state == "ready" for state in self.states()]
 
     def close(self) -> None:
         """Stop asking the groups."""
         self._closed.set()
         for group in self._groups:
-            group.lost.set()
+            group.asked.set()
 
     def velocities(self, calls: Sequence[ExpertCall]) -> list[Tensor]:
         """Guided velocities, one tensor (n, C, H, W) per call; all groups compute at once.
@@ -172,36 +189,49 @@ class RemoteExperts:
         Raises:
             ExpertError: a group failed, and its experts are no longer available; or one of its experts failed by itself.
         """
-        by_group: dict[int, list[int]] = {}
-        for position, call in enumerate(calls):
-            group = self._group_of.get(call.expert)
-            if group is None:
-                raise ExpertError(call.expert, "is not placed anywhere")
-            by_group.setdefault(self._groups.index(group), []).append(position)
-        wires = [_to_wire(call) for call in calls]
-        pending = [
-            (self._groups[g], positions, self._send(self._groups[g], [calls[p] for p in positions], [wires[p] for p in positions]))
-            for g, positions in by_group.items()
-        ]
-        results: list[Tensor | None] = [None] * len(calls)
+        pending = [(piece, self._send(piece)) for piece in self._pieces(calls)]
+        results: list[list[Tensor]] = [[] for _ in calls]
+        versions: dict[int, dict[str, None]] = {}
         failed: ExpertError | None = None
-        for group, positions, response in pending:
+        for piece, response in pending:
             try:
-                velocities = self._receive(group, response, [calls[p] for p in positions], [wires[p] for p in positions])
+                answer = self._receive(piece, response)
             except ExpertError as error:
                 # The others are still waited for, so that no answer is left behind.
                 failed = failed or error
                 continue
-            for position, v in zip(positions, velocities, strict=True):
-                results[position] = torch.from_numpy(np.array(v)).to(calls[position].x.device)
+            for position, v, version in zip(piece.positions, answer.velocities, answer.versions, strict=True):
+                results[position].append(torch.from_numpy(np.array(v)).to(calls[position].x.device))
+                if version is not None:
+                    versions.setdefault(calls[position].expert, {})[version] = None
         if failed is not None:
             raise failed
-        return [v for v in results if v is not None]
+        self.versions = {k: tuple(theirs) for k, theirs in versions.items()}
+        return [parts[0] if len(parts) == 1 else torch.cat(parts) for parts in results]
 
-    def _send(self, group: _Group, calls: list[ExpertCall], wires: list[WireCall], again: frozenset[str] = frozenset()) -> DeploymentResponse[Any]:
-        texts: dict[str, NDArray[np.float32]] = {}
-        for call, wire in zip(calls, wires, strict=True):
-            wanted = {key for key in wire.texts_needed() if key in again or key not in group.sent} - texts.keys()
+    def _pieces(self, calls: Sequence[ExpertCall]) -> list[_Piece]:
+        whole: dict[int, _Piece] = {}
+        pieces = []
+        for position, call in enumerate(calls):
+            group = self._group_of.get(call.expert)
+            if group is None:
+                raise ExpertError(call.expert, "is not placed anywhere")
+            if group.replicas == 1:
+                if id(group) not in whole:
+                    pieces.append(whole.setdefault(id(group), _Piece(group, [], [], [])))
+                piece = whole[id(group)]
+                piece.positions.append(position)
+                piece.calls.append(call)
+                piece.wires.append(_to_wire(call))
+                continue
+            for part in _cut(call):
+                pieces.append(_Piece(group, [position], [part], [_to_wire(part)]))
+        return pieces
+
+    def _send(self, piece: _Piece, again: bool = False) -> DeploymentResponse[Any]:
+        group, texts = piece.group, dict[str, "NDArray[np.float32]"]()
+        for call, wire in zip(piece.calls, piece.wires, strict=True):
+            wanted = {key for key in wire.texts_needed() if again or key not in group.sent} - texts.keys()
             for keys, states in ((wire.text_keys, call.cond.text), (wire.null_keys, call.cond.null_text)):
                 for row, key in enumerate(keys):
                     if key in wanted:
@@ -210,21 +240,31 @@ class RemoteExperts:
         if len(group.sent) > 4096:  # only a memory of what need not be sent: forgetting costs one resend
             group.sent.clear()
         group.sent.update(texts)
-        return group.handle.velocities.remote(wires, texts)
+        return group.handle.velocities.remote(piece.wires, texts)
 
-    def _receive(self, group: _Group, response: DeploymentResponse[Any], calls: list[ExpertCall], wires: list[WireCall]) -> list[NDArray[np.float32]]:
+    def _receive(self, piece: _Piece, response: DeploymentResponse[Any]) -> Answer:
+        group, calls = piece.group, piece.calls
         try:
-            answer = self._await(group, response)
+            try:
+                answer = self._await(group, response)
+            except Exception as error:
+                if group.replicas == 1 or not _died(error):
+                    raise
+                # Of several replicas one has died, and another one gives the same answer.
+                response = self._send(piece, again=True)
+                answer = self._await(group, response)
             if answer.missing:
                 # Another replica than the one that was told, or one that had to forget.
-                response = self._send(group, calls, wires, frozenset(key for wire in wires for key in wire.texts_needed()))
+                response = self._send(piece, again=True)
                 answer = self._await(group, response)
                 if answer.missing:
                     raise RuntimeError(f"texts {', '.join(answer.missing)} were sent and are still missing")
-            return answer.velocities
+            return answer
         except Exception as error:
             # Ray wraps what the other side raised.
             cause = getattr(error, "cause", None)
+            if isinstance(cause, ExpertGone):
+                self._forget(group, cause.expert)
             if isinstance(cause, ExpertError):
                 raise ExpertError(cause.expert, cause.message) from error
             response.cancel()
@@ -241,30 +281,38 @@ class RemoteExperts:
             except TimeoutError:
                 if time.monotonic() >= end:
                     raise
-            ping = group.handle.loaded.remote()
+            ping = group.handle.states.remote()
             try:
                 ping.result(timeout_s=PING_SECONDS)
             except TimeoutError:
                 ping.cancel()
                 raise
 
+    def _forget(self, group: _Group, k: int) -> None:
+        """An expert has gone and its process has not: it is masked, and what the others are is asked anew."""
+        with group.lock:
+            group.states = {**group.states, k: ExpertState(k, "missing", "it is no longer there")}
+            group.losses += 1
+            group.asked.set()
+
     def _lose(self, group: _Group, error: Exception) -> None:
         with group.lock:
-            if group.loaded:
+            if group.states:
                 log.warning("experts %s lost: %s: %s", group.indices, type(error).__name__, str(error).partition("\n")[0])
             group.losses += 1
-            group.loaded = frozenset()
+            group.error = type(error).__name__ if group.seen else ""
+            group.states = {}
             group.sent = set()
-            group.lost.set()
+            group.asked.set()
 
     def _watch(self, group: _Group) -> None:
         while not self._closed.is_set():
             losses, response = group.losses, None
             try:
-                response = group.handle.loaded.remote()
+                response = group.handle.states.remote()
                 # One that was there answers at once or is gone; one that is starting may take its time.
-                patience = PING_SECONDS if group.loaded else CALL_SECONDS
-                loaded = frozenset(response.result(timeout_s=patience)) & frozenset(group.indices)
+                patience = PING_SECONDS if group.states else CALL_SECONDS
+                states = {state.index: state for state in response.result(timeout_s=patience) if state.index in group.indices}
             except Exception as error:
                 if response is not None:
                     response.cancel()
@@ -272,13 +320,28 @@ class RemoteExperts:
             else:
                 with group.lock:
                     if losses == group.losses:
-                        if loaded != group.loaded:
-                            log.info("experts %s: %s ready", group.indices, sorted(loaded) or "none")
-                        group.loaded = loaded
-                group.lost.wait(CHECK_SECONDS)
-            if group.lost.is_set():
-                group.lost.clear()
+                        if states != group.states:
+                            log.info("experts: %s", ", ".join(f"{k} {state.state}" for k, state in sorted(states.items())))
+                        group.states, group.error, group.seen = states, "", True
+                group.asked.wait(RETRY_SECONDS if any(state.state == "loading" for state in states.values()) else CHECK_SECONDS)
+            if group.asked.is_set():
+                group.asked.clear()
                 self._closed.wait(RETRY_SECONDS)
+
+
+def _died(error: Exception) -> bool:
+    from ray.exceptions import RayActorError
+
+    return isinstance(error, RayActorError)
+
+
+def _cut(call: ExpertCall) -> list[ExpertCall]:
+    """A call as several, of at most :data:`PIECE_ROWS` rows each."""
+    parts = [list(range(first, min(first + PIECE_ROWS, len(call.x)))) for first in range(0, len(call.x), PIECE_ROWS)]
+    if len(parts) == 1:
+        return [call]
+    return [ExpertCall(call.expert, call.x[part[0] : part[-1] + 1], call.t[part[0] : part[-1] + 1],
+                       call.cond.take(part, torch.tensor(part, device=call.x.device))) for part in parts]  # fmt: skip
 
 
 def _to_wire(call: ExpertCall) -> WireCall:

@@ -19,12 +19,25 @@ HEARTBEAT_SECONDS = 15.0
 """After so long without an event a comment goes out: what lies between takes a silent connection for a dead one."""
 
 
+BODY_SECONDS = 20.0
+"""A body has come within so long, or is not waited for: whoever sends a byte now and then must not hold a connection for ever."""
+
+
 async def read_body(request: Request) -> bytes:
     """The body, counted as it comes: a Content-Length may be absent or wrong.
 
     Raises:
-        ApiError: status 413.
+        ApiError: status 413; 408 when it does not come in time.
     """
+    try:
+        async with asyncio.timeout(BODY_SECONDS):
+            return await _whole_body(request)
+    except TimeoutError:
+        message = f"The body had not come after {BODY_SECONDS:g} s, this server's limit; send it at once."
+        raise ApiError(408, message, code="body_too_slow") from None
+
+
+async def _whole_body(request: Request) -> bytes:
     too_large = ApiError(413, f"The body is larger than this server's limit of {MAX_BODY_BYTES} bytes; shorten the prompt.", code="body_too_large")
     declared = request.headers.get("content-length", "")
     if declared.isdecimal() and (len(declared) > 12 or int(declared) > MAX_BODY_BYTES):

@@ -168,6 +168,7 @@ LEVELS = [
         "paris_ray.presets",
         "paris_ray.headers",
         "paris_ray.layout",
+        "paris_ray.placement",
         "paris_ray.resources",
         "paris_ray.strict",
         "paris_ray.pages",

@@ -70,5 +70,5 @@ def finish(ended: Sequence[Row], codec: Codec, conclude: Callable[[Ticket, str],
         row, ticket = ended[n], ended[n].ticket
         if conclude(ticket, "finished"):
             request, seconds = ticket.request, now - ticket.submitted
-            degraded, lost = sorted(row.masked), row.masked_probability
-            ticket.future.set_result(ImageResult(image, request.seed, request.index, row.history, degraded, seconds, latent, lost))
+            what = (image, request.seed, request.index, row.history, sorted(row.masked), seconds, latent)
+            ticket.future.set_result(ImageResult(*what, row.masked_probability, row.versions))

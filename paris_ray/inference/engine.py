@@ -10,7 +10,6 @@ from __future__ import annotations
 import threading
 import time
 import weakref
-from collections import OrderedDict, deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from typing import TYPE_CHECKING, Any
@@ -18,21 +17,20 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from paris_ray import rng
-from paris_ray.diffusion.ensemble import Experts, draw_experts, ensemble_velocity, one_expert, reweighted, routing_weights, upload
+from paris_ray.diffusion.ensemble import Experts, ensemble_velocity, one_expert, upload
 from paris_ray.diffusion.path import x0_from_velocity
 from paris_ray.diffusion.routing import Routing
 from paris_ray.diffusion.sampler import SOLVERS, initial_noise, time_grid
 from paris_ray.inference.delivery import Look, finish, show
-from paris_ray.inference.experts import ExpertError, LocalExperts, pad_rows, padded
-from paris_ray.inference.precision import working_router
+from paris_ray.inference.experts import ExpertError, LocalExperts
 from paris_ray.inference.prompts import Prompts
 from paris_ray.inference.request import EngineFull, EngineStopped, ImageRequest, ImageResult, Preview, TooDegraded, validate
-from paris_ray.inference.rows import Row, Ticket, conditioning, pick
+from paris_ray.inference.rows import Row, Ticket, conditioning
+from paris_ray.inference.waiting import Waiting
+from paris_ray.inference.weighing import Weigher
 
 if TYPE_CHECKING:
     from paris_ray.inference.weights import ParisModel
-    from paris_ray.models import Router
 
 __all__ = ["ANY_NUMBER", "Engine", "EngineFull", "EngineStopped", "ImageRequest", "ImageResult", "Preview", "TooDegraded", "generate"]
 
@@ -59,10 +57,10 @@ class Engine:
             raise ValueError(f"max_rows {max_rows} and max_queue {max_queue} must be at least 1")
         self.model, self.experts, self.max_rows, self.max_queue = model, experts, max_rows, max_queue
         self.max_masked = max_masked
-        self._waiting: OrderedDict[str, deque[Ticket]] = OrderedDict()  # by client, next client first
+        self._waiting = Waiting(max_queue)
         self._active: list[Row] = []
         self._prompts = Prompts(model)
-        self._routers: tuple[Router, Router] | None = None  # the model's, and the one that is asked
+        self._weigher = Weigher(model)
         self.driving = threading.RLock()
         self._changed = threading.Condition()
         self._thread: threading.Thread | None = None
@@ -96,7 +94,7 @@ class Engine:
 
         Raises:
             ValueError: the request is not valid.
-            EngineFull: ``max_queue`` pictures wait already.
+            EngineFull: ``max_queue`` pictures wait already, or of several clients this one's share of them.
             EngineStopped: the engine was stopped.
         """
         if preview_every < 1:
@@ -108,10 +106,11 @@ class Engine:
             if self._stopping:
                 raise EngineStopped("the engine was stopped")
             self._forget_cancelled()
-            if self._queued() >= self.max_queue:
+            try:
+                self._waiting.add(ticket)
+            except EngineFull:
                 self._counts["rejected"] += 1
-                raise EngineFull(f"{self.max_queue} pictures wait already, the most that may; try again later")
-            self._waiting.setdefault(request.client, deque()).append(ticket)
+                raise
             self._changed.notify_all()
         return ticket.future
 
@@ -122,11 +121,16 @@ class Engine:
         parsed = Routing.parse(routing, self.model.num_experts)
         return Ticket(request, steps, float(guidance), solver, parsed, Future(), noise, preview, preview_every, time.monotonic())
 
+    def ahead(self, future: Future[ImageResult]) -> int | None:
+        """How many pictures get their place before this one, as things stand; None when it has one, or is done."""
+        with self._changed:
+            return self._waiting.ahead(future)
+
     @property
     def metrics(self) -> dict[str, Any]:
         """Counters since the start, and what waits and runs now."""
         with self._changed:
-            return {**self._counts, "queued": self._queued(), "active": len(self._active), "rows_per_expert": list(self._expert_rows)}
+            return {**self._counts, "queued": len(self._waiting), "active": len(self._active), "rows_per_expert": list(self._expert_rows)}
 
     def start(self) -> None:
         """Run ticks in a thread of the engine's own until :meth:`stop`."""
@@ -147,8 +151,8 @@ class Engine:
     def _abandon(self, error: Exception) -> None:
         with self._changed:
             self._stopping = True
-            tickets = [*(row.ticket for row in self._active), *(ticket for queue in self._waiting.values() for ticket in queue)]
-            self._active, self._waiting = [], OrderedDict()
+            tickets = [*(row.ticket for row in self._active), *self._waiting.clear()]
+            self._active = []
         for ticket in tickets:
             self._fail(ticket, error)
 
@@ -213,7 +217,8 @@ class Engine:
         finish(list(self._active), self.model.codec, self._conclude, self._fail)
 
     def _admit(self) -> None:
-        tickets = self._next(self.max_rows - len(self._active))
+        with self._changed:
+            tickets = self._waiting.take(self.max_rows - len(self._active))
         self._prompts.prepare(prompt for ticket in tickets for prompt in (ticket.request.prompt, ticket.request.negative_prompt))
         for ticket in tickets:
             try:
@@ -223,17 +228,6 @@ class Engine:
                 continue
             with self._changed:
                 self._active.append(row)
-
-    def _next(self, count: int) -> list[Ticket]:
-        """Up to so many of those that wait; clients take turns."""
-        tickets: list[Ticket] = []
-        with self._changed:
-            while self._waiting and len(tickets) < count:
-                client, queue = self._waiting.popitem(last=False)
-                tickets.append(queue.popleft())
-                if queue:
-                    self._waiting[client] = queue
-        return tickets
 
     def _begin(self, ticket: Ticket) -> Row:
         request, model, routing = ticket.request, self.model, ticket.routing
@@ -254,7 +248,7 @@ class Engine:
         x = torch.stack([row.x for row in rows])  # (N, C, H, W)
         t = upload(torch.tensor([row.t for row in rows]), x.device)  # (N,)
         cond = conditioning(rows)
-        weights = self._weights(rows, x, t, available)
+        weights = self._weigher.weights(rows, x, t, available)
         if self._too_degraded(rows, available):
             return
         try:
@@ -265,8 +259,10 @@ class Engine:
         with self._changed:
             self._counts["evaluations"] += len(rows)
             self._expert_rows = [a + b for a, b in zip(self._expert_rows, (weights != 0).sum(0).tolist(), strict=True)]
+        versions = getattr(self.experts, "versions", {})  # of experts that may change meanwhile
         looks, ended = [], []
         for n, row in enumerate(rows):
+            row.note(weights[n], versions)
             row.history.append({"t": row.t, "weights": weights[n].tolist()})
             if row.looked_at:
                 looks.append(Look(row.ticket, len(row.history), row.t, x0_from_velocity(x[n : n + 1], t[n : n + 1], v[n : n + 1])[0]))
@@ -308,50 +304,6 @@ class Engine:
             self._fail(row.ticket, TooDegraded(f"experts {missing} are not available, and {share}, above the limit of {self.max_masked:.1%}"))
         return bool(bad)
 
-    def _weights(self, rows: list[Row], x: Tensor, t: Tensor, available: list[bool]) -> Tensor:
-        """Weights of the experts, (N, K) on the CPU: one router pass over the rows that are to be routed or weighed; the others keep theirs."""
-        missing = [k for k, here in enumerate(available) if not here]
-        asking = [n for n, row in enumerate(rows) if row.undecided(missing) or row.several]
-        if asking:
-            logits = self._logits(pick(x, asking), pick(t, asking), [rows[n].text.pooled for n in asking])
-            alike: dict[Routing | None, list[int]] = {}  # at once: the device has nothing to do meanwhile
-            for place, n in enumerate(asking):
-                alike.setdefault(rows[n].ticket.routing if rows[n].undecided(missing) else None, []).append(place)
-            lost = logits.softmax(1)[:, missing].sum(1).tolist()
-            for routing, places in alike.items():
-                some, theirs = [rows[asking[place]] for place in places], logits[places]
-                if routing is None:
-                    found = reweighted(theirs, torch.stack([row.weights for row in some if row.weights is not None]))
-                else:
-                    found = self._route(routing, some, theirs, torch.tensor(available))
-                for row, weights in zip(some, found, strict=True):
-                    row.weights = weights
-                    row.masked.update(missing)
-                for place, row in zip(places, some, strict=True):
-                    row.masked_probability = max(row.masked_probability, min(1.0, lost[place]))
-        return torch.stack([row.weights for row in rows if row.weights is not None])
-
-    @staticmethod
-    def _route(routing: Routing, rows: Sequence[Row], logits: Tensor, available: Tensor) -> Tensor:
-        """Weights of rows with the same routing, (n, K)."""
-        drawn = None
-        if routing.kind == "caption":
-            p = routing_weights(logits, Routing("full"), available)
-            drawn = draw_experts(p, [rng.key(row.ticket.request.seed, row.ticket.request.index) for row in rows])
-        return routing_weights(logits, routing, available, drawn)
-
-    def _logits(self, x: Tensor, t: Tensor, pooled: Sequence[Tensor]) -> Tensor:
-        """The router's, (N, K) on the CPU."""
-        model, count = self.model, padded(len(x), x.device)
-        if self._routers is None or self._routers[0] is not model.router:  # a model may be given another
-            self._routers = model.router, working_router(model.router, model.precision, model.device)
-            if model.compile:
-                self._routers[1].compile_blocks()
-        router = self._routers[1]
-        text = pad_rows(torch.stack(list(pooled)), count) if model.router_reads_text else None
-        logits: Tensor = router(pad_rows(x, count).to(router.patch_embed.weight.dtype), pad_rows(t, count), text)
-        return logits[: len(x)].float().cpu()
-
     def _setback(self, rows: list[Row], weights: Tensor, error: ExpertError) -> None:
         """An expert failed: if it has gone, its rows are routed anew at the next tick; if it is still there, they fail.
 
@@ -384,16 +336,9 @@ class Engine:
             for row in [row for row in self._active if row.ticket.future.cancelled()]:
                 self._conclude(row.ticket, "cancelled")
 
-    def _queued(self) -> int:
-        return sum(len(queue) for queue in self._waiting.values())
-
     def _forget_cancelled(self) -> None:
-        for client, queue in list(self._waiting.items()):
-            for ticket in [ticket for ticket in queue if ticket.future.cancelled()]:
-                queue.remove(ticket)
-                self._conclude(ticket, "cancelled")
-            if not queue:
-                del self._waiting[client]
+        for ticket in self._waiting.drop_cancelled():
+            self._conclude(ticket, "cancelled")
 
 
 def generate(model: ParisModel | Engine, requests: Sequence[ImageRequest], max_resident: int | None = None) -> list[ImageResult]:

@@ -49,6 +49,10 @@ def pad_rows(x: Tensor, count: int) -> Tensor:
     return x if len(x) == count else torch.cat([x, x[-1:].expand(count - len(x), *x.shape[1:])])
 
 
+class ExpertGone(ExpertError):
+    """It is not there, or no longer."""
+
+
 class LocalExperts:
     """Experts of a model, loaded in this process; implements :class:`paris_ray.diffusion.ensemble.Experts`.
 
@@ -89,6 +93,11 @@ class LocalExperts:
         load, limit = functools.partial(model.load_expert, on_host=True), max_resident if lazy else model.num_experts
         self._residents = Residents(load, model.device, limit, compile=model.compile)
         self._served: set[int] = set()
+        self._version: dict[int, str] = {}
+        self.versions: dict[int, tuple[str, ...]] = {}
+        """What :meth:`put` called the weights that answered last, by expert."""
+        self.answered = [0] * model.num_experts
+        """Calls that each expert has answered."""
         for k in range(model.num_experts) if indices is None else indices:
             here = 0 <= k < model.num_experts and model.present[k]
             if lazy and here:
@@ -98,11 +107,23 @@ class LocalExperts:
 
     def load(self, k: int) -> None:
         """Load an expert, or load it again after its files were replaced. Raises what ``ParisModel.load_expert`` does."""
-        loaded = self.model.load_expert(k, on_host=True)  # without the lock: the others go on
+        self.put(k, self.model.load_expert(k, on_host=True))  # without the lock: the others go on
+
+    def put(self, k: int, loaded: tuple[DiT, Objective], version: str | None = None) -> None:
+        """Serve an expert that was read into CPU memory, between two calls, in the place of an older one of that number if there is one.
+
+        Args:
+            k: its number.
+            loaded: network and objective, in the model's precision.
+            version: what to call these weights.
+        """
         with self._lock:
             self._residents.put(k, loaded)
             self._texts.forget(k)
             self._served.add(k)
+            self._version.pop(k, None)
+            if version is not None:
+                self._version[k] = version
 
     def unload(self, k: int) -> None:
         """Retire an expert; from now on it is masked."""
@@ -138,20 +159,30 @@ class LocalExperts:
         Raises:
             ExpertError: an expert is not loaded, or failed; names it.
         """
-        with self._lock:
-            self._texts.use((call.expert, key) for call in calls for key in _texts_of(call))
+        self.announce(calls)
         # Those in memory first: in turn, each would make room for the one before it, and every one be read again at every step.
         order = sorted(range(len(calls)), key=lambda i: calls[i].expert not in self._residents)
-        velocities = {i: self._velocity(calls[i]) for i in order}
-        return [velocities[i] for i in range(len(calls))]
+        answers = {i: self.answer(calls[i]) for i in order}
+        self.versions = {calls[i].expert: (version,) for i in order if (version := answers[i][1]) is not None}
+        return [answers[i][0] for i in range(len(calls))]
 
-    def _velocity(self, call: ExpertCall) -> Tensor:
+    def announce(self, calls: Sequence[ExpertCall]) -> Sequence[ExpertCall]:
+        """Keep the texts of these calls, which are to be answered one by one."""
+        with self._lock:
+            self._texts.use((call.expert, key) for call in calls for key in _texts_of(call))
+        return calls
+
+    @torch.inference_mode()
+    def answer(self, call: ExpertCall) -> tuple[Tensor, str | None]:
+        """Guided velocities of one call, and the version of the weights that made them. Raises ExpertError."""
         with self._lock:
             if call.expert not in self._served:
-                raise ExpertError(call.expert, "is not loaded")
+                raise ExpertGone(call.expert, "is not loaded")
             try:
                 module, objective = self._residents.get(call.expert)
-                return self._residents.retried(lambda: self._guided(call, module, objective), keep=call.expert)
+                v = self._residents.retried(lambda: self._guided(call, module, objective), keep=call.expert)
+                self.answered[call.expert] += 1
+                return v, self._version.get(call.expert)
             except Exception as error:
                 raise ExpertError(call.expert, f"{type(error).__name__}: {error}") from error
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -73,6 +73,8 @@ class ImageResult:
         seconds: from submission to the end.
         latent: the final latent, float32 (C, H, W).
         masked_probability: the most that the router gave, at one time, to experts that were not available.
+        versions: of each expert that was asked, the versions that answered: several, in order, if it was changed meanwhile; none where experts have
+            no versions.
     """
 
     image: NDArray[np.uint8]
@@ -83,6 +85,7 @@ class ImageResult:
     seconds: float
     latent: NDArray[np.float32]
     masked_probability: float = 0.0
+    versions: dict[int, list[str]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any
@@ -52,6 +52,7 @@ class Row:
     history: list[dict[str, Any]] = field(default_factory=list)
     masked: set[int] = field(default_factory=set)
     masked_probability: float = 0.0
+    versions: dict[int, list[str]] = field(default_factory=dict)
     setbacks: int = 0
 
     def undecided(self, missing: Sequence[int]) -> bool:
@@ -59,6 +60,12 @@ class Row:
         if self.weights is None or any(bool(self.weights[k] != 0) for k in missing):
             return True
         return not self.ticket.routing.once_per_picture and begins_step(self.ticket.solver, len(self.history))
+
+    def note(self, weights: Tensor, versions: Mapping[int, Sequence[str]]) -> None:
+        """Keep which versions of the experts have answered it, each once, in order."""
+        for k in weights.nonzero().flatten().tolist() if versions else ():
+            theirs = self.versions.setdefault(k, [])
+            theirs += [version for version in versions.get(k, ()) if version not in theirs]
 
     @property
     def several(self) -> bool:

@@ -11,8 +11,9 @@ from starlette.testclient import TestClient
 from serve_app.api import create_app
 from serve_app.keys import key_digests
 from serve_app.limits import Limits
-from serve_app.protocol import ApiError, Outcome, Queued
+from serve_app.protocol import ApiError
 from serve_app.turns import Turns
+from serve_app.work import Outcome, Queued
 
 PATH = "/v1/images/generations"
 

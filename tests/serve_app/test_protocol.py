@@ -5,9 +5,10 @@ import sys
 
 import pytest
 
+from serve_app.cards import ExpertCard, ModelCard
 from serve_app.keys import key_digests
 from serve_app.limits import Limits
-from serve_app.protocol import ApiError, ExpertCard, GenerationRequest, ModelCard, parse_request, resolve
+from serve_app.protocol import ApiError, GenerationRequest, parse_request, resolve
 
 CARD = ModelCard(
     id="demo",

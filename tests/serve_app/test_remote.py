@@ -12,6 +12,7 @@ from paris_ray.diffusion.ensemble import Conditioning, ExpertCall
 from paris_ray.inference.experts import ExpertError, LocalExperts
 from paris_ray.inference.weights import load_model, open_experts
 from serve_app import remote
+from serve_app.cards import ExpertState
 from serve_app.remote import RemoteCallee, RemoteExperts
 
 
@@ -65,8 +66,8 @@ class Handle:
         self.held.set()
 
     @property
-    def loaded(self):
-        return Line(self, "loaded")
+    def states(self):
+        return Line(self, "states")
 
     @property
     def velocities(self):
@@ -81,8 +82,13 @@ def files(model_path):
     return open_experts(model_path)
 
 
+class Callee(RemoteCallee):
+    def states(self):
+        return [ExpertState(k, "ready") for k, here in enumerate(self.experts.available()) if here]
+
+
 def callee(files, indices, **options):
-    return RemoteCallee(LocalExperts(files, indices), files.device, **options)
+    return Callee(LocalExperts(files, indices), files.device, **options)
 
 
 def calls(files, experts=(0, 1, 2), rows=3, seed=0, texts=None, guidance=(1.0, 2.5, 4.0)):
@@ -209,7 +215,7 @@ def test_a_slow_group_that_lives_is_waited_for(files, pair, monkeypatch):
 def test_a_death_between_calls_is_noticed(files, pair, monkeypatch):
     experts, handles = pair
     monkeypatch.setattr(remote, "CHECK_SECONDS", 0.05)
-    experts._groups[0].lost.set()  # wakes the watcher, which now checks often
+    experts._groups[0].asked.set()  # wakes the watcher, which now checks often
     handles[0].cut = True
     wait_for(lambda: experts.available() == [False, True, False])
 
@@ -221,7 +227,7 @@ def test_an_answer_from_before_a_loss_does_not_undo_it(files, pair, monkeypatch)
     # The watcher has asked, and its answer is on the way when a call finds the group lost.
     asked = len(handle.log)
     handle.held.clear()
-    group.lost.set()  # wakes the watcher
+    group.asked.set()  # wakes the watcher
     wait_for(lambda: len(handle.log) > asked)
     experts._lose(group, ConnectionError("x"))
     handle.held.set()
@@ -241,9 +247,74 @@ def test_an_experts_own_error_comes_through_and_masks_nothing(files, pair):
     assert experts.available()[1]
 
 
+def test_states_say_why(files, pair):
+    experts, handles = pair
+    assert [state.state for state in experts.states()] == ["ready"] * 3
+    handles[1].cut = True
+    with pytest.raises(ExpertError):
+        experts.velocities(calls(files))
+    assert [state.state for state in experts.states()] == ["ready", "dead", "ready"]
+    assert "does not answer" in experts.states()[1].reason
+    never = Handle(callee(files, [0]))
+    never.held.clear()
+    starting = RemoteExperts([((0,), never)], files.num_experts)
+    assert starting.states()[0].state == "loading"
+    starting.close()
+    never.held.set()
+
+
+def test_an_expert_that_has_gone_is_masked_at_once_and_its_siblings_are_not(files, pair):
+    experts, handles = pair
+    handles[0].callee.experts.unload(2)  # the watcher would find out seconds later
+    assert experts.available() == [True, True, True]
+    with pytest.raises(ExpertError, match="not loaded"):
+        experts.velocities(calls(files))
+    assert experts.available() == [True, True, False]
+
+
+class Pair:
+    """Two replicas behind one handle, asked in turn."""
+
+    def __init__(self, *handles):
+        self.handles, self.turn = handles, 0
+
+    def _next(self):
+        self.turn += 1
+        return self.handles[self.turn % 2]
+
+    velocities = property(lambda self: self._next().velocities)
+    states = property(lambda self: self._next().states)
+
+
+def test_several_replicas_share_the_rows_and_not_a_byte_changes(files):
+    handles = [Handle(callee(files, [0, 1, 2])) for _ in range(2)]
+    experts = RemoteExperts([((0, 1, 2), Pair(*handles), 2)], files.num_experts)
+    wait_for(lambda: all(experts.available()))
+    rows = 2 * remote.PIECE_ROWS + 3
+    asked = calls(files, rows=rows, guidance=(1.0, 2.5, 4.0) * rows)
+    for near, far in zip(LocalExperts(files).velocities(asked), experts.velocities(asked), strict=True):
+        assert torch.equal(near, far)
+    for handle in handles:
+        sizes = [len(call.x) for method, arguments in handle.log if method == "velocities" for call in arguments[0]]
+        assert sizes
+        assert max(sizes) == remote.PIECE_ROWS
+    experts.close()
+
+
+def test_replicas_of_different_weights_are_both_named(files):
+    handles = [Handle(callee(files, [0])) for _ in range(2)]
+    for handle, name in zip(handles, ("old", "new"), strict=True):
+        handle.callee.experts.put(0, files.load_expert(0), name)
+    experts = RemoteExperts([((0,), Pair(*handles), 2)], files.num_experts)
+    wait_for(lambda: experts.available()[0])
+    experts.velocities(calls(files, experts=(0,), rows=16, guidance=(1.0,) * 16))
+    assert sorted(experts.versions[0]) == ["new", "old"]
+    experts.close()
+
+
 def test_an_expert_that_is_placed_nowhere(files):
     experts = RemoteExperts([((0,), Handle(callee(files, [0])))], files.num_experts)
-    assert experts.placed == [True, False, False]
+    assert [state.state for state in experts.states()][1:] == ["missing"] * 2
     with pytest.raises(ExpertError, match="not placed"):
         experts.velocities(calls(files, experts=(1,)))
     experts.close()

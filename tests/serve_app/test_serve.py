@@ -16,8 +16,10 @@ import psutil
 import pytest
 from PIL import Image
 
+from paris_ray.placement import serve_groups
 from serve_app import client, metrics
-from serve_app.app import Args, build, groups_of
+from serve_app.app import Args, build
+from serve_app.limits import Limits, divided
 
 KEY = "a-key-for-tests"
 
@@ -272,9 +274,12 @@ def test_arguments_are_checked(model_path, tmp_path):
             Args.model_validate(wrong)
     with pytest.raises(FileNotFoundError, match=r"jobs\.assemble"):
         build(Args(model=str(tmp_path)))
-    for wrong in ([[0, 1], [1]], [[0, 3]], [[0], []]):
+    for wrong in ([[0, 1], [1]], [[0, 3]]):
         with pytest.raises(ValueError, match="none twice"):
             build(Args(model=str(model_path), placement=wrong))
+    for wrong in ([[0], []], [{"experts": [0], "replicas": [3, 1]}], [{"experts": [0], "replica": 2}]):
+        with pytest.raises(ValueError, match="placement"):
+            Args(model="m", placement=wrong)
 
 
 def test_serve_makes_the_arguments_from_the_command_line(model_path):
@@ -288,6 +293,31 @@ def test_serve_makes_the_arguments_from_the_command_line(model_path):
 def test_arguments_from_the_command_line_are_text():
     args = Args.model_validate({"model": "m", "placement": "[[0, 2], [1]]", "gpus": "0.5", "max_rows": "8"})
     assert (args.placement, args.gpus, args.max_rows) == (((0, 2), (1,)), 0.5, 8)
-    assert groups_of(args, 3) == [(0, 2), (1,)]
-    assert groups_of(Args(model="m"), 3) == []
-    assert groups_of(Args(model="m", placement="apart"), 3) == [(0,), (1,), (2,)]
+    assert [group.experts for group in serve_groups(args.placement, 3)] == [(0, 2), (1,)]
+    assert serve_groups("together", 3) == []
+    assert [group.experts for group in serve_groups("apart", 3)] == [(0,), (1,), (2,)]
+
+
+def test_groups_ask_for_what_they_need(model_path):
+    """What Serve is told of each deployment, read from what it would deploy."""
+    placement = [[0], {"experts": [1], "replicas": [1, 4], "gpus": 0.5, "labels": {"market": "spot"}}, {"experts": [2], "replicas": 2, "cpus": 3}]
+    from ray.serve._private.build_app import build_app
+
+    args = Args(model=str(model_path), placement=placement, cpus=0.5, samplers=2, ingresses=3)
+    told = {deployment.name: deployment for deployment in build_app(build(args), name="x").deployments}
+    options = {name: deployment.ray_actor_options for name, deployment in told.items()}
+    assert (options["ExpertGroup-0"]["num_cpus"], options["ExpertGroup-2"]["num_cpus"], options["ExpertGroup-1"]["num_gpus"]) == (0.5, 3, 0.5)
+    assert options["ExpertGroup-1"]["label_selector"] == {"market": "spot"}
+    scale = told["ExpertGroup-1"]._deployment_config.autoscaling_config
+    assert (scale.min_replicas, scale.max_replicas) == (1, 4)
+    assert [told[name].num_replicas for name in ("ExpertGroup-0", "ExpertGroup-2", "Sampler", "Api")] == [1, 2, 2, 3]
+
+
+def test_what_a_key_may_have_is_divided_among_ingresses(model_path):
+    whole = Limits(images_per_minute=50, requests_at_once=4)
+    assert divided(whole, 1) == whole
+    part = divided(whole, 3)
+    assert (part.images_per_minute, part.requests_at_once) == (17, 2)
+    assert divided(Limits(), 3) == Limits()
+    with pytest.raises(ValueError, match="images_per_minute 9 is less than max_images_per_request 10"):
+        build(Args(model=str(model_path), images_per_minute=18, ingresses=2))

@@ -14,7 +14,8 @@ from serve_app.api import create_app
 from serve_app.deployments import Sampler
 from serve_app.keys import key_digests
 from serve_app.limits import Limits
-from serve_app.protocol import ApiError, Queued
+from serve_app.protocol import ApiError
+from serve_app.work import Queued
 
 PATH = "/v1/images/generations"
 DASHBOARD = json.loads((Path(metrics.__file__).parent / "static" / "grafana.json").read_text())

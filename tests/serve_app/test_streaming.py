@@ -15,7 +15,8 @@ from starlette.testclient import TestClient
 from serve_app import transport
 from serve_app.api import create_app
 from serve_app.deployments import preview_every
-from serve_app.protocol import ApiError, Queued
+from serve_app.protocol import ApiError
+from serve_app.work import Queued
 
 PATH = "/v1/images/generations"
 
