@@ -41,7 +41,7 @@ def deploy(cluster: LocalCluster, config: RunConfig, port: int) -> str:
         "name": APPLICATION,
         "route_prefix": "/",
         "import_path": "serve_app.app:build",
-        "args": {"model": stages.folder(config, "assemble").uri, **options},
+        "args": {"model": stages.folder(config, "assemble").uri, "clusters": stages.folder(config, "partition").uri, **options},
     }
     try:
         found = cluster.request("/api/serve/applications/", timeout=120.0) or {}

@@ -5,11 +5,12 @@ from __future__ import annotations
 import asyncio
 import base64
 import time
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Callable
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Annotated, Any, Protocol
 
 from fastapi import FastAPI, Request
+from fastapi import Path as PathParameter
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import HTMLResponse, JSONResponse, Response
 from starlette.exceptions import HTTPException
@@ -22,7 +23,7 @@ from serve_app.keys import Keys, key_digest
 from serve_app.limits import Limits
 from serve_app.metrics import Report, ignore
 from serve_app.pictures import encode
-from serve_app.protocol import IMAGES, ApiError, GeneratedImage, GenerationRequest, GenerationResponse, parse_request, resolve
+from serve_app.protocol import IMAGES, ApiError, ErrorAnswer, GeneratedImage, GenerationRequest, GenerationResponse, parse_request, resolve
 from serve_app.transport import EventStream, read_body, unless_gone
 from serve_app.turns import Turns
 from serve_app.work import Event, Job, Outcome
@@ -66,6 +67,7 @@ def create_app(
     patience: float = 10.0,
     echo_ids: bool = True,
     report: Report = ignore,
+    sheet: Callable[[int], bytes | None] | None = None,
 ) -> FastAPI:
     """The application.
 
@@ -76,10 +78,14 @@ def create_app(
         patience: seconds to wait for the sampler to say what it holds before it counts as not there.
         echo_ids: answer with ``x-request-id``; False where Serve's proxy does.
         report: where what is measured goes.
+        sheet: gives the contact sheet of an expert's cluster, a PNG, where there is one; none where there are no sheets at all.
     """
     limits = limits or Limits()
     turns = Turns(limits)
-    app = FastAPI(title="paris_ray", docs_url=None, redoc_url=None, redirect_slashes=False)
+    refusals: dict[int | str, dict[str, Any]] = {
+        status: {"model": ErrorAnswer, "description": who} for status, who in (("4XX", "Refused."), ("5XX", "Failed, or not there just now."))
+    }
+    app = FastAPI(title="paris_ray", docs_url=None, redoc_url=None, redirect_slashes=False, responses=refusals)
     known: tuple[float, ModelCard] | None = None
 
     async def fresh_card() -> ModelCard:
@@ -109,7 +115,7 @@ def create_app(
     async def live() -> dict[str, str]:
         return {"status": "live"}
 
-    @app.get("/health/ready")
+    @app.get("/health/ready", responses={503: {"description": "Not ready, and why.", "content": {"application/json": {}}}})
     async def ready() -> JSONResponse:
         try:
             card = await fresh_card()
@@ -119,16 +125,19 @@ def create_app(
         good = card.warm and list(states.values()).count("ready") >= max(card.min_experts, 1)
         return JSONResponse({"status": "ready" if good else "not ready", "experts": states}, 200 if good else 503)
 
+    def tell(card: ModelCard) -> dict[str, Any]:
+        return {**_model(card), "limits": limits.model_dump(), "contact_sheets": sheet is not None}
+
     @app.get("/v1/models")
     async def models() -> dict[str, Any]:
-        return {"object": "list", "data": [_model(await fresh_card(), limits)]}
+        return {"object": "list", "data": [tell(await fresh_card())]}
 
     @app.get("/v1/models/{model:path}")
     async def model(model: str) -> dict[str, Any]:
         card = await fresh_card()
         if model != card.id:
             raise ApiError(404, f"model: {model[:80]!r} is not served here; this server has {card.id!r}.", param="model", code="model_not_found")
-        return _model(card, limits)
+        return tell(card)
 
     @app.get("/v1/experts")
     async def experts() -> dict[str, Any]:
@@ -136,9 +145,18 @@ def create_app(
         load = {"queued": card.queued, "active": card.active}
         return {"object": "list", "model": card.id, "data": [{"object": "expert", **one.model_dump()} for one in card.experts], "load": load}
 
+    @app.get("/v1/experts/{index}/sheet", response_class=Response, responses={200: {"content": {"image/png": {}}}})
+    async def expert_sheet(index: Annotated[int, PathParameter(ge=0, lt=2**31)]) -> Response:
+        file = await asyncio.to_thread(sheet, index) if sheet else None
+        if file is None:
+            raise ApiError(404, f"index: there is no contact sheet of expert {index} here.", param="index", code="not_found")
+        return Response(file, media_type="image/png", headers={"cache-control": "private, max-age=3600"})
+
     schema = {"requestBody": {"required": True, "content": {"application/json": {"schema": GenerationRequest.model_json_schema()}}}}
 
-    @app.post(IMAGES, response_model=GenerationResponse, openapi_extra=schema)
+    streamed: dict[int | str, dict[str, Any]] = {200: {"content": {"text/event-stream": {"schema": {"type": "string"}}}}}
+
+    @app.post(IMAGES, response_model=GenerationResponse, openapi_extra=schema, responses=streamed)
     async def generate(request: Request) -> Response:
         started = time.perf_counter()
         # A page of another origin can send text/plain without asking, but not JSON: with CORS off, this keeps it out.
@@ -213,7 +231,7 @@ def create_app(
     return app
 
 
-def _model(card: ModelCard, limits: Limits) -> dict[str, Any]:
+def _model(card: ModelCard) -> dict[str, Any]:
     extensions = card.model_dump(exclude={"id": True, "created": True, "image_size": True, "warm": True, "queued": True, "active": True,
                                           "experts": {"__all__": {"rows"}}})  # fmt: skip
     return {
@@ -223,7 +241,6 @@ def _model(card: ModelCard, limits: Limits) -> dict[str, Any]:
         "owned_by": "paris_ray",
         "size": card.size,
         **extensions,
-        "limits": limits.model_dump(),
     }
 
 

@@ -64,6 +64,8 @@ class Args(Limits):
     # router gives the missing ones more than so much.
     min_experts: Annotated[int, Field(ge=1)] = 1
     max_masked_probability: Annotated[float, Field(ge=0, le=1)] = 1.0
+    # Folder or URI of the run's clusters, whose contact sheets the page shows beside their experts; training pictures, so only if it is told.
+    clusters: str | None = None
     # Any text. Deployed again with another one, the model is loaded anew: for files that changed in place.
     revision: str = ""
 
@@ -132,7 +134,7 @@ def build(args: Args) -> Application:
         **lasting,
         backpressure_config=BackpressureConfig(status_code=429, retry_after_s=5),
     )(serve.ingress()(Api))
-    return api.bind(bound, limits, _keys())
+    return api.bind(bound, limits, _keys(), args.clusters)
 
 
 def _keys() -> frozenset[bytes]:

@@ -8,6 +8,7 @@ import logging
 from collections.abc import AsyncGenerator, Iterator
 from typing import TYPE_CHECKING
 
+from paris_ray.storage import Folder
 from serve_app.cards import ModelCard
 from serve_app.limits import Limits
 from serve_app.metrics import to_ray
@@ -134,13 +135,20 @@ class Api:
         sampler: handle of the sampler.
         limits: what one request may ask for.
         key_digests: digests of the API keys; none serves without keys.
+        clusters: folder or URI with the clusters' contact sheets, if it is to show them.
     """
 
-    def __init__(self, sampler: DeploymentHandle, limits: Limits, key_digests: frozenset[bytes] = frozenset()):
+    def __init__(self, sampler: DeploymentHandle, limits: Limits, key_digests: frozenset[bytes] = frozenset(), clusters: str | None = None):
         self.sampler, self.limits, self.key_digests = HandleSampler(sampler), limits, key_digests
+        self.clusters = Folder(clusters) if clusters else None
+
+    def _sheet(self, k: int) -> bytes | None:
+        name = f"contact-{k}.png"
+        return self.clusters.read_bytes(name) if self.clusters and self.clusters.exists(name) else None
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         """Serve calls this once in the replica."""
         from serve_app.api import create_app
 
-        return create_app(self.sampler, self.limits, self.key_digests, echo_ids=False, report=to_ray)
+        sheet = self._sheet if self._sheet(0) else None
+        return create_app(self.sampler, self.limits, self.key_digests, echo_ids=False, report=to_ray, sheet=sheet)
