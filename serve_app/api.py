@@ -30,6 +30,8 @@ from serve_app.work import Event, Job, Outcome
 
 CARD_SECONDS = 5.0
 """For how long a known model card is good enough to check requests against."""
+OLD_CARD_SECONDS = 1.0
+"""For how long a newer one is waited for, when there is an old one."""
 
 STATIC = Path(__file__).parent / "static"
 
@@ -88,7 +90,7 @@ def create_app(
     app = FastAPI(title="paris_ray", docs_url=None, redoc_url=None, redirect_slashes=False, responses=refusals)
     known: tuple[float, ModelCard] | None = None
 
-    async def fresh_card() -> ModelCard:
+    async def fresh_card(patience: float = patience) -> ModelCard:
         nonlocal known
         try:
             card = await asyncio.wait_for(sampler.card(), patience)
@@ -99,9 +101,14 @@ def create_app(
         return card
 
     async def recent_card() -> ModelCard:
-        if known is not None and time.monotonic() - known[0] < CARD_SECONDS:
-            return known[1]
-        return await fresh_card()
+        if known is None:
+            return await fresh_card()
+        if time.monotonic() - known[0] > CARD_SECONDS:
+            try:
+                return await fresh_card(min(patience, OLD_CARD_SECONDS))
+            except ApiError:
+                pass  # the sampler is being replaced: the request waits for the next one, and an old card checks it as well
+        return known[1]
 
     @app.get("/", include_in_schema=False)
     async def page() -> HTMLResponse:
@@ -175,7 +182,8 @@ def create_app(
             if parsed.stream:
                 events = sampler.stream(job)
                 # What is refused is refused with its own status, before the stream begins.
-                if await unless_gone(request, anext(events)) is None:
+                first = await unless_gone(request, anext(events))
+                if first is None:
                     turn.end()
                     return Response(status_code=499)
 
@@ -183,7 +191,7 @@ def create_app(
                     await events.aclose()
                     turn.end()
 
-                return EventStream(openai_events(events, job, card, format_, request.state.request_id, report), headers, ended)
+                return EventStream(openai_events(first, events, job, card, format_, request.state.request_id, report), headers, ended)
             outcome = await unless_gone(request, sampler.generate(job))
         except Exception:
             turn.end(served=False)

@@ -21,7 +21,7 @@ USAGE = {"input_tokens": 0, "input_tokens_details": {"image_tokens": 0, "text_to
 
 
 async def openai_events(
-    events: AsyncGenerator[Event, None], job: Job, card: ModelCard, format_: str, request_id: str, report: Report
+    first: Event, events: AsyncGenerator[Event, None], job: Job, card: ModelCard, format_: str, request_id: str, report: Report
 ) -> AsyncGenerator[bytes, None]:
     """``image_generation.partial_image`` and ``image_generation.completed``, for each picture; ``error`` ends it early.
 
@@ -41,9 +41,11 @@ async def openai_events(
         }
 
     try:
+        if isinstance(first, Queued) and first.ahead:
+            yield _place(first)
         async for event in events:
             if isinstance(event, Queued):
-                yield f": {event.ahead} ahead\n\n".encode()  # a comment, which OpenAI's clients pass over
+                yield _place(event)
             elif isinstance(event, Glimpse):
                 file = await asyncio.to_thread(to_file, event.pixels, format_)
                 yield server_sent("image_generation.partial_image", {**common(file, event.index), "partial_image_index": event.number})
@@ -65,3 +67,8 @@ async def openai_events(
     except Exception as error:
         report(BROKEN_STREAMS, 1, reason="internal_error")
         yield server_sent("error", internal_error(error, "while it was streamed", request_id).body())
+
+
+def _place(queued: Queued) -> bytes:
+    """As a comment, which OpenAI's clients pass over."""
+    return f": {queued.ahead} ahead\n\n".encode()

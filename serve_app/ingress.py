@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 log = logging.getLogger("ray.serve")
 
 RECOVERY_SECONDS = 60.0
-"""For how long a request whose sampler died waits for the next one."""
+"""For how long a request waits for a sampler that takes it: the next one, if it had one that died."""
 
 
 class SamplerDied(ApiError):
@@ -88,6 +88,10 @@ class HandleSampler:
         response, ended = self.handle.options(stream=True).stream.remote(job), False
         try:
             with _handle_errors():
+                try:
+                    yield await asyncio.wait_for(anext(response), RECOVERY_SECONDS)
+                except TimeoutError:
+                    raise SamplerDied from None
                 async for event in response:
                     yield event
             ended = True

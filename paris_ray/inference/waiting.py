@@ -17,8 +17,8 @@ WANTS_SECONDS = 60.0
 class Waiting:
     """Tickets by client, the next client first. Not thread-safe; its owner locks.
 
-    One client alone may fill the queue. As soon as it has cost another one a place, each of those who want to wait may have its share and no more:
-    who asks often would otherwise leave nothing to who asks seldom.
+    One client alone may fill the queue. When that has cost another one a place, each of those who wait or were refused lately may have its share and no
+    more, for a while: who asks often would otherwise leave nothing to who asks seldom.
 
     Args:
         limit: tickets in all.
@@ -43,7 +43,6 @@ class Waiting:
             self._refused[client] = now
             yours = f"; of yours {own}, whose share is {share}" if len(wanting) > 1 else ""
             raise EngineFull(f"{len(self)} pictures wait already, of {self.limit} that may{yours}; try again later")
-        self._refused.pop(client, None)
         self._queues.setdefault(client, deque()).append(ticket)
 
     def take(self, count: int) -> list[Ticket]:

@@ -47,10 +47,10 @@ def test_who_was_refused_gets_a_place_before_the_one_who_has_them_all():
         queue.add(ticket("greedy"))
     fill(queue, "modest", 2)
     queue.take(8)
-    fill(queue, "greedy", 8)  # nobody was refused but itself
-    clock.now += waiting.WANTS_SECONDS + 1
-    queue.take(1)
-    queue.add(ticket("greedy"))
+    with pytest.raises(EngineFull, match="of yours 4, whose share is 4"):
+        fill(queue, "greedy", 5)
+    clock.now += waiting.WANTS_SECONDS
+    fill(queue, "greedy", 4)  # nobody else has wanted a place for long
 
 
 @pytest.mark.parametrize("attempts", [(10, 1), (50, 5), (3, 3)])

@@ -68,9 +68,8 @@ PICTURE = "document.getElementById('picture').src"
 def make(one, prompt, steps=200):
     """Type a prompt and press Enter."""
     one.wait(READY)
-    one.run(
-        f"document.getElementById('steps').value = {steps}; document.getElementById('prompt').value = ''; document.getElementById('prompt').focus()"
-    )
+    one.run(f"document.getElementById('steps').value = {steps}")
+    one.run("document.getElementById('prompt').value = ''; document.getElementById('prompt').focus()")
     one.type(prompt)
     one.press("Enter", 13, "\r")
 
@@ -81,7 +80,8 @@ def test_a_prompt_becomes_previews_a_picture_and_a_strip(serve, page, sampler):
     preview = one.wait(f"document.getElementById('picture').alt === 'A preview' && {PICTURE}")
     one.wait(DONE)
     final = one.run(PICTURE)
-    assert preview.startswith("data:image/png;base64,") and final != preview
+    assert preview.startswith("data:image/png;base64,")
+    assert final != preview
     body = json.loads(Image.open(io.BytesIO(base64.b64decode(final.partition(",")[2]))).info["routing"])
     rects = one.run("document.querySelectorAll('#strip rect').length")
     assert rects == sum(weight > 0 for step in body["steps"] for weight in step["weights"])
@@ -119,7 +119,8 @@ def test_a_download_carries_its_provenance(serve, page):
     one.run("HTMLAnchorElement.prototype.click = function () { window.taken = [this.download, this.href]; }")
     one.click("#download")
     name, href = one.run("window.taken")
-    assert name.startswith("red-apple-") and name.endswith("-0.png")
+    assert name.startswith("red-apple-")
+    assert name.endswith("-0.png")
     image = Image.open(io.BytesIO(base64.b64decode(href.partition(",")[2])))
     assert image.info["parameters"].startswith("red apple\n")
     assert "routing" in image.info
@@ -170,10 +171,9 @@ def test_who_waits_is_told_of_the_place(serve, page, sampler):
 
 def test_experts_and_their_load(serve, page, sampler):
     one = page(serve() + "experts")
-    assert [
-        text.split()
-        for text in one.wait("document.querySelectorAll('h2').length === 3 && [...document.querySelectorAll('h2')].map((h) => h.innerText)")
-    ] == [["Expert", str(k), "ready"] for k in range(3)]
+    one.wait("document.querySelectorAll('h2').length === 3")
+    titles = one.run("[...document.querySelectorAll('h2')].map((title) => title.innerText)")
+    assert [title.split() for title in titles] == [["Expert", str(k), "ready"] for k in range(3)]
     sampler.keeper.reconfigure({"retired": [1]}).result(60)
     try:
         text = one.wait("[...document.querySelectorAll('li')].map((item) => item.innerText).find((text) => text.includes('missing'))")
@@ -189,6 +189,5 @@ def test_on_a_phone_nothing_is_wider_than_the_screen(serve, page):
     make(one, "red apple", steps=5)
     one.wait(DONE)
     assert one.run("document.documentElement.scrollWidth") == 375
-    assert one.run(
-        "[...document.querySelectorAll('button, input, select, textarea')].filter((e) => e.offsetParent).every((e) => e.offsetHeight >= 24)"
-    )
+    shown = "[...document.querySelectorAll('button, input, select, textarea')].filter((one) => one.offsetParent)"
+    assert one.run(f"{shown}.every((one) => one.offsetHeight >= 24)")
