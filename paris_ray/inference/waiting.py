@@ -17,8 +17,8 @@ WANTS_SECONDS = 60.0
 class Waiting:
     """Tickets by client, the next client first. Not thread-safe; its owner locks.
 
-    One client alone may fill the queue. When that has cost another one a place, each of those who wait or were refused lately may have its share and no
-    more, for a while: who asks often would otherwise leave nothing to who asks seldom.
+    One client alone may fill the queue. When that has cost another one a place, each of those who wait or were refused lately may have for a while
+    its share and no more: who asks often would otherwise leave nothing to who asks seldom.
 
     Args:
         limit: tickets in all.
