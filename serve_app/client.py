@@ -182,8 +182,8 @@ def _take(event: dict[str, Any], out: Path, request: dict[str, Any], seconds: fl
     print(f"{path}: seed {event['seed']}, picture {event['index']}; {who}; {seconds:.1f} s")
     if event["degraded"]:
         print(f"Made without expert {', '.join(map(str, event['degraded']))}: not available just then.", file=sys.stderr)
-    if event["changed"]:
-        who = ", ".join(map(str, event["changed"]))
+    if changed := event.get("changed"):
+        who = ", ".join(map(str, changed))
         print(f"The weights of expert {who} were exchanged meanwhile: the same seed gives another picture now.", file=sys.stderr)
 
 

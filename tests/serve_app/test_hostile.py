@@ -3,13 +3,17 @@
 import asyncio
 import base64
 import io
+from collections import Counter
 
 import httpx
 import pytest
 import schemathesis
-from hypothesis import HealthCheck, settings
+from hypothesis import HealthCheck, given, settings
+from hypothesis.errors import Unsatisfiable
 from PIL import Image
+from schemathesis import GenerationMode
 from schemathesis.checks import not_a_server_error
+from schemathesis.specs.openapi.checks import content_type_conformance, negative_data_rejection, response_schema_conformance
 from starlette.testclient import TestClient
 
 from serve_app import transport
@@ -19,7 +23,7 @@ from serve_app.limits import Limits
 from serve_app.protocol import UNSUPPORTED, GenerationRequest
 
 PATH = "/v1/images/generations"
-SMALL = Limits(max_images_per_request=2, max_steps=3, max_image_steps=6)
+SMALL = Limits(max_images_per_request=2, max_steps=4, max_image_steps=8)
 
 
 @pytest.fixture(scope="module")
@@ -66,7 +70,7 @@ def test_no_route_but_pages_and_health_answers_without_a_key(sampler):
 
 HUGE = "9" * 4000
 VALUES = {
-    "num_inference_steps": ["0", "-1", "4", "1.5", "1e3", HUGE, '"3"', "true", "[3]"],
+    "num_inference_steps": ["0", "-1", "5", "1.5", "1e3", HUGE, '"3"', "true", "[3]"],
     "n": ["0", "-1", "3", "1.0", HUGE, '"1"', "false", "{}"],
     "guidance_scale": ["NaN", "Infinity", "-Infinity", "1e999", "0.5", "51", '"2"'],
     "seed": ["-1", str(2**63), "1.5", "NaN", '"7"'],
@@ -246,17 +250,47 @@ def described(app):
     return schemathesis.openapi.from_asgi("/openapi.json", app)
 
 
-schema = schemathesis.pytest.from_fixture("described")
+CHECKS = (not_a_server_error, content_type_conformance, response_schema_conformance, negative_data_rejection)
+POSSIBLE = {"model": "tiny", "size": "16x16", "routing": "top-1", "num_inference_steps": 1, "n": 1, "index": 7}
+OPERATIONS = [("get", "/health/live"), ("get", "/health/ready"), ("get", "/v1/models"), ("get", "/v1/models/{model}"), ("get", "/v1/experts"),
+              ("get", "/v1/experts/{index}/sheet"), ("post", PATH)]  # fmt: skip
 
 
-@schema.parametrize()
-@settings(max_examples=60, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
-def test_nothing_that_the_page_describes_or_forbids_is_a_server_error(case):
-    """Requests made from the OpenAPI page, valid and not: no 5xx, and errors of the one shape."""
-    response = case.call()
-    case.validate_response(response, checks=(not_a_server_error, *DESCRIBED))
-    if response.status_code >= 400:
-        assert set(response.json()["error"]) == {"message", "type", "param", "code"}
+def test_the_page_describes_every_operation(described):
+    found = [(result.ok().method.lower(), result.ok().path) for result in described.get_all_operations()]
+    assert sorted(found) == sorted(OPERATIONS)
 
 
-DESCRIBED = tuple(schemathesis.checks.CHECKS.get_by_names(["content_type_conformance", "response_schema_conformance", "status_code_conformance"]))
+@pytest.mark.parametrize("mode", list(GenerationMode))
+@pytest.mark.parametrize(("method", "path"), OPERATIONS)
+def test_nothing_that_the_page_describes_or_forbids_is_a_server_error(described, method, path, mode):
+    """Requests made from the OpenAPI page, valid ones and others: no 5xx, what is wrong is refused, and errors have the one shape.
+
+    A valid one for pictures is asked again with what this model can do, and is drawn.
+    """
+    operation, tried = described[path][method], Counter()
+
+    @settings(max_examples=150 if method == "post" else 20, deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck))
+    @given(case=operation.as_strategy(generation_mode=mode))
+    def ask(case):
+        response = case.call()
+        tried[response.status_code] += 1
+        case.validate_response(response, checks=CHECKS)
+        if response.status_code >= 400:
+            assert set(response.json()["error"]) == {"message", "type", "param", "code"}
+        if method == "post" and mode is GenerationMode.POSITIVE:
+            for name, value in POSSIBLE.items():
+                case.body[name] = value if case.body.get(name) is not None else None
+            case.body["partial_images"] = case.body.get("partial_images") if case.body.get("stream") else None
+            drawn = case.call()
+            if drawn.status_code != 200:  # of no rule of the page, but of this server
+                assert drawn.json()["error"]["param"] in ("guidance_interval", "prompt", "negative_prompt"), drawn.text
+            tried[drawn.status_code] += 1
+            case.validate_response(drawn, checks=CHECKS[:3])
+
+    try:
+        ask()
+    except Unsatisfiable:
+        pytest.skip("it takes nothing that could be wrong")
+    if method == "post":
+        assert tried[200 if mode is GenerationMode.POSITIVE else 400] > 50
