@@ -110,7 +110,7 @@ def _png(model: Any) -> Callable[[Any, Any], bytes]:
     import numpy as np
 
     from serve_app.pictures import encode
-    from serve_app.protocol import Job, Picture
+    from serve_app.work import Job, Picture
 
     card = _card(model)
 
@@ -126,7 +126,7 @@ def _png(model: Any) -> Callable[[Any, Any], bytes]:
 
 def _card(model: Any) -> Any:
     """The model as serving describes it."""
-    from serve_app.protocol import ExpertCard, ModelCard
+    from serve_app.cards import ExpertCard, ModelCard
 
     info = model.info
     experts = [

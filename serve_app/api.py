@@ -161,7 +161,9 @@ def create_app(
 
     schema = {"requestBody": {"required": True, "content": {"application/json": {"schema": GenerationRequest.model_json_schema()}}}}
 
-    streamed: dict[int | str, dict[str, Any]] = {200: {"content": {"text/event-stream": {"schema": {"type": "string"}}}}}
+    # Of each event; its data are JSON text, as serve_app/events.py makes it.
+    event = {"type": "object", "properties": {"event": {"type": "string"}, "data": {"type": "string"}}, "required": ["event", "data"]}
+    streamed: dict[int | str, dict[str, Any]] = {200: {"content": {"text/event-stream": {"schema": event}}}}
 
     @app.post(IMAGES, response_model=GenerationResponse, openapi_extra=schema, responses=streamed)
     async def generate(request: Request) -> Response:

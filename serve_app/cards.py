@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal, NamedTuple, TypeAlias
+from dataclasses import dataclass
+from typing import Any, Literal, TypeAlias
 
 from pydantic import BaseModel
 
@@ -11,7 +12,8 @@ State: TypeAlias = Literal["ready", "loading", "missing", "dead"]
 process does not answer, or its forward pass fails."""
 
 
-class ExpertState(NamedTuple):
+@dataclass(frozen=True)
+class ExpertState:
     """What a process says of an expert that it is meant to have; the fingerprint is that of the weights that it serves."""
 
     index: int

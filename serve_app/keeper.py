@@ -9,6 +9,7 @@ import threading
 import time
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -81,11 +82,11 @@ class Keeper:
     def states(self) -> list[ExpertState]:
         """Of each of its experts, now."""
         with self._lock:
-            return [state._replace(reason="; ".join(filter(None, (state.reason, self._refused)))) for state in self._states.values()]
+            return [replace(state, reason="; ".join(filter(None, (state.reason, self._refused)))) for state in self._states.values()]
 
     def _set(self, k: int, **changes: Any) -> None:
         with self._lock:
-            self._states[k] = self._states[k]._replace(**changes)
+            self._states[k] = replace(self._states[k], **changes)
 
     def check(self) -> None:
         """One forward pass of the next expert in turn, unless it has answered somebody since the last time. Raises what it raises."""
