@@ -7,9 +7,11 @@ each with both branches of guidance in one call; texts are projected anew at eve
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import itertools
 import threading
+from collections.abc import Awaitable, Callable
 from typing import Any
 
 import numpy as np
@@ -68,30 +70,36 @@ class Loop:
             return image
 
 
-def _answer(image: NDArray[np.uint8]) -> dict[str, Any]:
-    return {"data": [{"b64_json": base64.b64encode(to_file(image, "png")).decode()}]}
+def _application(draw: Callable[[Asked], Awaitable[NDArray[np.uint8]]]) -> FastAPI:
+    app = FastAPI()
 
+    @app.post("/v1/images/generations")
+    async def generate(asked: Asked) -> dict[str, Any]:
+        image = await draw(asked)
+        return {"data": [{"b64_json": base64.b64encode(to_file(image, "png")).decode()}]}
 
-loop_api, batch_api = FastAPI(), FastAPI()
+    return app
 
 
 @serve.deployment(max_ongoing_requests=256)
-@serve.ingress(loop_api)
+@serve.ingress()
 class PlainLoop:
     """:class:`Loop` behind HTTP, one request at a time."""
 
     def __init__(self, path: str, threads: int):
         self.loop, self.turn = Loop(path, threads), threading.Lock()
 
-    @loop_api.post("/v1/images/generations")
-    def generate(self, asked: Asked) -> dict[str, Any]:
-        """One picture."""
+    def _draw(self, asked: Asked) -> NDArray[np.uint8]:
         with self.turn:
-            return _answer(self.loop.draw(asked.prompt, asked.seed, asked.num_inference_steps))
+            return self.loop.draw(asked.prompt, asked.seed, asked.num_inference_steps)
+
+    def __serve_build_asgi_app__(self) -> FastAPI:
+        """Serve calls this once in the replica."""
+        return _application(lambda asked: asyncio.to_thread(self._draw, asked))
 
 
 @serve.deployment(max_ongoing_requests=256)
-@serve.ingress(batch_api)
+@serve.ingress()
 class BatchedPipeline:
     """:class:`ParisPipeline`, a diffusers pipeline, behind ``@serve.batch``."""
 
@@ -103,8 +111,6 @@ class BatchedPipeline:
     @serve.batch(max_batch_size=16, batch_wait_timeout_s=0.02)
     async def draw(self, asked: list[Asked]) -> list[NDArray[np.uint8]]:
         """Pictures; a call of the pipeline has one number of steps."""
-        import asyncio
-
         import torch
 
         images: dict[int, NDArray[np.uint8]] = {}
@@ -118,7 +124,6 @@ class BatchedPipeline:
             images |= {n: (image * 255).round().astype(np.uint8) for n, image in zip(rows, answer.images, strict=True)}
         return [images[n] for n in range(len(asked))]
 
-    @batch_api.post("/v1/images/generations")
-    async def generate(self, asked: Asked) -> dict[str, Any]:
-        """One picture, in the company of those who wait at the same time."""
-        return _answer(await self.draw(asked))
+    def __serve_build_asgi_app__(self) -> FastAPI:
+        """Serve calls this once in the replica."""
+        return _application(self.draw)

@@ -1,12 +1,7 @@
 """The application under a real Ray Serve: experts together and apart, the official client, a process killed under load."""
 
-import base64
-import contextlib
-import io
 import os
 import re
-import socket
-import threading
 import time
 
 import httpx
@@ -14,7 +9,7 @@ import numpy as np
 import openai
 import psutil
 import pytest
-from PIL import Image
+from running import free_port, pixels, processes, wait
 
 from paris_ray.placement import serve_groups
 from serve_app import client, metrics
@@ -24,18 +19,12 @@ from serve_app.limits import Limits, divided
 KEY = "a-key-for-tests"
 
 
-def _free_port():
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]
-
-
 @pytest.fixture(scope="module")
 def urls(ray_local, model_path):
     """Two applications side by side, one of each placement."""
     from ray import serve
 
-    port = _free_port()
+    port = free_port()
     serve.start(http_options={"host": "127.0.0.1", "port": port})
     common = {"model": str(model_path), "cpus": 0.1, "sampler_cpus": 0.1}
     os.environ["PARIS_API_KEYS"] = KEY
@@ -48,21 +37,6 @@ def urls(ray_local, model_path):
     serve.shutdown()
 
 
-def _processes(application, deployment):
-    """Processes of a deployment's replicas, by their title."""
-    title = f"ray::ServeReplica:{application}:{deployment}"
-    found = []
-    for process in psutil.Process().children(recursive=True):
-        with contextlib.suppress(psutil.NoSuchProcess):
-            if " ".join(process.cmdline()).startswith(title):
-                found.append(process)
-    return found
-
-
-def _pixels(item):
-    return np.asarray(Image.open(io.BytesIO(base64.b64decode(item["b64_json"]))))
-
-
 def test_placement_does_not_change_a_byte(urls, sampler):
     from paris_ray.inference.engine import ImageRequest, generate
 
@@ -73,7 +47,7 @@ def test_placement_does_not_change_a_byte(urls, sampler):
         assert together["degraded"] == apart["degraded"] == []
         expected = generate(sampler.model, [ImageRequest("red apple", seed=0, index=i, routing=routing, guidance_scale=3.0) for i in range(3)])
         for item, result in zip(together["data"], expected, strict=True):
-            np.testing.assert_array_equal(_pixels(item), result.image)
+            np.testing.assert_array_equal(pixels(item), result.image)
 
 
 def test_the_official_client(urls):
@@ -138,14 +112,14 @@ def test_a_client_that_leaves_a_stream_frees_the_sampler(urls):
 
 def test_the_http_process_has_no_torch_and_experts_no_text_tower(urls):
     def mapped(application, deployment):
-        return [p.path for process in _processes(application, deployment) for p in process.memory_maps()]
+        return [p.path for process in processes(application, deployment) for p in process.memory_maps()]
 
     for application in urls:
-        assert _processes(application, "Api")
+        assert processes(application, "Api")
         assert not [path for path in mapped(application, "Api") if "libtorch" in path]
         assert [path for path in mapped(application, "Sampler") if "libtorch" in path]
-    assert len(_processes("apart", "ExpertGroup-")) == 3
-    assert not _processes("together", "ExpertGroup-")
+    assert len(processes("apart", "ExpertGroup-")) == 3
+    assert not processes("together", "ExpertGroup-")
 
 
 def test_every_answer_has_one_request_id(urls):
@@ -162,7 +136,7 @@ def test_prometheus_sees_what_was_measured(urls):
     client.generate(urls["together"], key=KEY, prompt="x")
     rare = {metrics.BROKEN_STREAMS}
     wanted = {f"ray_{metric.name}{'_count' if metric.kind == 'histogram' else ''}" for metric in metrics.ALL if metric not in rare}
-    _wait(lambda: wanted <= set(re.findall(r"^(\w+)", httpx.get(f"http://127.0.0.1:{port}/metrics").text, re.MULTILINE)), 60)
+    wait(lambda: wanted <= set(re.findall(r"^(\w+)", httpx.get(f"http://127.0.0.1:{port}/metrics").text, re.MULTILINE)), 60)
 
 
 def test_it_listens_on_loopback_only(urls):
@@ -199,70 +173,6 @@ def test_a_client_that_leaves_frees_the_sampler(urls):
         client.generate(urls["apart"], timeout=0.2 * whole, **slow)
     client.generate(urls["apart"], prompt="y", num_inference_steps=1)
     assert time.monotonic() - began < 0.7 * whole
-
-
-@contextlib.contextmanager
-def _load(url):
-    """Three clients that ask without a pause; yields their answers, and fails when one got an error or another picture than before."""
-    answers, errors, stop = [], [], threading.Event()
-
-    def ask(seed):
-        while not stop.is_set():
-            try:
-                answers.append(client.generate(url, prompt="x", seed=seed, routing="full", num_inference_steps=20))
-            except client.ServerError as error:
-                errors.append(error)
-
-    threads = [threading.Thread(target=ask, args=(seed,)) for seed in range(3)]
-    for thread in threads:
-        thread.start()
-    try:
-        _wait(lambda: len(answers) >= 3)
-        yield answers
-    finally:
-        stop.set()
-        for thread in threads:
-            thread.join()
-    assert not errors
-    for seed in range(3):
-        whole = [a["data"] for a in answers if a["data"][0]["seed"] == seed and not a["degraded"]]
-        assert whole
-        assert all(data == whole[0] for data in whole)
-
-
-def _wait(condition, seconds=120):
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, "it did not happen"
-        time.sleep(0.05)
-
-
-def test_an_expert_killed_under_load_costs_no_answer(urls):
-    (victim,) = _processes("apart", "ExpertGroup-1")
-    with _load(urls["apart"]) as answers:
-        victim.kill()
-        _wait(lambda: [p for p in _processes("apart", "ExpertGroup-1") if p.pid != victim.pid])
-        _wait(lambda: [e["state"] for e in client.model(urls["apart"])["experts"]] == ["ready"] * 3)
-        before = len(answers)
-        _wait(lambda: len(answers) > before + 3 and not answers[-1]["degraded"])
-    # A call that was cut off waits for the next process, or after PING_SECONDS goes on without it and says so.
-    assert all(a["degraded"] in ([], [1]) for a in answers)
-
-
-def test_an_expert_that_hangs_is_left_out_and_named_until_it_is_back(urls):
-    (victim,) = _processes("apart", "ExpertGroup-1")
-    with _load(urls["apart"]) as answers:
-        victim.suspend()
-        try:
-            _wait(lambda: answers[-1]["degraded"])
-            assert answers[-1]["degraded"] == [1]
-            assert client.model(urls["apart"])["experts"][1]["state"] != "ready"
-            with pytest.raises(client.ServerError, match="expert 1") as caught:
-                list(client.stream(urls["apart"], prompt="x", routing="expert-1"))
-            assert (caught.value.code, caught.value.param) == ("expert_unavailable", "routing")
-        finally:
-            victim.resume()
-        _wait(lambda: not answers[-1]["degraded"])
 
 
 # -- building, without a cluster ----------------------------------------------------------------------------------------
