@@ -22,8 +22,8 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "serve_app"))
 
-from conftest import write_model  # type: ignore[import-not-found]
 from running import PATH, Application, Load, free_port, wait
+from served_model import write_model
 
 from paris_ray.inference.engine import ImageRequest, generate
 from paris_ray.inference.weights import load_model
@@ -41,6 +41,14 @@ def folder(tmp_path_factory):
     root = tmp_path_factory.mktemp("chaos") / "model"
     write_model(root)
     return root
+
+
+@pytest.fixture(autouse=True)
+def ended(ray_local):
+    from ray import serve
+
+    yield
+    serve.shutdown()
 
 
 def serving(folder, **arguments):
@@ -99,7 +107,7 @@ def test_a_quarter_of_an_hour_of_four_times_too_much(ray_local, folder, monkeypa
     async def full_house():
         async with http() as one:
             for _ in range(10):
-                answers = await asyncio.gather(*(ask(one, KEYS[0], seed) for seed in range(ROWS + QUEUE)))
+                answers = await asyncio.gather(*(ask(one, KEYS[0], seed) for seed in range(QUEUE)))
                 assert {answer.status_code for answer in answers} == {200}
 
     async def overload():

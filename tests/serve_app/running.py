@@ -95,12 +95,16 @@ class Load:
     def __init__(self, application, clients=4, **fields):
         self.application, self.fields = application, fields
         self.got, self._stop = [], threading.Event()
-        self._threads = [threading.Thread(target=self._run, args=(seed,)) for seed in range(clients)]
+        self._threads = [threading.Thread(target=self._run, args=(seed,), daemon=True) for seed in range(clients)]
 
     def __enter__(self):
         for thread in self._threads:
             thread.start()
-        wait(lambda: len(self.answers) >= len(self._threads))
+        try:
+            wait(lambda: len(self.answers) >= len(self._threads))
+        except BaseException:
+            self._stop.set()
+            raise
         return self
 
     def __exit__(self, *_):
