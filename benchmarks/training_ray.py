@@ -3,10 +3,11 @@
     python benchmarks/training_ray.py --out benchmarks/results/training_ray.md
 
 ``ours`` is :func:`paris_ray.training.launch.train_stage`, as ``jobs.train_expert`` calls it: a controller and a worker in processes of their own, a
-shard read, draws, clipping, averages, checks, metrics, events. Its time of a step is that of its metrics lines but the first. ``bare torch loop`` is
-forward, backward and fused AdamW on one batch that is at hand, in this process, with Ray idle beside it; its first steps do not count either. Rounds
-alternate, each with a start of its own. A ratio is the bare loop's seconds over ours (below 1: the bare one is faster), the median of the rounds with
-its 95 % interval. Starting and ending a job is reported beside it: it is paid once.
+shard read, draws, clipping, averages, checks, events. Its time of a step is that of its metrics lines but the first; the making of a line is not in
+it. ``bare torch loop`` is forward, backward and fused AdamW on one batch that is at hand, in this process, with Ray idle beside it; its first steps
+do not count either. Norm, averages and draws take a time for each weight, a step one for each weight and token: these have 16 tokens a picture, of
+which training at 256 pixels has 256. Rounds alternate, each with a start of its own. A ratio is the bare loop's seconds over ours (below 1: the bare
+one is faster), the median of the rounds with its 95 % interval. Starting and ending a job is reported beside it: it is paid once.
 """
 
 from __future__ import annotations

@@ -86,13 +86,14 @@ def _run(config: RunConfig, args: argparse.Namespace) -> int:
             if args.detach:
                 stack.pop_all()  # the jobs go on, so their cluster does
             raise
+        finally:
+            print_goodput(config)
     print(f"{config.name}: all stages are done; the model is in {stages.folder(config, 'assemble').uri}")
-    print_goodput(config)
     return 0
 
 
 def print_goodput(config: RunConfig) -> None:
-    """Print which share of the trainings' time was spent in steps that counted; starts, waiting for machines and lost work are the rest."""
+    """Print which share of the time of the trainings that are done was steps that counted; starts, waiting and lost work are the rest."""
     counts = [(cli.status(config, name).manifest or {}).get("counts", {}) for name in stages.names(config) if stages.trains(name)]
     known = [one for one in counts if one.get("goodput")]  # not of an expert that somebody else trained
     if known:

@@ -145,7 +145,8 @@ class Loop:
         self.ema = Ema(task.model, config.ema_half_life_images)
         self.draws = Draws(seed, task.stage, task.rows, task.shape, task.dropout)
         self.total = total_images(config, task.rows)
-        self._peak = peak_flops(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
+        # Of bfloat16: other precisions have other peaks.
+        self._peak = peak_flops(torch.cuda.get_device_name(device)) if device.type == "cuda" and config.precision == "bf16" else None
         self.images, self.seconds = 0, 0.0
         self.lines: list[dict[str, Any]] = []
         self._line: dict[str, Any] = {}
@@ -357,9 +358,10 @@ class Loop:
         )
 
     def _broken_rows(self, start: int) -> list[str]:
-        """Ids of rows in this worker's slice of a step that are not finite themselves: a step's samples can be read again."""
-        good = [tensor.isfinite().flatten(1).all(1) for tensor in self.task.batch(self._draw(start)).values() if tensor.ndim > 1]
-        return sorted({self.task.ids[row] for row in self._draw(start).rows[~torch.stack(good).all(0).numpy()]})
+        """Ids of rows of a step, on whatever worker, that are not finite themselves: a step's samples can be read again."""
+        draw = self.draws(start, start + self.config.batch_size)
+        good = [tensor.isfinite().flatten(1).all(1) for tensor in self.task.batch(draw).values() if tensor.ndim > 1]
+        return sorted({self.task.ids[row] for row in draw.rows[~torch.stack(good).all(0).numpy()]})
 
     def _measure(self, clock: Clock) -> None:
         """Make the metrics line of the interval that ends here; the only place where the loop waits for a GPU."""
@@ -384,5 +386,9 @@ class Loop:
             "data_wait": clock.waited / seconds if seconds > 0 else 0.0,
             "seconds": self.seconds,
         }
-        if self._peak and seconds > 0:  # model FLOP utilisation: recomputed activations and frozen encoders are no use
-            self._line["mfu"] = self.task.flops * images / seconds / (self._peak * self.place.world)
+        if self._peak and seconds > 0:
+            self._line["mfu"] = self.mfu(images / seconds)
+
+    def mfu(self, images_per_second: float) -> float | None:
+        """Model FLOP utilisation of all workers, where the device's peak is known: recomputed activations and frozen encoders are no use."""
+        return self.task.flops * images_per_second / (self._peak * self.place.world) if self._peak else None

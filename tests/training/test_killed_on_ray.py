@@ -45,7 +45,7 @@ def calm(path: Path, **sets: object) -> Folder:
     return Folder(path) / "experts" / "1"
 
 
-@pytest.mark.timeout(400)
+@pytest.mark.timeout(1200)  # more than the sum of what it waits for, whose own messages say more
 def test_controller_node_and_driver_are_killed(tmp_path, ground):
     images, interval = 8000, 800
     sets = {"expert__train__images": images, "expert__train__checkpoint_images": interval}

@@ -18,7 +18,12 @@ from paris_ray.training.loop import Place
 
 
 def short(path) -> dict:
-    return {"expert__train__images": 80, "expert__train__checkpoint_images": 40, "experts__0__init_from": f"{path}/start.safetensors"}
+    return {
+        "expert__train__images": 80,
+        "expert__train__checkpoint_images": 40,
+        "expert__train__log_images": 8,
+        "experts__0__init_from": f"{path}/start.safetensors",
+    }
 
 
 def train(rank: int, path: str) -> None:
@@ -46,10 +51,11 @@ def test_two_workers_learn_what_one_learns(tmp_path, capfd):
         for name, expected in a.tensors(part).items():
             # Gradients are summed in another order; Adam can turn a tiny difference into a small one.
             torch.testing.assert_close(b.tensors(part)[name], expected, rtol=1e-2, atol=2e-4)
-    for first, second in zip(checkpoint.read_metrics(one), checkpoint.read_metrics(two), strict=True):
+    for step, (first, second) in enumerate(zip(checkpoint.read_metrics(one), checkpoint.read_metrics(two), strict=True)):
         assert first["images"] == second["images"]
         for key in ("loss", "grad_norm"):
-            assert abs(first[key] - second[key]) < 1e-3 * abs(first[key])
+            # From the same weights all but equal; after updates, as far as Adam has taken the rounding.
+            assert abs(first[key] - second[key]) < (1e-5 if step == 0 else 1e-3) * abs(first[key])
 
 
 def asked_to_go(rank: int, path: str) -> None:
@@ -106,7 +112,7 @@ def test_one_worker_goes_on_where_two_left_off(tmp_path, monkeypatch):
     # 36 rows: a whole pass and 44 of the next ones, of which it saw the second half.
     assert sorted(seen["one"][:36]) == list(range(36))
     assert seen["two"] == seen["one"][40:]
-    assert [line["images"] for line in checkpoint.read_metrics(two)] == [40, 80]
+    assert [line["images"] for line in checkpoint.read_metrics(two)] == list(range(8, 81, 8))
     for first, second in zip(checkpoint.read_metrics(one), checkpoint.read_metrics(two), strict=True):
         assert abs(first["loss"] - second["loss"]) < 1e-3 * abs(first["loss"])
     for name, expected in checkpoint.latest(one).tensors("model").items():
