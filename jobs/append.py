@@ -16,7 +16,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from jobs import cli
+from jobs import checks, cli
 from paris_ray import stages
 from paris_ray.config import ConfigError, RunConfig
 from paris_ray.manifest import STARTED, Lock, StaleError, published
@@ -28,6 +28,7 @@ def action(config: RunConfig, args: argparse.Namespace) -> None:
 
     if args.new_expert and not args.source:
         raise ConfigError("--new-expert: it learns what a source has; name it with --source")
+    checks.check_parent(config, "partition")
     # What the run would be is checked before the corpus grows.
     more, k = with_another_expert(config) if args.new_expert else config, config.num_experts
     _check_half_trained(config, args.new_expert)
@@ -36,7 +37,7 @@ def action(config: RunConfig, args: argparse.Namespace) -> None:
     if args.source:
         named = argparse.Namespace(config=args.config, sets=[*args.sets, f"data.source={args.source}"], rebuild=[])
         other = cli.load(named)
-        cli.check_source(other)
+        checks.check_source(other)
     cli.connect()
     if args.source:
         with Lock(stages.folder(config, "embed"), "append"):

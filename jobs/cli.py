@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import logging
 import os
 import secrets
 import signal
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import yaml
 
+from jobs import checks
 from paris_ray import config as configs
 from paris_ray import stages
 from paris_ray.config import ConfigError, RunConfig
@@ -22,6 +24,7 @@ from paris_ray.storage import Folder
 
 CONFIG = "config.yaml"
 USER_ERROR = 2
+INTERRUPTED = 130
 STOPPED = 3
 """Exit code of what ended in order before it was done, because somebody asked or a limit was reached."""
 LOCK_SECONDS = 60.0
@@ -34,10 +37,10 @@ Action = Callable[[RunConfig, argparse.Namespace], int | None]
 def run(parser: argparse.ArgumentParser, action: Action, argv: Sequence[str] | None, stage: str | Callable[[argparse.Namespace], str]) -> int:
     """The body of a job script: ``return cli.run(parser, action, argv, stage="embed")``.
 
-    Adds the arguments of :func:`paris_ray.config.add_arguments`, loads the config, answers ``--dry-run``, checks that the stage's parents are
-    there, writes ``RUN/config.yaml``, takes the stage's lock, clears the stage's folders if ``--rebuild`` names it, and calls
-    ``action(config, args)``. A wrong config, a stale or locked folder or a missing parent is one message on stderr and exit code 2; any other
-    error keeps its traceback.
+    Adds the arguments of :func:`paris_ray.config.add_arguments`, loads the config, answers ``--dry-run``, checks what can be checked
+    (:mod:`jobs.checks`), writes ``RUN/config.yaml``, takes the stage's lock, clears the stage's folders if ``--rebuild`` names it, and calls
+    ``action(config, args)``. A wrong config, a stale or locked folder or a missing parent is one message on stderr and exit code 2, Ctrl-C exit
+    code 130; any other error keeps its traceback.
 
     Args:
         parser: with the job's own arguments, if any.
@@ -51,20 +54,17 @@ def run(parser: argparse.ArgumentParser, action: Action, argv: Sequence[str] | N
     try:
         config = load(args, [name])
         if args.dry_run:
-            print_plan(config)
+            print_plan(config, args.rebuild)
             return 0
-        check_parents(config, name)
-        write_config(config, args.rebuild)
-        with Lock(stages.folder(config, name), f"the stage {name}", wait=LOCK_SECONDS):
+        checks.check(config, name, name in args.rebuild)
+        with config_of_run(config, name, args.rebuild), Lock(stages.folder(config, name), f"the stage {name}", wait=LOCK_SECONDS):
             if name in args.rebuild:
                 clear(config, name)
             return action(config, args) or 0
-    except (ConfigError, StaleError, LockedError, MissingParentError) as error:
+    except (ConfigError, StaleError, LockedError, checks.MissingParentError) as error:
         return complain(parser, error)
-
-
-class MissingParentError(FileNotFoundError):
-    """A stage that this one reads from has not been run."""
+    except KeyboardInterrupt:  # how far it was, its progress has said
+        return INTERRUPTED
 
 
 def complain(parser: argparse.ArgumentParser, error: Exception) -> int:
@@ -142,24 +142,6 @@ def add_fallback(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--fallback", action="store_true", help="ask for the machine under resources.fallback")
 
 
-def check_source(config: RunConfig) -> None:
-    """Raise ConfigError when the images are not there."""
-    uri = getattr(config.data.source, "uri", None)
-    if uri is not None and not Folder(uri).exists():
-        raise ConfigError(f"data.source.uri: {uri} does not exist; name what holds the images and captions, --set data.source.uri=…")
-
-
-def check_parents(config: RunConfig, name: str) -> None:
-    """Raise MissingParentError when a stage cannot start yet; the message says what to run first."""
-    if name == "embed":
-        return check_source(config)
-    try:
-        stages.stage(config, name)
-    except FileNotFoundError as error:
-        raise MissingParentError(str(error)) from None
-    return None
-
-
 # -- the plan -----------------------------------------------------------------------------------------------------------
 
 
@@ -190,14 +172,20 @@ def status(config: RunConfig, name: str) -> Status:
 PLAN = {"absent": "run", "partial": "resume", "valid": "skip", "stale": "refuse", "damaged": "refuse", "waiting": "run after its parents"}
 
 
-def print_plan(config: RunConfig) -> None:
+def print_plan(config: RunConfig, rebuild: Sequence[str] = ()) -> None:
     """Print the resolved config, what each stage would do, and what training would cost."""
     print(configs.dump(config))
     print(f"{'stage':<16}{'found':<10}would")
     for name in [*stages.names(config), "evaluate"]:
-        found = status(config, name)
-        print(f"{name:<16}{found.state:<10}{PLAN[found.state]}")
-        if found.state in ("stale", "damaged"):
+        found, would, problem = status(config, name), "", ""
+        if name == "partition":
+            try:
+                checks.check_clusters(config, name in rebuild)
+            except ConfigError as error:
+                would, problem = "refuse", f"    {error}\n"
+        would = would or ("delete it, make it anew" if name in rebuild and found.state != "absent" else PLAN[found.state])
+        print(f"{name:<16}{found.state:<10}{would}\n{problem}", end="")
+        if found.state in ("stale", "damaged") and name not in rebuild:
             print("".join(f"    {reason}\n" for reason in found.reasons), end="")
         print("".join(f"    {note}\n" for note in found.notes), end="")
     print_cost(config)
@@ -237,15 +225,39 @@ def write_config(config: RunConfig, rebuild: Sequence[str] = ()) -> None:
         StaleError: a stage was; the message lists which and what.
     """
     run, text = Folder(config.run_dir), configs.dump(config).encode()
-    try:
-        found = run.read_bytes(CONFIG)
-        if found == text or (run.uri in [one.storage for one in config.clusters.values()] and yaml.safe_load(found)["run_dir"] != run.uri):
-            return
-    except FileNotFoundError:
-        pass
+    found = written_config(config)
+    if found == text:
+        return
+    if found is not None and run.uri in [one.storage for one in config.clusters.values()] and yaml.safe_load(found)["run_dir"] != run.uri:
+        return
     if bad := refused(config, rebuild):
         raise StaleError(refusal(config, bad))
-    run.write_bytes(CONFIG, text)
+    try:
+        run.write_bytes(CONFIG, text)
+    except OSError as error:
+        raise ConfigError(f"run_dir: {run.uri} cannot be written to ({error}); name a folder where you may write, --set run_dir=…") from None
+
+
+def written_config(config: RunConfig) -> bytes | None:
+    """``RUN/config.yaml``, if it is there."""
+    try:
+        return Folder(config.run_dir).read_bytes(CONFIG)
+    except FileNotFoundError:
+        return None
+
+
+@contextlib.contextmanager
+def config_of_run(config: RunConfig, name: str, rebuild: Sequence[str] = ()) -> Iterator[None]:
+    """:func:`write_config`; when settings are refused before the stage has made anything, what was there before is put back."""
+    before = written_config(config)
+    write_config(config, rebuild)
+    try:
+        yield
+    except ConfigError:
+        if status(config, name).state == "absent":
+            run = Folder(config.run_dir)
+            run.delete(CONFIG) if before is None else run.write_bytes(CONFIG, before)
+        raise
 
 
 def refusal(config: RunConfig, bad: dict[str, Status]) -> str:
@@ -264,6 +276,8 @@ def clear(config: RunConfig, name: str) -> None:
     """Delete what a job made, except its lock."""
     for part in parts(config, name):
         stages.folder(config, part).delete_all(keep=("_lock.json",))
+    if name == "partition":
+        (Folder(config.run_dir) / "shards").delete_all()  # of experts that were added, too
     if name == "embed":
         (Folder(config.run_dir) / "rejected").delete_all()
 

@@ -66,7 +66,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 1
     except KeyboardInterrupt:
         print("demo: interrupted; the same command continues from here", file=sys.stderr)
-        return run_all.INTERRUPTED
+        return cli.INTERRUPTED
 
 
 def _demo(config: RunConfig, rebuild: Sequence[str]) -> int:

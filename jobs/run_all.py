@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from typing import Any
 
-from jobs import cli, clusters
+from jobs import checks, cli, clusters
 from jobs.local_cluster import ClusterError, LocalCluster, exit_on_signals
 from jobs.runner import ClusterLostError, CostReachedError, Runner
 from paris_ray import config as configs
@@ -25,8 +25,6 @@ from paris_ray.config import ConfigError, RunConfig
 from paris_ray.manifest import Lock, LockedError, StaleError
 from paris_ray.progress import clock
 from paris_ray.storage import Folder
-
-INTERRUPTED = 130
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -50,8 +48,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         if args.max_cost is not None:
             check_prices(config)
         if args.dry_run:
-            cli.print_plan(config)
+            cli.print_plan(config, args.rebuild)
             return 0
+        checks.check_run_dir(config)
         with Lock(Folder(config.run_dir), "run_all"):
             prepare(config, args.rebuild)
             if not args.rebuild and finished(config):
@@ -67,7 +66,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"{parser.prog}: {error}", file=sys.stderr)
         return cli.STOPPED
     except KeyboardInterrupt:
-        return INTERRUPTED
+        return cli.INTERRUPTED
 
 
 def _run(config: RunConfig, args: argparse.Namespace) -> int:
@@ -104,7 +103,7 @@ def print_goodput(config: RunConfig) -> None:
 def check_source(config: RunConfig, rebuild: Sequence[str] = ()) -> None:
     """Raise ConfigError when the folder of images is not there and has yet to be read."""
     if "embed" in rebuild or cli.status(config, "embed").state != "valid":
-        cli.check_source(config)
+        checks.check_source(config)
 
 
 def check_prices(config: RunConfig) -> None:
@@ -121,6 +120,7 @@ def prepare(config: RunConfig, rebuild: Sequence[str] = ()) -> None:
 
     Raises:
         StaleError: a stage was made from other inputs, or a rebuild would make one so.
+        ConfigError: the corpus is too small for the clusters.
     """
     if bad := cli.refused(config, rebuild):
         raise StaleError(cli.refusal(config, bad))
@@ -129,6 +129,7 @@ def prepare(config: RunConfig, rebuild: Sequence[str] = ()) -> None:
     if kept := [name for name in every if name in below and cli.status(config, name).state not in ("absent", "waiting")]:
         flags = " ".join(f"--rebuild {name}" for name in [*rebuild, *kept])
         raise StaleError(f"{', '.join(kept)} would no longer fit what --rebuild makes anew; nothing was started. Pass {flags}, or none of them.")
+    checks.check_clusters(config, "partition" in rebuild)
     cli.write_config(config, rebuild)
 
 

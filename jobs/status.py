@@ -53,7 +53,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("".join(f"{name:<{width}}" for name, width in widths.items()))
         for one, texts in zip(found, shown, strict=True):
             print("".join(f"{texts[name]:<{width}}" for name, width in widths.items()).rstrip())
-            if one["state"] in ("failed", "silent", QUEUED) and one["message"]:
+            if one["state"] in ("failed", "stopped", "silent", QUEUED) and one["message"]:
                 print(f"    {one['message']}")
     return 0
 
@@ -69,7 +69,7 @@ def look(config: RunConfig, name: str, now: float) -> dict[str, Any]:
     Returns:
         ``stage, state, cluster, node, done, total, unit, rate, loss, eta, restarts, goodput, cost, seen`` (seconds ago), ``message``; ``None`` for
         what is not known. The state is that of its files (``valid``, ``stale``, ``damaged``, ``absent``, ``waiting``, ``partial``); of one that is
-        not whole, ``running``, ``starting``, ``queued`` (no room for its workers), ``failed``, or ``silent`` by its last event.
+        not whole, ``running``, ``starting``, ``queued`` (no room for its workers), ``failed``, ``stopped``, or ``silent`` by its last event.
     """
     status = cli.status(config, name)
     state = status.state
@@ -79,7 +79,7 @@ def look(config: RunConfig, name: str, now: float) -> dict[str, Any]:
         event = {}
     seen = now - event["updated"] if "updated" in event else None
     if state in ("absent", "partial") and seen is not None and event["state"] != "done":
-        state = event["state"] if event["state"] == "failed" or seen < SILENT_S else "silent"
+        state = event["state"] if event["state"] in ("failed", "stopped") or seen < SILENT_S else "silent"
     taken = bill(Folder(config.run_dir) / "events", name)
     counts = status.manifest["counts"] if state == "valid" and status.manifest else {}
     return {

@@ -199,6 +199,23 @@ class RunConfig(Strict):
         experts = tuple(one.model_copy(update={"cluster": HERE}) for one in self.experts)
         return self.model_copy(update={"clusters": {}, "expert": self.expert.model_copy(update={"cluster": HERE}), "experts": experts})
 
+    def check_train_rows(self, total: int) -> None:
+        """Raise ConfigError unless a corpus with so many training rows can be divided into the clusters."""
+        clusters = self.partition.fine if self.partition.method == "kmeans" else self.num_experts
+        if total < clusters:
+            raise ConfigError(
+                f"partition.fine: {clusters} fine clusters need at least as many training rows, and the corpus has {total}; "
+                f"lower it (--set partition.fine={max(self.num_experts, total // 8)}) or embed more pictures"
+            )
+
+    def check_none_added(self) -> None:
+        """Raise ConfigError when experts were added later: clusters made anew would not know what these learn."""
+        if self.partition.added:
+            raise ConfigError(
+                f"partition.added is {self.partition.added}: what these experts learn is of no cluster but of sources that were appended, which "
+                "would be lost; to make clusters for all experts anew, set partition.added=0 and pass --rebuild partition"
+            )
+
     def check_downsampling(self, down: int) -> None:
         """Raise ConfigError unless the codec's latents, ``down`` times smaller than the images, divide into every model's patches."""
         for where, model in [(f"experts[{k}]", e.model) for k, e in enumerate(self.experts)] + [("router", self.router.model)]:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import importlib.util
 from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from paris_ray.strict import Strict
+from paris_ray.strict import ConfigError, Strict
 
 
 class OpenMojiSource(Strict):
@@ -217,3 +218,8 @@ class PartitionConfig(Strict):
     contact_sheet: Annotated[int, Field(ge=1, le=400)] = 48
     # The last so many experts were added later, each with the rows of a source of its own (jobs.append --new-expert); no cluster was fitted for them.
     added: Annotated[int, Field(ge=0)] = 0
+
+    def check_backend(self) -> None:
+        """Raise ConfigError when the backend is not installed here."""
+        if importlib.util.find_spec(self.backend) is None:
+            raise ConfigError(f"partition.backend: {self.backend} is not installed; install it on every node, or pass --set partition.backend=numpy")

@@ -21,6 +21,7 @@ is still valid, and its status says from which.
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import hashlib
 import importlib.metadata
@@ -35,6 +36,7 @@ import sys
 import threading
 import time
 import uuid
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -146,6 +148,16 @@ class Stage:
         if status.state == "absent":
             self.folder.write_json(STARTED, {"inputs": self.inputs})
         return status
+
+    @contextlib.contextmanager
+    def attempt(self) -> Iterator[None]:
+        """After :meth:`begin`: an error that ends the work before it has made anything takes back the mark; the next start may have other inputs."""
+        try:
+            yield
+        except BaseException:
+            if {entry.name for entry in self.folder.files(recursive=True)} <= {STARTED, LOCK}:
+                self.folder.delete(STARTED)
+            raise
 
     def publish(
         self, counts: dict[str, Any] | None = None, seconds: float | None = None, result: str = "", after: dict[str, Any] | None = None

@@ -21,10 +21,10 @@ WINDOW_SECONDS = 30.0
 class Progress:
     """Progress of one stage, in ``events/<stage>.json`` and on the console.
 
-    As a context manager it says that the stage has failed when an error leaves it.
+    As a context manager it says that the stage has failed when an error leaves it, or was stopped when somebody asked it to end.
 
-    The file holds ``stage, state (starting | running | done | failed), done, total, unit, rate (units per second), eta (seconds or null), loss,
-    message, updated (unix time)``. It is replaced atomically at most once a second; :meth:`update` costs about a microsecond in between. Progress
+    The file holds ``stage, state (starting | running | done | failed | stopped), done, total, unit, rate (units per second), eta (seconds or
+    null), loss, message, updated (unix time)``. It is replaced atomically at most once a second; :meth:`update` costs about a microsecond in between. Progress
     is a courtesy: when the store is away for a moment the update is lost and the work goes on.
 
     Args:
@@ -49,7 +49,9 @@ class Progress:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        if error is not None:
+        if isinstance(error, KeyboardInterrupt | SystemExit):
+            self.stop()
+        elif error is not None:
             self.fail(f"{type(error).__name__}: {error}".splitlines()[0])
 
     def update(self, done: int, loss: float | None = None, message: str = "", force: bool = False) -> None:
@@ -82,6 +84,13 @@ class Progress:
     def fail(self, message: str) -> None:
         """The stage has failed; ``message`` says why in a line."""
         self._end("failed", message)
+
+    def stop(self) -> None:
+        """The stage has ended before it was done, because somebody asked."""
+        self._state, self.message = "stopped", "the same command goes on"
+        self._write()
+        of = f" of {self.total}" if self.total else ""
+        print(f"{self.stage}: stopped at {self.done}{of} {self.unit}; {self.message}", file=sys.stderr, flush=True)
 
     @property
     def rate(self) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 from paris_ray import hub
@@ -155,10 +156,25 @@ def stage(config: RunConfig, name: str) -> Stage:
     return Stage(name, folder(config, name), config_part(config, name), prints, earlier)
 
 
+def unknown_experts(config: RunConfig) -> list[str]:
+    """Why the run's shards are not those of this config: one was published for an expert that it does not have."""
+    shards = Folder(config.run_dir) / "shards"
+    numbers = [int(name.removeprefix("expert=")) for name in shards.folders() if re.fullmatch(r"expert=\d+", name)]
+    unknown = [k for k in sorted(numbers) if k >= config.num_experts and published(shards / f"expert={k}") is not None]
+    return [
+        f"shards/expert={k} is of an expert that this config, with {config.num_experts}, does not have; jobs.append --new-expert adds one to "
+        f"{config.run_dir}/config.yaml: use that config, and if it has no more experts, repeat that command first"
+        for k in unknown
+    ]
+
+
 def status(config: RunConfig, name: str) -> Status:
     """What would happen to a stage now: its own state, or ``waiting`` when a parent is not there yet."""
     try:
-        return stage(config, name).status()
+        found = stage(config, name).status()
+        if name == "partition" and (unknown := unknown_experts(config)):
+            return Status("stale", (*unknown, *found.reasons), found.manifest)
+        return found
     except FileNotFoundError as error:
         if name == "embed":  # it makes its own parent
             return stage(config, "encoders").status()

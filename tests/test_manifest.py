@@ -99,6 +99,25 @@ def test_started_with_other_inputs_is_stale_too(tmp_path: Path) -> None:
     assert stage(tmp_path, lr=9).status().state == "stale"
 
 
+@pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
+def test_an_attempt_that_made_nothing_leaves_no_mark(tmp_path: Path, error: type[BaseException]) -> None:
+    first = stage(tmp_path)
+    first.begin()
+    with pytest.raises(error), first.attempt():
+        raise error
+    other = stage(tmp_path, lr=9)
+    assert other.status().state == "absent"
+    other.begin()
+    with pytest.raises(error), other.attempt():
+        other.folder.write_bytes("a.bin", b"1")
+        raise error
+    assert other.status().state == "partial"
+    assert stage(tmp_path).status().state == "stale"
+    with pytest.raises(error), publish(tmp_path / "done").attempt():
+        raise error
+    assert stage(tmp_path / "done").status().state == "valid"
+
+
 def test_damaged_says_which_file(tmp_path: Path) -> None:
     one = publish(tmp_path)
     one.folder.write_bytes("a.bin", b"12")

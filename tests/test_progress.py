@@ -67,6 +67,15 @@ def test_ends_are_said_at_once(tmp_path, capsys):
     assert "out of memory, failed" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("error", [KeyboardInterrupt, SystemExit])
+def test_who_is_asked_to_stop_has_not_failed(tmp_path, capsys, error):
+    with pytest.raises(error), Progress(Folder(tmp_path), "embed", total=153, unit="rows") as progress:
+        progress.update(120)
+        raise error(143)
+    assert Folder(tmp_path).read_json("embed.json")["state"] == "stopped"
+    assert capsys.readouterr().err.splitlines()[-1] == "embed: stopped at 120 of 153 rows; the same command goes on"
+
+
 def test_a_store_that_is_away_costs_an_update_not_the_work(tmp_path, monkeypatch, capsys):
     progress = Progress(Folder(tmp_path), "expert-1", total=4)
 

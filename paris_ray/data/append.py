@@ -140,6 +140,8 @@ def append_partition(config: RunConfig, expert: int | None = None) -> int:
     before = require(clusters.folder, "partition")
     refuse_half_appended(run / "corpus")
     _check_inputs(clusters)
+    if unknown := [] if expert is not None else stages.unknown_experts(config):
+        raise StaleError(f"append: {unknown[0]}")
     index, known = Index.read(run / "corpus"), before["counts"]["rows"]
     labels = schema.read_labels(clusters.folder, ["id", "fine", "expert", "split"])
     if labels["id"] != index.ids.slice(0, known):

@@ -62,12 +62,17 @@ def _embed(config: RunConfig, progress: Progress) -> dict[str, Any]:
     fitted = first.begin()
     if fitted.state == "valid" and (done := stages.status(config, "embed")).state == "valid" and done.manifest is not None:
         return done.manifest
-    units = open_source(config.data).units(config.data.rows_per_part)
-    found = listing(units)
-    progress.total = found["rows"] or 0
-    if fitted.state != "valid":
-        counts = _make_encoders(config, run, units, found, progress)
-        first.publish(counts, time.monotonic() - began)
+    with first.attempt():
+        units = open_source(config.data).units(config.data.rows_per_part)
+        found = listing(units)
+        progress.total = found["rows"] or 0
+        if fitted.state != "valid":
+            try:
+                counts = _make_encoders(config, run, units, found, progress)
+            except ConfigError:
+                first.folder.delete_all()  # none of it is of use with other settings
+                raise
+            first.publish(counts, time.monotonic() - began)
     meta = (run / "encoders").read_json(encoders.FILE)
     if meta["listing"] != found:
         then, now = (f"{one['units']} parts" + (f" of {one['rows']} rows" if one["rows"] is not None else "") for one in (meta["listing"], found))
@@ -81,7 +86,8 @@ def _embed(config: RunConfig, progress: Progress) -> dict[str, Any]:
         return state.manifest
     if state.state == "absent":
         (run / "rejected").delete_all()
-    encode(config, run, units, progress)
+    with second.attempt():
+        encode(config, run, units, progress)
     progress.update(progress.done, message="looking for duplicates", force=True)
     counts = finish(run)
     if not counts["splits"]["train"]:
@@ -115,7 +121,11 @@ def _make_encoders(config: RunConfig, run: Folder, units: list[Unit], found: dic
     counts: dict[str, Any] = {}
     codec: dict[str, Any] | None = None
     if isinstance(data.codec, PatchPcaCodec):
-        fitted = FittedPca.fit(data.codec, _sum_patches(config, units, progress))
+        try:
+            fitted = FittedPca.fit(data.codec, _sum_patches(config, units, progress))
+        except ConfigError:
+            ray.wait([loading])  # it writes
+            raise
         with tempfile.TemporaryDirectory() as local:
             fitted.save(local)
             for entry in Folder(local).files(recursive=True):

@@ -6,7 +6,6 @@ train rows fit :data:`DRIVER_BYTES`, k-means runs in this process straight from 
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -114,14 +113,9 @@ def fit_clusters(config: RunConfig, corpus: Folder, stage: Stage, progress: Prog
     part, experts, out = config.partition, config.num_experts, stage.folder
     index = Index.read(corpus)
     train = index.split == schema.SPLITS.index("train")
-    total, clusters = int(train.sum()), part.fine if part.method == "kmeans" else experts
-    if total < clusters:
-        raise ConfigError(
-            f"partition.fine: {clusters} fine clusters need at least as many training rows, and the corpus has {total}; "
-            f"lower it (--set partition.fine={max(experts, total // 8)}) or embed more pictures"
-        )
-    if importlib.util.find_spec(part.backend) is None:
-        raise ConfigError(f"partition.backend: {part.backend} is not installed; install it on every node, or pass --set partition.backend=numpy")
+    total = int(train.sum())
+    config.check_train_rows(total)
+    part.check_backend()
     say = lambda message: progress.update(0, message=message)  # noqa: E731
     rows = _open(corpus, index.pieces(train), index.keys(train), part, say)
     try:
@@ -133,6 +127,9 @@ def fit_clusters(config: RunConfig, corpus: Folder, stage: Stage, progress: Prog
             model, summary = _means_of(rows, given[train], experts)
         fine, distance = np.empty(len(train), np.int32), np.empty(len(train), np.float32)
         fine[train], distance[train] = label(rows, model, None if given is None else given[train])
+    except ConfigError:
+        out.delete(_saved(stage))  # of settings that are refused
+        raise
     finally:
         if isinstance(rows, RemoteRows):
             rows.close()

@@ -6,6 +6,7 @@ were appended, ``clusters/labels-<version>.parquet``.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import time
 from typing import Any
@@ -14,7 +15,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from paris_ray import stages
-from paris_ray.config import ConfigError, RunConfig
+from paris_ray.config import RunConfig
 from paris_ray.data import schema
 from paris_ray.data.cluster_report import draw_sheets, write_report
 from paris_ray.data.cut import cut_all, groups
@@ -41,30 +42,37 @@ def partition(config: RunConfig) -> None:
     clusters, run = stages.stage(config, "partition"), Folder(config.run_dir)
     for folder in (run / "corpus", clusters.folder):
         refuse_half_appended(folder)
+    if unknown := stages.unknown_experts(config):
+        raise StaleError(f"partition: {unknown[0]}")
     shards = [stages.stage(config, f"shard-{k}") for k in range(config.num_experts)]
-    found = [stage.begin() for stage in (clusters, *shards)]
-    if all(status.state == "valid" for status in found):
-        return
-    if config.partition.added:
-        raise ConfigError(
-            f"partition.added is {config.partition.added}: what these experts learn is of no cluster but of sources that were appended, which would "
-            "be lost; to make clusters for all experts anew, set partition.added=0 and pass --rebuild partition"
-        )
-    with Progress(run / "events", "partition", 0, "rows") as progress:
-        if not schema.versions(clusters.folder, schema.LABELS):  # the last file of the fit
-            fit_clusters(config, run / "corpus", clusters, progress)
-        labels = schema.read_labels(clusters.folder, ["id", "fine", "expert", "split"])
-        progress.total = len(labels)
-        sheets = draw_sheets(config) if found[0].state != "valid" else None
-        grouped = groups(run / "corpus", schema.parts(run / "corpus"))
-        _cut(run, grouped, labels, shards, progress, begun)
-        if found[0].state != "valid":
-            write_report(config, sheets)
-            summary = clusters.folder.read_json(CLUSTERS)
-            counts = {name: summary[name] for name in ("sizes", "imbalance")}
-            counts |= {"rows": len(labels), "fine": len(summary["fine_sizes"]), "groups": len(grouped)}
-            clusters.publish(counts, time.monotonic() - begun)
-        progress.finish(f"{config.num_experts} shards, report at {clusters.folder.uri}/report.html")
+    with contextlib.ExitStack() as attempts:
+        found = []
+        for stage in (clusters, *shards):
+            found.append(stage.begin())
+            attempts.enter_context(stage.attempt())
+        if all(status.state == "valid" for status in found):
+            return
+        config.check_none_added()
+        with Progress(run / "events", "partition", 0, "rows") as progress:
+            _partition(config, clusters, shards, found[0].state == "valid", progress, begun)
+            progress.finish(f"{config.num_experts} shards, report at {clusters.folder.uri}/report.html")
+
+
+def _partition(config: RunConfig, clusters: Stage, shards: list[Stage], fitted: bool, progress: Progress, begun: float) -> None:
+    run = Folder(config.run_dir)
+    if not schema.versions(clusters.folder, schema.LABELS):  # the last file of the fit
+        fit_clusters(config, run / "corpus", clusters, progress)
+    labels = schema.read_labels(clusters.folder, ["id", "fine", "expert", "split"])
+    progress.total = len(labels)
+    sheets = None if fitted else draw_sheets(config)
+    grouped = groups(run / "corpus", schema.parts(run / "corpus"))
+    _cut(run, grouped, labels, shards, progress, begun)
+    if not fitted:
+        write_report(config, sheets)
+        summary = clusters.folder.read_json(CLUSTERS)
+        counts = {name: summary[name] for name in ("sizes", "imbalance")}
+        counts |= {"rows": len(labels), "fine": len(summary["fine_sizes"]), "groups": len(grouped)}
+        clusters.publish(counts, time.monotonic() - begun)
 
 
 def _cut(run: Folder, grouped: list[list[str]], labels: pa.Table, shards: list[Stage], progress: Progress, begun: float) -> None:

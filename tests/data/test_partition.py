@@ -256,6 +256,11 @@ def test_too_few_rows_or_too_alike_say_what_to_do(tmp_path: Path) -> None:
         partition.partition(make_corpus(tmp_path / "a", ("partition.fine=500",)))
     with pytest.raises(ConfigError, match=r"are only 3 different ones; lower it \(--set partition.fine=3\)"):
         partition.partition(make_corpus(tmp_path / "b", distinct=False))
+    # What was refused leaves no mark, so that the advice can be followed.
+    assert not [*(tmp_path / "b/clusters").iterdir(), *(tmp_path / "b/shards").rglob("*.json")]
+    advised = configs.load("tiny", [f"run_dir={tmp_path}/b", "data.store_text=states", "partition.fine=3"])
+    partition.partition(advised)
+    assert all(stages.status(advised, name).state == "valid" for name in ("partition", "shard-0", "shard-1", "shard-2"))
     with pytest.raises(FileNotFoundError, match=r"run the stage 'embed' first"):
         partition.partition(configs.load("tiny", [f"run_dir={tmp_path}/none"]))
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 import subprocess
 import sys
 import time
@@ -12,10 +13,11 @@ from pathlib import Path
 import pytest
 from fabricated_cluster import publish, tiny
 
-from jobs import cli, demo, evaluate, run_all, serve
+from jobs import append, cli, demo, embed, evaluate, partition, run_all, serve, status
 from paris_ray import config as configs
 from paris_ray import stages
 from paris_ray.manifest import Lock
+from paris_ray.progress import Progress
 from paris_ray.storage import Folder
 from paris_ray.training.budget import Inputs, expert_flops
 
@@ -47,10 +49,14 @@ def test_unknown_key(capsys, tmp_path, main):
     [
         ("sampling.routing=top-9", "sampling.routing: 'top-9' is not one of top-1 … top-3"),
         ("run_dir=nowhere://x", "run_dir: 'nowhere://x' cannot be opened"),
+        ("run_dir=/proc/nowrite", "run_dir: /proc/nowrite cannot be made"),
+        ("data.source={kind: folder, uri: 'foo://bucket/x'}", "data.source.uri: 'foo://bucket/x' cannot be opened: Protocol not known"),
+        (f"data.source={{kind: folder, uri: {__file__}}}", "test_cli.py is a file; kind folder reads all that a folder holds"),
     ],
 )
 def test_what_would_fail_only_much_later_is_said_at_once(capsys, tmp_path, setting, said):
-    assert said in fails(capsys, run_all.main, arguments(tmp_path, "--set", setting))
+    for main in (run_all.main, embed.main):
+        assert said in fails(capsys, main, arguments(tmp_path, "--set", setting))
 
 
 def test_another_cluster_leaves_the_config_to_who_follows_the_run(tmp_path):
@@ -141,6 +147,11 @@ def test_a_missing_parent(capsys, tmp_path):
     assert "run the stage 'embed' first" in capsys.readouterr().err
 
 
+def test_an_append_needs_clusters(capsys, tmp_path):
+    publish(tiny(tmp_path), "embed")
+    assert "run the stage 'partition' first" in fails(capsys, append.main, arguments(tmp_path))
+
+
 def test_dry_run_says_what_each_stage_would_do(capsys, tmp_path):
     config = tiny(tmp_path)
     for name in ("embed", "partition", "expert-0"):
@@ -202,6 +213,94 @@ def test_rebuild_clears_the_stage_and_keeps_its_lock(tmp_path):
     assert cli.run(argparse.ArgumentParser(), action, arguments(tmp_path, "--rebuild", "embed"), stage="embed") == 0
     assert seen == [["_lock.json"]]
     assert cli.status(config, "embed").state == "absent"
+
+
+def tree(folder):
+    """All files below a folder but logs of events and locks, with their content."""
+    found = {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    return {name: content for name, content in found.items() if not name.startswith("events/") and not name.endswith("_lock.json")}
+
+
+def test_a_config_from_before_an_expert_was_added_is_refused(capsys, tmp_path):
+    more = tiny(tmp_path, "experts=4", "partition.added=1")
+    for name in ("embed", "partition"):
+        publish(more, name)
+    cli.write_config(more)
+    before = tree(tmp_path)
+    for job in (embed.main, partition.main, run_all.main):
+        message = fails(capsys, job, arguments(tmp_path))
+        assert "shards/expert=3 is of an expert that this config, with 3, does not have" in message
+        assert f"{tmp_path}/config.yaml: use that config" in message
+    assert run_all.main(arguments(tmp_path, "--dry-run")) == 0
+    assert re.search(r"partition +stale +refuse\n +partition: shards/expert=3", capsys.readouterr().out)
+    assert status.main(arguments(tmp_path)) == 0
+    assert re.search(r"partition +stale", capsys.readouterr().out)
+    assert tree(tmp_path) == before
+    assert cli.status(more, "partition").state == "valid"
+    cli.clear(tiny(tmp_path), "partition")  # --rebuild partition
+    assert cli.status(tiny(tmp_path), "partition").state == "absent"
+
+
+@pytest.mark.parametrize("job", ["partition", "run_all"])
+def test_a_rebuild_that_would_be_refused_deletes_nothing(capsys, tmp_path, job):
+    config = tiny(tmp_path)
+    publish(config, "embed", counts={"rows": 100, "splits": {"train": 90}})
+    publish(config, "partition")
+    cli.write_config(config)
+    before = tree(tmp_path)
+    wrong = arguments(tmp_path, "--rebuild", "partition", "--set", "partition.fine=400")
+    main = {"partition": partition.main, "run_all": run_all.main}[job]
+    assert "400 fine clusters need at least as many training rows, and the corpus has 90" in fails(capsys, main, wrong)
+    assert tree(tmp_path) == before
+    assert main([*wrong, "--dry-run"]) == 0
+    assert re.search(r"partition +stale +refuse\n    partition.fine: 400 fine clusters", capsys.readouterr().out)
+    assert main([*arguments(tmp_path, "--rebuild", "partition"), "--dry-run"]) == 0
+    assert re.search(r"partition +valid +delete it, make it anew", capsys.readouterr().out)
+    missing = arguments(tmp_path, "--rebuild", "embed", "--set", f"data.source={{kind: folder, uri: {tmp_path}/experts}}")
+    (tmp_path / "experts").mkdir()
+    assert "no image" in fails(capsys, embed.main, missing)
+    assert tree(tmp_path) == before
+
+
+def test_settings_that_the_work_refuses_leave_no_mark(capsys, tmp_path):
+    config = tiny(tmp_path)
+    cli.write_config(config)
+    before, seen = tree(tmp_path), []
+
+    def refuse(config, args):
+        first = stages.stage(config, "encoders")
+        first.begin()
+        with first.attempt():
+            seen.append(configs.load(str(tmp_path / "config.yaml")).seed)
+            raise configs.ConfigError("no picture")
+
+    assert cli.run(argparse.ArgumentParser(), refuse, arguments(tmp_path, "--set", "seed=7"), stage="embed") == 2
+    assert seen == [7]
+    assert tree(tmp_path) == before
+
+    def leave_something(config, args):
+        first = stages.stage(config, "encoders")
+        first.begin()
+        with first.attempt():
+            first.folder.write_bytes("text/weights", b"some")
+            raise configs.ConfigError("no picture")
+
+    assert cli.run(argparse.ArgumentParser(), leave_something, arguments(tmp_path, "--set", "seed=7"), stage="embed") == 2
+    assert configs.load(str(tmp_path / "config.yaml")).seed == 7
+    assert "made from other inputs" in fails(capsys, embed.main, arguments(tmp_path))
+
+
+def test_ctrl_c_is_no_failure(capsys, tmp_path):
+    def interrupted(config, args):
+        with Progress(Folder(config.run_dir) / "events", "embed", 153, "rows") as progress:
+            progress.update(120)
+            raise KeyboardInterrupt
+
+    capsys.readouterr()
+    assert cli.run(argparse.ArgumentParser(), interrupted, arguments(tmp_path), stage="embed") == 130
+    assert capsys.readouterr().err.splitlines()[-1] == "embed: stopped at 120 of 153 rows; the same command goes on"
+    assert status.main(arguments(tmp_path)) == 0
+    assert re.search(r"embed +stopped +120 / 153 rows", capsys.readouterr().out)
 
 
 def test_errors_of_the_work_keep_their_traceback(tmp_path):

@@ -48,6 +48,14 @@ def test_every_state(run, capsys):
     assert found["expert-2"]["eta"] is None  # nobody knows
 
 
+def test_who_was_asked_to_stop_is_stopped_however_long_ago(run, capsys):
+    events = Folder(run.run_dir) / "events"
+    events.write_json("expert-2.json", {**events.read_json("expert-2.json"), "state": "stopped", "message": "the same command goes on"})
+    assert status.main(arguments(run, "--json")) == 0
+    found = {one["stage"]: one for one in map(json.loads, capsys.readouterr().out.splitlines())}
+    assert (found["expert-2"]["state"], found["expert-2"]["done"], found["expert-2"]["message"]) == ("stopped", 80, "the same command goes on")
+
+
 def test_lines_for_people(run, capsys):
     assert status.main(arguments(run)) == 0
     lines = capsys.readouterr().out.splitlines()

@@ -1,0 +1,104 @@
+"""What a job checks before it writes, deletes or starts anything."""
+
+from __future__ import annotations
+
+import os
+
+from paris_ray import stages
+from paris_ray.config import ConfigError, RunConfig
+from paris_ray.manifest import published, require
+from paris_ray.storage import Folder
+
+
+class MissingParentError(FileNotFoundError):
+    """A stage that this one reads from has not been run."""
+
+
+def check(config: RunConfig, name: str, rebuilt: bool = False) -> None:
+    """Check what can be known of a stage before it starts.
+
+    Args:
+        config: the run's.
+        name: the stage.
+        rebuilt: whether what is there would be deleted first.
+
+    Raises:
+        ConfigError: it would refuse these settings.
+        MissingParentError: it cannot start yet; the message says what to run first.
+    """
+    check_run_dir(config)
+    if name == "embed":
+        check_source(config)
+        if rebuilt:
+            _list_source(config)
+        return
+    try:
+        stages.stage(config, name)
+    except FileNotFoundError as error:
+        raise MissingParentError(str(error)) from None
+    if name == "partition":
+        check_clusters(config, rebuilt)
+        config.partition.check_backend()
+
+
+def check_parent(config: RunConfig, name: str) -> None:
+    """Raise MissingParentError when a stage is not published."""
+    try:
+        require(stages.folder(config, name), name)
+    except FileNotFoundError as error:
+        raise MissingParentError(str(error)) from None
+
+
+def check_run_dir(config: RunConfig) -> None:
+    """Raise ConfigError when a local run directory cannot be made or written to."""
+    run = Folder(config.run_dir)
+    if not run.is_local:
+        return
+    try:
+        os.makedirs(run.path, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"run_dir: {run.path} cannot be made ({error.strerror}); name a folder where you may write, --set run_dir=…") from None
+    if not os.access(run.path, os.W_OK):
+        raise ConfigError(f"run_dir: {run.path} cannot be written to; name a folder where you may write, --set run_dir=…")
+
+
+def check_source(config: RunConfig) -> None:
+    """Raise ConfigError when the images are not there."""
+    source, remedy = config.data.source, "name what holds the images and captions, --set data.source.uri=…"
+    uri = getattr(source, "uri", None)
+    if uri is None:
+        return
+    try:
+        folder = Folder(uri)
+        there = folder.exists()
+    except (ValueError, ImportError, OSError) as error:
+        raise ConfigError(f"data.source.uri: {uri!r} cannot be opened: {_one_line(error)}; {remedy}") from None
+    if not there:
+        raise ConfigError(f"data.source.uri: {uri} does not exist; {remedy}")
+    if source.kind == "folder":
+        try:
+            folder.check_not_a_file("data.source.uri")
+        except ValueError as error:
+            raise ConfigError(str(error).replace("name a folder, which need not exist yet", "kind folder reads all that a folder holds")) from None
+
+
+def _list_source(config: RunConfig) -> None:
+    from paris_ray.data.sources import open_source
+
+    open_source(config.data).units(config.data.rows_per_part)
+
+
+def check_clusters(config: RunConfig, rebuilt: bool = False) -> None:
+    """Raise ConfigError when the corpus, if there is one, is too small for the clusters that have yet to be made."""
+    corpus = published(stages.folder(config, "embed"))
+    if rebuilt:
+        config.check_none_added()
+    elif stages.status(config, "partition").state == "valid":
+        return
+    train = (corpus or {}).get("counts", {}).get("splits", {}).get("train")
+    if train is not None:
+        config.check_train_rows(train)
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())
