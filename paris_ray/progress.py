@@ -24,8 +24,8 @@ class Progress:
     As a context manager it says that the stage has failed when an error leaves it, or was stopped when somebody asked it to end.
 
     The file holds ``stage, state (starting | running | done | failed | stopped), done, total, unit, rate (units per second), eta (seconds or
-    null), loss, message, updated (unix time)``. It is replaced atomically at most once a second; :meth:`update` costs about a microsecond in between. Progress
-    is a courtesy: when the store is away for a moment the update is lost and the work goes on.
+    null), loss, message, updated (unix time)``. It is replaced atomically at most once a second; :meth:`update` costs about a microsecond in
+    between. Progress is a courtesy: when the store is away for a moment the update is lost and the work goes on.
 
     Args:
         folder: ``RUN/events``.

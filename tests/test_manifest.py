@@ -108,8 +108,8 @@ def test_an_attempt_that_made_nothing_leaves_no_mark(tmp_path: Path, error: type
     other = stage(tmp_path, lr=9)
     assert other.status().state == "absent"
     other.begin()
+    other.folder.write_bytes("a.bin", b"1")
     with pytest.raises(error), other.attempt():
-        other.folder.write_bytes("a.bin", b"1")
         raise error
     assert other.status().state == "partial"
     assert stage(tmp_path).status().state == "stale"

@@ -69,8 +69,9 @@ def test_ends_are_said_at_once(tmp_path, capsys):
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, SystemExit])
 def test_who_is_asked_to_stop_has_not_failed(tmp_path, capsys, error):
-    with pytest.raises(error), Progress(Folder(tmp_path), "embed", total=153, unit="rows") as progress:
-        progress.update(120)
+    progress = Progress(Folder(tmp_path), "embed", total=153, unit="rows")
+    progress.update(120)
+    with pytest.raises(error), progress:
         raise error(143)
     assert Folder(tmp_path).read_json("embed.json")["state"] == "stopped"
     assert capsys.readouterr().err.splitlines()[-1] == "embed: stopped at 120 of 153 rows; the same command goes on"

@@ -12,6 +12,7 @@ import timm
 from PIL import Image
 
 from paris_ray import config as configs
+from paris_ray import stages
 from paris_ray.config import ConfigError
 from paris_ray.data import embed as stage
 from paris_ray.data import part, schema
@@ -159,6 +160,11 @@ def test_nothing_usable_is_an_error_that_says_why(tmp_path):
     with pytest.raises(ConfigError, match="training split has no picture"):
         stage.embed(run_config(tmp_path / "run", "folder", images))
     assert json.loads((tmp_path / "run/events/embed.json").read_text())["state"] == "failed"
+    # It leaves no mark: another source is not refused.
+    (images / "a.png").unlink()
+    with pytest.raises(ConfigError, match="no image"):
+        stage.embed(run_config(tmp_path / "run", "folder", images))
+    assert stages.status(run_config(tmp_path / "run", "folder", "/elsewhere"), "encoders").state == "absent"
 
 
 def test_sums_for_the_codec_are_whole_numbers_in_any_order():
