@@ -14,12 +14,17 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections import Counter
 from collections.abc import Sequence
+from typing import Any
 
 from jobs import checks, cli
 from paris_ray import stages
 from paris_ray.config import ConfigError, RunConfig
-from paris_ray.manifest import STARTED, Lock, StaleError, published
+from paris_ray.manifest import STARTED, Lock, StaleError, published, require
+
+UNBALANCED = 2.0
+"""Times an equal share above which an expert is said to be large, where the config has no cap; so does the report."""
 
 
 def action(config: RunConfig, args: argparse.Namespace) -> None:
@@ -40,10 +45,17 @@ def action(config: RunConfig, args: argparse.Namespace) -> None:
         checks.check_source(other)
     cli.connect()
     if args.source:
+        before = require(stages.folder(config, "embed"), "embed")
         with Lock(stages.folder(config, "embed"), "append"):
-            print(f"{append_corpus(config, other.data.source)} rows appended to {config.run_dir}/corpus")
+            rows = append_corpus(config, other.data.source)
+        print(f"{rows} rows appended to {config.run_dir}/corpus")
+        print_refused(config, before["counts"], require(stages.folder(config, "embed"), "embed")["counts"])
     if not args.new_expert:
-        print(f"{append_partition(config)} rows appended to {config.run_dir}/clusters and shards")
+        sizes = stages.cluster_sizes(config)
+        rows = append_partition(config)
+        print(f"{rows} rows appended to {config.run_dir}/clusters and shards")
+        if rows:
+            print_shares(config, sizes, stages.cluster_sizes(config))
         return
     append_partition(more, k)
     if published(stages.folder(more, f"shard-{k}")) is None:
@@ -54,6 +66,30 @@ def action(config: RunConfig, args: argparse.Namespace) -> None:
     cli.write_config(more, rebuilt)
     again = "".join(f" --rebuild {name}" for name in rebuilt if stages.folder(more, name).exists(STARTED))
     print(f"expert-{k} is added; to train it and the router: python -m jobs.run_all --config {config.run_dir}/{cli.CONFIG}{again}")
+
+
+def print_refused(config: RunConfig, before: dict[str, Any], after: dict[str, Any]) -> None:
+    """Print how many rows of a source were refused, and why."""
+    if new := after["rejected"] - before["rejected"]:
+        more = Counter(after["reasons"])
+        more.subtract(before["reasons"])
+        reasons = ", ".join(f"{reason} ({n})" for reason, n in more.most_common() if n > 0)
+        print(f"{new} rows refused, each with its reason in {config.run_dir}/rejected: {reasons}")
+
+
+def print_shares(config: RunConfig, before: list[int], after: list[int]) -> None:
+    """Print who got the training rows, what of it is out of balance, and how to train on them."""
+    print("training rows: " + ", ".join(f"expert {k} +{now - then}" for k, (then, now) in enumerate(zip(before, after, strict=True))))
+    cap = config.partition.max_share or UNBALANCED
+    for k, size in enumerate(after):
+        share = size * len(after) / sum(after)
+        if share > cap and size > before[k]:
+            said = f"partition.max_share is {cap:g}" if config.partition.max_share else "which is much"
+            print(f"expert {k} now has {share:.2f} × an equal share, {said}: a source of another kind may want an expert of its own, --new-expert")
+    if trained := [stages.expert_name(k) for k in range(len(after)) if after[k] > before[k] and stages.folder(config, f"expert-{k}").exists(STARTED)]:
+        again = " ".join(f"--rebuild {name}" for name in trained)
+        print(f"What was trained stays valid, without the new rows; to train on them too: {again}, with init_from from the old weights")
+    print(f"{config.run_dir}/clusters/report.html shows the clusters without the new rows; --dry-run counts the cost with them")
 
 
 def _knows_fewer(more: RunConfig) -> list[str]:

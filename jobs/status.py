@@ -19,7 +19,7 @@ from jobs import cli
 from paris_ray import config as configs
 from paris_ray import stages
 from paris_ray.config import ConfigError, RunConfig
-from paris_ray.progress import clock
+from paris_ray.progress import clock, counted
 from paris_ray.storage import Folder
 from paris_ray.training.machines import QUEUED, bill
 from paris_ray.training.worker import ATTEMPTS
@@ -55,6 +55,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             print("".join(f"{texts[name]:<{width}}" for name, width in widths.items()).rstrip())
             if one["state"] in ("failed", "stopped", "silent", QUEUED) and one["message"]:
                 print(f"    {one['message']}")
+            print("".join(f"    {note}\n" for note in one["notes"]), end="")
     return 0
 
 
@@ -67,9 +68,10 @@ def look(config: RunConfig, name: str, now: float) -> dict[str, Any]:
         now: unix time.
 
     Returns:
-        ``stage, state, cluster, node, done, total, unit, rate, loss, eta, restarts, goodput, cost, seen`` (seconds ago), ``message``; ``None`` for
-        what is not known. The state is that of its files (``valid``, ``stale``, ``damaged``, ``absent``, ``waiting``, ``partial``); of one that is
-        not whole, ``running``, ``starting``, ``queued`` (no room for its workers), ``failed``, ``stopped``, or ``silent`` by its last event.
+        ``stage, state, cluster, node, done, total, unit, rate, loss, eta, restarts, goodput, cost, seen`` (seconds ago), ``message, notes`` (what is
+        wrong with its files; its version if rows were appended); ``None`` for what is not known. The state is that of its files (``valid``,
+        ``stale``, ``damaged``, ``absent``, ``waiting``, ``partial``); of one that is not whole, ``running``, ``starting``, ``queued`` (no room for
+        its workers), ``failed``, ``stopped``, or ``silent`` by its last event.
     """
     status = cli.status(config, name)
     state = status.state
@@ -82,12 +84,18 @@ def look(config: RunConfig, name: str, now: float) -> dict[str, Any]:
         state = event["state"] if event["state"] in ("failed", "stopped") or seen < SILENT_S else "silent"
     taken = bill(Folder(config.run_dir) / "events", name)
     counts = status.manifest["counts"] if state == "valid" and status.manifest else {}
+    version = status.manifest.get("version", 1) if state == "valid" and status.manifest else 1
+    appended = [f"version {version}, with the rows of {counted(version - 1, 'append')}"] if version > 1 else []
+    # Of appended rows its events know nothing.
+    rows = counts.get("listed", counts.get("rows")) if appended else None
     return {
         "stage": name,
         "state": state,
         "cluster": config.cluster_of(name) if config.clusters else None,
         "node": taken["node"],
         **{key: event.get(key) for key in ("done", "total", "unit", "message")},
+        **({"done": rows, "total": rows, "unit": "rows"} if rows is not None else {}),
+        "notes": [*status.reasons[:3], *appended, *status.notes] if state in ("stale", "damaged", "valid") else [],
         "rate": counts.get("images_per_second") or (event.get("rate") if state == "running" else None),
         "loss": counts.get("loss", event.get("loss")),
         "eta": event.get("eta") if state == "running" else None,

@@ -250,10 +250,13 @@ def test_pictures_are_appended_by_the_job(tmp_path: Path, ray_local: None, capsy
     # The same pictures on white, which are refused, and on a ground that is new.
     job = ["--config", str(tmp_path / "config.yaml"), "--source", "{kind: openmoji, emoji: 16, grounds: [white, orange]}"]
     assert append_job.main(job) == 0
-    assert capsys.readouterr().out.splitlines() == [
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[:3] == [
         f"16 rows appended to {tmp_path}/corpus",
+        f"16 rows refused, each with its reason in {tmp_path}/rejected: duplicate (16)",
         f"16 rows appended to {tmp_path}/clusters and shards",
     ]
+    assert lines[3].startswith("training rows: expert 0 +")
     reasons = [reason for name in schema.parts(run / "rejected") for reason in schema.read_table(run / "rejected", name)["reason"].to_pylist()]
     assert len(reasons) == 16
     assert all(reason.startswith("duplicate: of ") for reason in reasons)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 import shlex
 import shutil
 from collections.abc import Callable
@@ -14,6 +15,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from jobs import append as append_job
+from jobs import cli
 from paris_ray import config as configs
 from paris_ray import stages
 from paris_ray.config import FolderSource, RunConfig
@@ -157,6 +160,41 @@ def test_a_corpus_that_was_appended_to_in_pieces(base: tuple[Callable[[str], Run
         assert event(one)["state"] == "done"
         assert append.append_partition(one) == 23, point
         assert schema.read_labels(Folder(one.run_dir) / "clusters", ["id"])["id"].to_pylist() == after["ids"]
+
+
+def test_the_job_says_who_got_the_rows(
+    base: tuple[Callable[[str], RunConfig], FolderSource], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    copy, source = base
+    one = copy("said")
+    monkeypatch.setattr(cli, "connect", lambda: None)
+    (tmp_path / "said/config.yaml").write_text(configs.dump(one))
+    before = stages.cluster_sizes(one)
+    for k in (0, 1, 2):
+        expert = stages.stage(one, f"expert-{k}")
+        expert.begin()
+        expert.publish()
+    capsys.readouterr()
+    job = ["--config", f"{tmp_path}/said/config.yaml", "--source", f"{{kind: folder, uri: {source.uri}}}"]
+    assert append_job.main([*job, "--set", "partition.max_share=1.01"]) == 2  # the clusters were made without
+    assert append_job.main(job) == 0
+    said = capsys.readouterr().out
+    assert "6 rows refused" in said
+    assert re.search(r"/rejected: duplicate \(5\), \w[\w ]+ \(1\)\n", said)
+    table = schema.read_labels(Folder(tmp_path / "said/clusters"), ["expert", "split"]).to_pydict()
+    now = [sum(e == k and s == "train" for e, s in zip(table["expert"], table["split"], strict=True)) for k in range(3)]
+    gained = [b - a for a, b in zip(before, now, strict=True)]
+    assert f"training rows: expert 0 +{gained[0]}, expert 1 +{gained[1]}, expert 2 +{gained[2]}\n" in said
+    for k in range(3):
+        assert (f"--rebuild expert-{k}" in said) == (gained[k] > 0)
+    free = one.model_copy(update={"partition": one.partition.model_copy(update={"max_share": None})})
+    append_job.print_shares(free, [10, 10, 10], [10, 10, 100])
+    assert "expert 2 now has 2.50 × an equal share, which is much" in capsys.readouterr().out
+    capped = one.model_copy(update={"partition": one.partition.model_copy(update={"max_share": 1.1})})
+    append_job.print_shares(capped, [10, 10, 10], [13, 10, 10])
+    out = capsys.readouterr().out
+    assert "expert 0 now has 1.18 × an equal share, partition.max_share is 1.1" in out
+    assert "expert 1 now" not in out
 
 
 def test_an_append_that_died_when_all_was_published(base: tuple[Callable[[str], RunConfig], FolderSource]) -> None:

@@ -12,6 +12,7 @@ import pytest
 from fabricated_cluster import publish, tiny
 
 from jobs import status
+from paris_ray import stages
 from paris_ray.storage import Folder
 
 
@@ -54,6 +55,25 @@ def test_who_was_asked_to_stop_is_stopped_however_long_ago(run, capsys):
     assert status.main(arguments(run, "--json")) == 0
     found = {one["stage"]: one for one in map(json.loads, capsys.readouterr().out.splitlines())}
     assert (found["expert-2"]["state"], found["expert-2"]["done"], found["expert-2"]["message"]) == ("stopped", 80, "the same command goes on")
+
+
+def test_appended_rows_are_counted_and_versions_named(run, capsys):
+    one = stages.stage(run, "embed")
+    one.publish({"rows": 170, "listed": 183, "sizes": [10, 20, 30]}, after=one.status().manifest)
+    (Folder(run.run_dir) / "events").write_json(
+        "embed.json", {"stage": "embed", "state": "done", "done": 153, "total": 153, "unit": "rows", "updated": 1}
+    )
+    assert status.main(arguments(run)) == 0
+    lines = capsys.readouterr().out.splitlines()
+    at = next(i for i, line in enumerate(lines) if line.startswith("embed"))
+    assert lines[at].split()[1:5] == ["valid", "183", "/", "183"]
+    assert lines[at + 1] == "    version 2, with the rows of 1 append"
+    assert lines[at + 2].startswith("partition")
+    assert lines[at + 3] == "    made from version 1 of 2 of corpus"
+    Folder(run.run_dir).delete("experts/0/file.txt")
+    assert status.main(arguments(run)) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[next(i for i, line in enumerate(lines) if line.startswith("expert-0")) + 1] == "    expert-0: file.txt is missing"
 
 
 def test_lines_for_people(run, capsys):
