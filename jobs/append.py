@@ -18,6 +18,8 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
+import yaml
+
 from jobs import checks, cli
 from paris_ray import stages
 from paris_ray.config import ConfigError, RunConfig
@@ -40,9 +42,8 @@ def action(config: RunConfig, args: argparse.Namespace) -> None:
     if args.new_expert and (bad := cli.refused(more, _knows_fewer(more))):
         raise StaleError(cli.refusal(more, bad))
     if args.source:
-        named = argparse.Namespace(config=args.config, sets=[*args.sets, f"data.source={args.source}"], rebuild=[])
-        other = cli.load(named)
-        checks.check_source(other)
+        other = with_source(args)
+        checks.check_source(other, "--source")
     cli.connect()
     if args.source:
         before = require(stages.folder(config, "embed"), "embed")
@@ -66,6 +67,18 @@ def action(config: RunConfig, args: argparse.Namespace) -> None:
     cli.write_config(more, rebuilt)
     again = "".join(f" --rebuild {name}" for name in rebuilt if stages.folder(more, name).exists(STARTED))
     print(f"expert-{k} is added; to train it and the router: python -m jobs.run_all --config {config.run_dir}/{cli.CONFIG}{again}")
+
+
+def with_source(args: argparse.Namespace) -> RunConfig:
+    """The run's config with ``--source`` in the place of its own. Raises ConfigError."""
+    example = "'{kind: folder, uri: s3://bucket/more}'"
+    try:
+        source = yaml.safe_load(args.source)
+    except yaml.YAMLError:
+        raise ConfigError(f"--source: {args.source!r} is not valid YAML; write it as {example}") from None
+    if not isinstance(source, dict):
+        raise ConfigError(f"--source: {args.source!r} does not say of which kind it is; write it as data.source of a config, {example}")
+    return cli.load(argparse.Namespace(config=args.config, sets=[*args.sets, f"data.source={args.source}"], rebuild=[]))
 
 
 def print_refused(config: RunConfig, before: dict[str, Any], after: dict[str, Any]) -> None:
@@ -110,7 +123,11 @@ def _check_half_trained(config: RunConfig, new_expert: bool) -> None:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the job; returns the exit code."""
     parser = argparse.ArgumentParser(prog="python -m jobs.append", description="Add rows to the corpus and the shards of a run.")
-    parser.add_argument("--source", metavar="YAML", help="where the rows come from, as data.source of a config; without it, what the corpus has more")
+    parser.add_argument(
+        "--source",
+        metavar="YAML",
+        help="where the rows come from, as data.source of a config: '{kind: folder, uri: s3://bucket/more}'; without it, what the corpus has more",
+    )
     parser.add_argument("--new-expert", action="store_true", help="give the source's rows to an expert of their own")
     return cli.run(parser, action, argv, stage="partition")
 

@@ -62,9 +62,9 @@ def check_run_dir(config: RunConfig) -> None:
         raise ConfigError(f"run_dir: {run.path} cannot be written to; name a folder where you may write, --set run_dir=…")
 
 
-def check_source(config: RunConfig) -> None:
-    """Raise ConfigError when the images are not there."""
-    source, remedy = config.data.source, "name what holds the images and captions, --set data.source.uri=…"
+def check_source(config: RunConfig, argument: str = "--set data.source.uri") -> None:
+    """Raise ConfigError when the images are not there; ``argument`` says what they are."""
+    source, remedy = config.data.source, f"name what holds the images and captions, {argument}=…"
     uri = getattr(source, "uri", None)
     if uri is None:
         return
@@ -74,7 +74,7 @@ def check_source(config: RunConfig) -> None:
     except (ValueError, ImportError, OSError) as error:
         raise ConfigError(f"data.source.uri: {uri!r} cannot be opened: {_one_line(error)}; {remedy}") from None
     if not there:
-        raise ConfigError(f"data.source.uri: {uri} does not exist; {remedy}")
+        raise ConfigError(f"data.source.uri: {folder.uri} does not exist; {remedy}")
     if source.kind == "folder":
         try:
             folder.check_not_a_file("data.source.uri")

@@ -160,7 +160,9 @@ def status(config: RunConfig, name: str) -> Status:
     for state in ("damaged", "stale"):
         bad = [(part, one) for part, one in zip(parts(config, name), found, strict=True) if one.state == state]
         if bad:
-            return Status(state, tuple(f"{part}: {reason}" for part, one in bad for reason in one.reasons), found[-1].manifest)
+            parts_of = {reason: part for part, one in reversed(bad) for reason in one.reasons}  # the first of those that say the same
+            reasons = tuple(f"{part}: {reason}" for part, one in bad for reason in one.reasons if parts_of[reason] == part)
+            return Status(state, reasons, found[-1].manifest)
     states = {one.state for one in found}
     if name == "embed" and found[0].state == "absent":
         return Status("absent")

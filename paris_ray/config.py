@@ -356,10 +356,16 @@ def _read_yaml(source: str) -> dict[str, Any]:
     try:
         tree = yaml.safe_load(text)
     except yaml.YAMLError as error:
-        raise ConfigError(f"config: {source} is not valid YAML: {error}") from error
+        raise ConfigError(f"config: {source} is not valid YAML: {_where(error)}") from error
     if not isinstance(tree, dict):
         raise ConfigError(f"config: {source} must hold keys and values, not {type(tree).__name__}")
     return tree
+
+
+def _where(error: yaml.YAMLError) -> str:
+    """An error of YAML in a line."""
+    mark = getattr(error, "problem_mark", None)
+    return f"line {mark.line + 1}, column {mark.column + 1}: {error.problem}" if mark else " ".join(str(error).split())  # type: ignore[attr-defined]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -18,16 +18,20 @@ def nearest(word: str, known: Iterable[str]) -> str:
     return f" Did you mean {close[0]!r}?" if close else ""
 
 
-def _known_keys(schema: type[BaseModel], location: tuple[Any, ...]) -> list[str]:
-    """Keys of the model at a location of a schema (list indices and union tags are passed over)."""
+def _models_at(schema: type[BaseModel], location: tuple[Any, ...]) -> list[type[BaseModel]]:
+    """Models at a location of a schema; a union's tag chooses its own, list indices are passed over."""
     kinds: list[type[BaseModel]] = [schema]
     for part in location:
         inner: list[type[BaseModel]] = []
         for kind in kinds:
             if part in kind.model_fields:
                 inner += _models_in(kind.model_fields[part].annotation)
-        kinds = inner or kinds
-    return [key for kind in kinds for key in kind.model_fields]
+        kinds = inner or [kind for kind in kinds if _tag(kind) == part] or kinds
+    return kinds
+
+
+def _tag(model: type[BaseModel]) -> Any:
+    return model.model_fields["kind"].default if "kind" in model.model_fields else None
 
 
 def _models_in(annotation: Any) -> list[type[BaseModel]]:
@@ -60,20 +64,45 @@ def explain(error: pydantic.ValidationError, schema: type[BaseModel], source: st
         tags = [bool(i) and ((location[i - 1] in _UNIONS and part in _TAGS) or _is_type(part)) for i, part in enumerate(location)]
         key = ".".join(str(part) for part, tag in zip(location, tags, strict=True) if not tag) or "config"
         if item["type"] == "extra_forbidden":
-            known = _known_keys(schema, location[:-1])
-            hint = nearest(str(location[-1]), known) or f" Known here: {', '.join(known)}."
-            lines.append(f"{key}: no such key.{hint}")
+            lines.append(f"{key}: no such key{_no_such_key(schema, location)}")
         elif item["type"] == "missing":
             lines.append(f"{key}: required and not given.")
         elif item["type"] == "too_short" and len(item["input"]) >= item["ctx"]["min_length"]:
             continue  # pydantic counts the valid items only; what is wrong with the others has lines of its own
+        elif item["type"] == "too_short":
+            lines.append(f"{key}: there must be at least {item['ctx']['min_length']}, and there are {len(item['input'])}; raise their number")
+        elif item["type"] == "union_tag_invalid":
+            expected = item["ctx"]["expected_tags"].replace("'", "")
+            lines.append(f"{key}.kind: {item['ctx']['tag']!r} is none of {expected}.{nearest(item['ctx']['tag'], expected.split(', '))}")
+        elif item["type"] == "union_tag_not_found":
+            lines.append(f"{key}.kind: required and not given; one of {', '.join(str(_tag(one)) for one in _models_at(schema, location))}.")
+        elif item["type"] == "model_attributes_type" and location[-1] in _UNIONS:
+            example = "{kind: folder, uri: /path/to/pictures}" if location[-1] == "source" else f"{{kind: {_tag(_models_at(schema, location)[0])}}}"
+            lines.append(f"{key}: it has keys of its own; write them as YAML, such as {example} (got {_shown(item['input'])})")
         elif item["type"] == SECRET:
             lines.append(f"{key}: {item['msg']}")
+        elif item["type"] == "value_error" and isinstance(item["input"], dict | BaseModel):  # the message names what of it is wrong
+            lines.append((f"{key}: " if location else "") + item["msg"].removeprefix("Value error, "))
         else:
-            value = repr(item["input"])
-            shown = value if len(value) < 80 else value[:77] + "…"
-            lines.append(f"{key}: {item['msg'].removeprefix('Value error, ')} (got {shown})")
+            remedy = {"less": "; lower it", "greater": "; raise it"}.get(item["type"].split("_")[0], "")
+            lines.append(f"{key}: {item['msg'].removeprefix('Value error, ')} (got {_shown(item['input'])}){remedy}")
     # A wrong default is reported once, not again for each expert that inherits it.
     own = {line.split(": ", 1)[0].split(".", 1)[-1] for line in lines if line.startswith("expert.")}
     kept = [line for line in lines if not (line.startswith("experts.") and line.split(": ", 1)[0].split(".", 2)[-1] in own)]
     return f"{source}: " + "\n        ".join(dict.fromkeys(kept))
+
+
+def _shown(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) < 80 else text[:77] + "…"
+
+
+def _no_such_key(schema: type[BaseModel], location: tuple[Any, ...]) -> str:
+    """Which key was meant, or which kinds have it."""
+    name, (*above, last) = location[-1], location[:-1] or (None,)
+    here = _models_at(schema, location[:-1])
+    known = list(dict.fromkeys(key for one in here for key in one.model_fields))
+    siblings = _models_at(schema, tuple(above)) if last in _TAGS and last == _tag(here[0]) else []
+    if owners := [str(_tag(one)) for one in siblings if name in one.model_fields]:
+        return f" for kind {last}; {', '.join(owners)} {'has' if len(owners) == 1 else 'have'} it. Known here: {', '.join(known)}."
+    return "." + (nearest(str(name), known) or f" Known here: {', '.join(known)}.")

@@ -113,9 +113,9 @@ class Stage:
             return Status("absent")
         # A result is of the version it was finished from; what is half done would mix two.
         old = {} if manifest is None else {name: one for name, one in found["inputs"]["parents"].items() if one in self.earlier.get(name, ())}
-        changes = tuple(differences(found["inputs"], {**self.inputs, "parents": {**self.parents, **old}}))
-        if changes:
-            return Status("stale", changes, manifest)
+        changes = differences(found["inputs"], {**self.inputs, "parents": {**self.parents, **old}})
+        if changes:  # keys that another kind has not, and that say nothing here, only hide what has changed
+            return Status("stale", tuple(change for change in changes if not change.endswith(": null → null")) or tuple(changes), manifest)
         if manifest is None:
             return Status("partial")
         if broken := tuple(damage(self.folder, manifest, verify)):

@@ -52,7 +52,7 @@ class Progress:
         if isinstance(error, KeyboardInterrupt | SystemExit):
             self.stop()
         elif error is not None:
-            self.fail(f"{type(error).__name__}: {error}".splitlines()[0])
+            self.fail(f"{type(error).__name__}: {error}".splitlines()[0], said=False)  # whom it reaches says it
 
     def update(self, done: int, loss: float | None = None, message: str = "", force: bool = False) -> None:
         """Say how far the stage is.
@@ -81,9 +81,9 @@ class Progress:
         """The stage is done."""
         self._end("done", message)
 
-    def fail(self, message: str) -> None:
-        """The stage has failed; ``message`` says why in a line."""
-        self._end("failed", message)
+    def fail(self, message: str, said: bool = True) -> None:
+        """The stage has failed; ``message`` says why in a line, on the console too if ``said``."""
+        self._end("failed", message, said)
 
     def stop(self) -> None:
         """The stage has ended before it was done, because somebody asked."""
@@ -117,9 +117,10 @@ class Progress:
             parts.append(f"loss {self.loss:.4f}")
         return ", ".join([*parts, *([self.message] if self.message else [])])
 
-    def _end(self, state: str, message: str) -> None:
+    def _end(self, state: str, message: str, said: bool = True) -> None:
         self._state, self.message = state, message or self.message
         self._write()
+        self.message = self.message if said else ""
         print(f"{self.line()}, {state}", file=sys.stderr, flush=True)
 
     def _write(self) -> None:

@@ -87,7 +87,15 @@ def fails(*sets: str, source: str = "demo") -> str:
         ("expert.model.size=Q/9", ["expert.model: 'Q/9' is not a size; known are XL/2"]),
         ("experts.1.objective=foo", ["experts.1.objective: ", "'flow' or 'ddpm'", "got 'foo'"]),
         ("experts.9.objective=flow", ["experts.9: there are experts 0…7"]),
-        ("experts=1", ["experts: ", "at least 2"]),
+        ("experts=1", ["experts: there must be at least 2, and there are 1; raise"]),
+        ("data.source={kind: folder, uri: /p, image: a}", ["data.source.image: no such key for kind folder; parquet, hf_dataset have it."]),
+        ("data.source={kind: folder, uri: /p, url: a}", ["data.source.url: no such key. Did you mean 'uri'?"]),
+        ("data.source.kind=zip", ["data.source.kind: 'zip' is none of openmoji, folder, parquet, webdataset, hf_dataset."]),
+        ("data.source.kind=foldr", ["data.source.kind: 'foldr' is none of", "Did you mean 'folder'?"]),
+        ("data.source=/pictures", ["data.source: it has keys of its own; write them as YAML, such as {kind: folder, uri: ", "(got '/pictures')"]),
+        ("data.codec=vae", ["data.codec: it has keys of its own; write them as YAML, such as {kind: vae} (got 'vae')"]),
+        ("data.split.held_out_rows=0.9", ["data.split.held_out_rows: ", "less than 0.5 (got 0.9); lower it"]),
+        ("expert.train.passes=0", ["expert.train.passes: ", "greater than 0 (got 0); raise it"]),
         ("experts=x", ["experts must be a number of experts or a list"]),
         ("partition.fine=4", ["partition.fine is 4, below the 8 experts that have clusters; raise it"]),
         ("data.image_size=36", ["data.image_size 36 must be a multiple of 8", "codec downsampling 4"]),
@@ -121,6 +129,14 @@ def test_errors_name_key_value_rule_and_remedy(setting: str, said: list[str]) ->
     text = fails(setting)
     for words in said:
         assert words in text
+
+
+@pytest.mark.parametrize("setting", ["partition.fine=4", "data.image_size=36", "experts=x"])
+def test_what_is_wrong_with_the_whole_is_said_without_the_whole(setting: str) -> None:
+    text = fails(setting)
+    assert text.count("config:") == 1
+    assert "got" not in text.replace("got 'x'", "")
+    assert len(text) < 200
 
 
 def test_a_fallback_says_only_where_it_differs(tmp_path: Path) -> None:
@@ -159,7 +175,11 @@ def test_files_that_are_not_configs(tmp_path: Path) -> None:
     (tmp_path / "a.yaml").write_text("- 1\n")
     assert "must hold keys and values, not list" in fails(source=str(tmp_path / "a.yaml"))
     (tmp_path / "b.yaml").write_text("a: [")
-    assert "is not valid YAML" in fails(source=str(tmp_path / "b.yaml"))
+    assert fails(source=str(tmp_path / "b.yaml")).startswith(f"config: {tmp_path}/b.yaml is not valid YAML: line 1, column ")
+    (tmp_path / "j.json").write_text('{\n "seed": 3,\n "name" "x"}')
+    broken = fails(source=str(tmp_path / "j.json"))
+    assert f"{tmp_path}/j.json is not valid YAML: line 3, column 9" in broken
+    assert "\n" not in broken
     (tmp_path / "c.yaml").write_text("preset: demmo\n")
     assert "preset 'demmo' does not exist. Did you mean 'demo'?" in fails(source=str(tmp_path / "c.yaml"))
     assert "neither a preset" in fails(source=str(tmp_path / "none.yaml"))

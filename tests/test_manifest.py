@@ -94,6 +94,15 @@ def test_stale_says_what_changed_and_how_to_go_on(tmp_path: Path) -> None:
     assert changed.status().state == "partial"
 
 
+def test_keys_that_say_nothing_do_not_hide_what_changed(tmp_path: Path) -> None:
+    def one(**embedding: object) -> Stage:
+        return Stage("encoders", Folder(tmp_path), {"embedding": embedding}, {})
+
+    one(kind="timm", weights=None).begin()
+    assert one(kind="lite").status().reasons == ('config.embedding.kind: "timm" → "lite"',)
+    assert one(kind="timm").status().state == "stale"  # it is another config all the same
+
+
 def test_started_with_other_inputs_is_stale_too(tmp_path: Path) -> None:
     stage(tmp_path).begin()
     assert stage(tmp_path, lr=9).status().state == "stale"

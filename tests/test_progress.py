@@ -67,6 +67,14 @@ def test_ends_are_said_at_once(tmp_path, capsys):
     assert "out of memory, failed" in capsys.readouterr().err
 
 
+def test_an_error_is_said_once_by_whom_it_reaches(tmp_path, capsys):
+    progress = Progress(Folder(tmp_path), "embed", total=153, unit="rows")
+    with pytest.raises(ValueError, match="no picture"), progress:
+        raise ValueError("no picture")
+    assert Folder(tmp_path).read_json("embed.json")["message"] == "ValueError: no picture"
+    assert capsys.readouterr().err.splitlines()[-1] == "embed: 0 / 153 rows, failed"
+
+
 @pytest.mark.parametrize("error", [KeyboardInterrupt, SystemExit])
 def test_who_is_asked_to_stop_has_not_failed(tmp_path, capsys, error):
     progress = Progress(Folder(tmp_path), "embed", total=153, unit="rows")

@@ -197,7 +197,11 @@ def test_what_cannot_be_used_at_all(tmp_path):
     with pytest.raises(ConfigError, match=r"holds no \*.parquet file"):
         read(tmp_path / "empty", "parquet")
     write(tmp_path / "a/a.parquet", {"img": [b""], "caption": ["x"]})
-    with pytest.raises(ConfigError, match=r"none of the 1 Parquet files.*a.parquet: wrong columns: there is no column 'image'.*img, caption"):
+    said = r"none of the 1 Parquet files.*a.parquet: wrong columns: there is no column 'image'; name one .* caption: data.source.image=…"
+    with pytest.raises(ConfigError, match=said):
+        ConfigError,
+        match=r"none of the 1 Parquet files.*a.parquet: wrong columns: there is no column 'image'; name one .* caption: data.source.image=…",
+    ):
         read(tmp_path / "a", "parquet")
     for column, values, what in (
         ("image", [1], "of images holds int64"), ("caption", [1], "of captions holds int64, not strings"),

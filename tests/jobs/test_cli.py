@@ -147,6 +147,32 @@ def test_a_missing_parent(capsys, tmp_path):
     assert "run the stage 'embed' first" in capsys.readouterr().err
 
 
+def test_what_changed_is_said_once(capsys, tmp_path):
+    publish(tiny(tmp_path), "embed")
+    cli.write_config(tiny(tmp_path))
+    message = fails(capsys, embed.main, arguments(tmp_path, "--set", "data.embedding.image_size=64"))
+    assert message.count("config.embedding.image_size") == 1
+    publish(tiny(tmp_path), "partition")
+    assert fails(capsys, partition.main, arguments(tmp_path, "--set", "partition.fine=4")).count("config.fine") == 1
+
+
+@pytest.mark.parametrize(
+    ("source", "said"),
+    [
+        ("/pictures", "--source: '/pictures' does not say of which kind it is; write it as data.source of a config, '{kind: folder, uri:"),
+        ("{kind", "--source: '{kind' is not valid YAML; write it as '{kind: folder, uri:"),
+        ("{kind: zip, uri: /pictures}", "data.source.kind: 'zip' is none of openmoji, folder"),
+        ("{kind: folder, uri: /no/such}", "data.source.uri: /no/such does not exist; name what holds the images and captions, --source=…"),
+    ],
+)
+def test_a_source_that_is_none(capsys, tmp_path, source, said):
+    for name in ("embed", "partition"):
+        publish(tiny(tmp_path), name)
+    message = fails(capsys, append.main, arguments(tmp_path, "--source", source))
+    assert said in message
+    assert "--set" not in message
+
+
 def test_an_append_needs_clusters(capsys, tmp_path):
     publish(tiny(tmp_path), "embed")
     assert "run the stage 'partition' first" in fails(capsys, append.main, arguments(tmp_path))

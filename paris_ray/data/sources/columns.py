@@ -51,9 +51,13 @@ class Columns:
 
     def problem(self, schema: pa.Schema) -> str | None:
         """Why rows of this schema cannot be read, ``None`` if they can."""
+        keys = {"image": self.source.image, "caption": self.source.caption, "key": self.source.key}
         for name in self.names:
             if schema.get_field_index(name) < 0:
-                return f"there is no column {name!r}, or there are several; the columns are {', '.join(schema.names)}"
+                key = next((f"data.source.{key}" for key, column in keys.items() if column == name), "data.filter.score_column")
+                if name in schema.names:
+                    return f"there are {schema.names.count(name)} columns {name!r}; give {key} one that is there once"
+                return f"there is no column {name!r}; name one of {', '.join(schema.names)}: {key}=…"
         kinds = {name: _plain(schema.field(name).type) for name in self.names}
         image = kinds[self.source.image]
         held = [image]
