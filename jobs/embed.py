@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
+from typing import Any
 
 from jobs import cli
 from paris_ray.config import RunConfig
@@ -21,22 +22,37 @@ def action(config: RunConfig, args: argparse.Namespace) -> None:
     from paris_ray.data.embed import embed
 
     cli.connect()
-    manifest = embed(config)
-    counts = manifest["counts"]
-    splits = ", ".join(f"{n} {split}" for split, n in counts["splits"].items() if n)
-    print(f"{counts['rows']} rows ({splits}) in {config.run_dir}/corpus")
+    report(config, embed(config)["counts"])
+
+
+def report(config: RunConfig, counts: dict[str, Any]) -> None:
+    """Print what became of the rows: the counts of the manifest of ``RUN/corpus``."""
+    from paris_ray.data.schema import SPLITS
+
+    splits, data = counts["splits"], config.data
+    print(f"{counts['rows']} rows ({', '.join(f'{splits[one]} {one}' for one in SPLITS if splits.get(one))}) in {config.run_dir}/corpus")
+    groups = f"of {counts['groups']} emoji" if data.source.kind == "openmoji" else f"{counts['groups']} of them different to the look-alike hash"
     print(
-        f"{counts['groups']} groups of rows that look alike; {counts['near_duplicates']} rows look like one of another group, "
-        f"{counts['split_changed']} of them changed their split for it"
+        f"{counts['rows']} rows, {groups}; {counts['near_duplicates']} look nearly like another (the hash ignores colour), "
+        f"and {counts['split_changed']} of these changed their split for it"
     )
+    if not splits.get("validation"):
+        print(f"No row is for validation, so that no loss can be watched: raise data.split.validation_rows, now {data.split.validation_rows:g}")
+    if counts.get("enlarged"):
+        print(
+            f"{counts['enlarged']} pictures are smaller than data.image_size, {data.image_size}, and were enlarged; "
+            f"data.filter.min_side={data.image_size} would refuse them"
+        )
     if counts["unchecked"]:
         print(f"{counts['unchecked']} pictures look so much like very many others that not all pairs of them were compared")
     if counts["captions_cut"]:
-        print(f"{counts['captions_cut']} captions have more than the {config.data.text.max_length} tokens that the text encoder reads, and were cut")
+        print(f"{counts['captions_cut']} captions have more than the {data.text.max_length} tokens that the text encoder reads, and were cut")
     if counts["rejected"]:
         print(f"\n{counts['rejected']} of {counts['listed']} rows refused; each with its reason in {config.run_dir}/rejected")
-        for reason, n in counts["reasons"].items():
-            print(f"{n:>10}  {100 * n / counts['listed']:5.1f} %  {reason}")
+        for reason, n in sorted(counts["reasons"].items(), key=lambda one: (-one[1], one[0])):
+            examples = counts.get("examples", {}).get(reason, [])
+            named = ", ".join(map(repr, examples)) + (" …" if n > len(examples) else "")
+            print(f"{n:>10}  {100 * n / counts['listed']:5.1f} %  {reason}: {named}")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -20,6 +20,7 @@ from paris_ray.data.report.members import AT_LEAST, Members, look, quotas, read_
 from paris_ray.data.report.shape import as_clustered, principal_plane, silhouettes
 from paris_ray.data.report.sheets import draw_sheets as draw_on_sheets
 from paris_ray.data.report.terms import terms
+from paris_ray.manifest import require
 from paris_ray.storage import Folder
 
 MAP_ROWS = 4000
@@ -57,6 +58,7 @@ def gather(tree: dict[str, Any]) -> tuple[dict[str, Any], page.Map]:
     config = configs.build(tree)
     run = Folder(config.run_dir)
     clusters = run.read_json("clusters/clusters.json")
+    counts = require(run / "corpus", "embed")["counts"]
     members = look(run, clusters["sizes"], config.partition.contact_sheet, MAP_ROWS)
     shown = draw_on_sheets(run, members)
     words = terms(members.captions, members.caption_expert, config.num_experts)
@@ -64,6 +66,7 @@ def gather(tree: dict[str, Any]) -> tuple[dict[str, Any], page.Map]:
     report: dict[str, Any] = {
         "name": config.name,
         **clusters,
+        "read": {name: counts[name] for name in page.READ} if counts.keys() >= set(page.READ) else None,
         "cost": estimate(config, clusters["sizes"], run.read_json("encoders/encoders.json")),
         "map": {"rows": [len(points) for points in where.points], "at_least": AT_LEAST, "variance": list(where.variance)},
         "silhouette": silhouette,

@@ -35,6 +35,9 @@ from paris_ray.manifest import Stage, StaleError, refuse_half_appended
 from paris_ray.progress import Progress
 from paris_ray.storage import Folder
 
+EXAMPLES = 3
+"""Rows that the manifest names for each reason to refuse some."""
+
 
 def embed(config: RunConfig) -> dict[str, Any]:
     """Make ``RUN/encoders``, ``RUN/corpus`` and ``RUN/rejected``; what is there already is kept. Needs a connection to Ray.
@@ -266,20 +269,29 @@ def finish(run: Folder, before: dict[str, Any] | None = None) -> dict[str, Any]:
     rows.keep(kept)
     near = duplicates.join_near_duplicates(corpus, rows, settled, version)
     splits = np.bincount(rows.splits, minlength=len(schema.SPLITS))
-    cut, listed = 0, 0
-    for _, content, notes in schema.read_each(corpus, ["caption_cut"], schema.written(corpus)):
+    cut, enlarged, listed = 0, 0, 0
+    side = (run / "encoders").read_json(encoders.FILE)["image_size"]
+    for _, content, notes in schema.read_each(corpus, ["caption_cut", "width", "height"], schema.written(corpus)):
         cut += int(pc.sum(content["caption_cut"]).as_py() or 0)
+        enlarged += int((np.minimum(content["width"].to_numpy(), content["height"].to_numpy()) < side).sum())
         listed += notes["listed"]
     reasons: collections.Counter[str] = collections.Counter()
-    for _, content, _ in schema.read_each(rejected, ["reason"], schema.written(rejected)):
-        reasons.update(reason.split(":", 1)[0] for reason in content["reason"].to_pylist())
+    examples: dict[str, list[str]] = {}
+    for _, content, _ in schema.read_each(rejected, ["reason", "source"], schema.written(rejected)):
+        for reason, name in zip(content["reason"].to_pylist(), content["source"].to_pylist(), strict=True):
+            kind = reason.split(":", 1)[0]
+            reasons[kind] += 1
+            if len(own := examples.setdefault(kind, [])) < EXAMPLES:
+                own.append(name)
     counts: dict[str, Any] = {
         "listed": listed,
         "rows": len(rows.ids),
         "rejected": reasons.total(),
         "reasons": dict(reasons.most_common()),
+        "examples": examples,
         "splits": {split: int(n) for split, n in zip(schema.SPLITS, splits, strict=True)},
         "captions_cut": cut,
+        "enlarged": enlarged,
         **near,
     }
     if counts["rows"] + counts["rejected"] != listed:

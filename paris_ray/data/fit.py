@@ -142,6 +142,7 @@ def fit_clusters(config: RunConfig, corpus: Folder, stage: Stage, progress: Prog
         CLUSTERS,
         {
             **summary,
+            "sizes_validation": np.bincount(expert[index.split == schema.SPLITS.index("validation")], minlength=experts).tolist(),
             "sizes_all": np.bincount(expert, minlength=experts).tolist(),
             "method": part.method,
             "metric": part.metric,

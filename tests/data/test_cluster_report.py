@@ -107,7 +107,8 @@ def made_up(**changes: Any) -> tuple[dict[str, Any], page.Map]:
     sizes = [40, 100, 60]
     encoders = {"codec": {"channels": 4, "latent_size": 8}, "text": {"max_length": 16, "width": 384}}
     report: dict[str, Any] = {
-        "name": "my <run>", "sizes": sizes, "sizes_all": [50, 110, 70], "fine_sizes": [90, *[10] * 11], "inertia": [[9.0, 5.0, 4.5], [3.0, 2.0, 2.5]],
+        "name": "my <run>", "sizes": sizes, "sizes_all": [50, 110, 70], "sizes_validation": [9, 0, 11],
+        "fine_sizes": [90, *[10] * 11], "inertia": [[9.0, 5.0, 4.5], [3.0, 2.0, 2.5]],
         "converged": True, "method": "kmeans", "metric": "cosine", "imbalance": 1.5, "largest_fine_share": 1.35, "cap": 90.0, "over_cap": [1],
         "splits": {"train": 200, "validation": 20, "held_out": 10}, "cost": estimate(configs.load("tiny"), sizes, encoders),
         "map": {"rows": [2, 2, 1], "at_least": 100, "variance": [0.25, 0.125]},
@@ -117,6 +118,11 @@ def made_up(**changes: Any) -> tuple[dict[str, Any], page.Map]:
             {"terms": [], "nearest": rows(2, "x" * 1000), "farthest": []},
             {"terms": [{"word": "tree", "z": 3.0}], "nearest": rows(1), "farthest": []},
         ],
+        "read": {
+            "listed": 250, "rows": 230, "rejected": 20, "reasons": {"no caption": 5, "not an image": 15}, "groups": 200, "near_duplicates": 17,
+            "examples": {"no caption": ["a.png"], "not an image": ["<b>.png", "c.png"]}, "split_changed": 4, "unchecked": 0, "enlarged": 13,
+            "captions_cut": 0,
+        },
         **changes,
     }  # fmt: skip
     report["warnings"] = page.warnings(report)
@@ -138,15 +144,21 @@ def test_the_page_is_self_contained_and_says_what_matters() -> None:
     for said in (
         "my &lt;run&gt;", "fox &amp; hound", "Pictures: Somebody, CC BY-SA", "1.50 ×", "100 · 50.0% · 1.50 ×", "experts 1 are above it", "catch-all",
         "the cap of 90", "No caption word stands out", "25.0% of the variance, up 12.5%. The other 62%", "0.032 on average",
-        "-0.018",
+        "-0.018", "100 · 50.0% · 1.50 × · 0<", "No validation row has expert 1: its loss cannot be watched.",
+        "250 rows were read and 20 refused. Of the 230 others 17 look nearly like another", "4 changed theirs for it.",
+        "13 pictures are smaller than data.image_size and were enlarged.",
+        "<td>not an image</td><td class=n>15</td><td class=n>6.0%</td><td>&lt;b&gt;.png,",
         "originals as the latent codec gives them back (decoded latents)", "The critical one is expert-", "An estimate, not a measurement",
         "one GPU at 40%", "H100 989", "Fewer than 100 passes",
     ):  # fmt: skip
         assert said in html, said
     assert "<run>" not in html
-    quiet, where = made_up(cap=None, over_cap=[], largest_fine_share=0.1, imbalance=1.1, silhouette=None)
+    assert html.index("<td>not an image") < html.index("<td>no caption")
+    assert "were cut" not in html
+    quiet, where = made_up(sizes_validation=[1, 2, 3], read=None, cap=None, over_cap=[], largest_fine_share=0.1, imbalance=1.1, silhouette=None)
     html = page.render({**quiet, "warnings": page.warn(quiet)}, where, [png] * 3)
     assert 'class="warn"' not in html
+    assert "What was read" not in html
     assert "the cap of" not in html
     assert "Needs rows of two experts" in html
     assert "12 fine clusters, cosine k-means" in html

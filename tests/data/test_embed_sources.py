@@ -22,6 +22,7 @@ from paris_ray.manifest import StaleError, published
 from paris_ray.storage import Folder
 
 from . import in_process as in_process_ray
+from . import light
 from .corpora import WRITERS, contents
 from .in_process import in_process  # noqa: F401
 from .test_parquet import png
@@ -150,6 +151,18 @@ def test_what_a_worker_takes_is_asked_for(tmp_path, monkeypatch):
     next((tmp_path / "run/corpus").glob("part-*")).unlink()
     stage.embed(config)
     assert in_process_ray.ASKED[-1]["memory"] == 2**20
+
+
+def test_small_pictures_and_refused_ones_are_counted_and_named(tmp_path, monkeypatch):
+    monkeypatch.setattr(stage, "EncodePart", light.LightEncode)
+    monkeypatch.setattr(stage, "_save_frozen", light.save_frozen)
+    made = [(f"{i:02d}.png", png(i, (24, 20)), f"picture {i}") for i in range(20)]
+    made += [("dot.png", png(30, (1, 1)), "a dot"), ("low.png", png(31, (40, 15)), "low"), ("enough.png", png(32, (16, 16)), "enough")]
+    made += [(f"broken{i}.png", b"no picture", "broken") for i in range(5)]
+    config = light.light_config(tmp_path / "run", f"{{kind: folder, uri: {WRITERS['folder'](tmp_path / 'images', made)}}}")
+    counts = stage.embed(config)["counts"]
+    assert (counts["rows"], counts["rejected"], counts["enlarged"]) == (23, 5, 2)
+    assert counts["examples"] == {"not an image": ["broken0.png", "broken1.png", "broken2.png"]}
 
 
 def test_nothing_usable_is_an_error_that_says_why(tmp_path):

@@ -84,6 +84,7 @@ def test_labels_and_shards_hold_what_they_should(tmp_path: Path, store_text: str
 
     summary = json.loads((tmp_path / "clusters/clusters.json").read_text())
     assert summary["sizes"] == np.bincount(expert[train], minlength=3).tolist()
+    assert summary["sizes_validation"] == np.bincount(expert[corpus["split"] == "validation"], minlength=3).tolist()
     assert summary["sizes_all"] == np.bincount(expert, minlength=3).tolist()
     assert summary["fine_sizes"] == np.bincount(nearest[train], minlength=9).tolist()
     assert summary["imbalance"] == pytest.approx(max(summary["sizes"]) * 3 / sum(summary["sizes"]))

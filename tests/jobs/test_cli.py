@@ -329,6 +329,28 @@ def test_ctrl_c_is_no_failure(capsys, tmp_path):
     assert re.search(r"embed +stopped +120 / 153 rows", capsys.readouterr().out)
 
 
+def test_what_embed_says_of_the_rows(capsys, tmp_path):
+    """In one order, whether the counts are new or were read back from a manifest, whose keys are sorted."""
+    counts = {
+        "listed": 160, "rows": 146, "rejected": 14, "reasons": {"duplicate": 1, "no caption": 12, "not an image": 1}, "groups": 142,
+        "examples": {"duplicate": ["d.png"], "no caption": ["a.png", "b.png", "c.png"], "not an image": ["x.png"]}, "near_duplicates": 8,
+        "splits": {"held_out": 6, "train": 140, "unused": 0, "validation": 0}, "split_changed": 2, "unchecked": 0, "captions_cut": 0, "enlarged": 3,
+    }  # fmt: skip
+    embed.report(tiny(tmp_path, "data.source={kind: folder, uri: /pictures}"), counts)
+    out = capsys.readouterr().out
+    assert "146 rows (140 train, 6 held_out)" in out
+    assert "142 of them different to the look-alike hash; 8 look nearly like another" in out
+    assert "No row is for validation" in out
+    assert "3 pictures are smaller than data.image_size, 32" in out
+    lines = [line.split("%  ")[1] for line in out.splitlines()[-3:]]
+    assert lines == ["no caption: 'a.png', 'b.png', 'c.png' …", "duplicate: 'd.png'", "not an image: 'x.png'"]
+    embed.report(tiny(tmp_path), {**counts, "splits": {"train": 140, "validation": 6}, "enlarged": 0})
+    out = capsys.readouterr().out
+    assert "of 142 emoji" in out
+    assert "No row is for validation" not in out
+    assert "smaller" not in out
+
+
 def test_errors_of_the_work_keep_their_traceback(tmp_path):
     def action(config, args):
         raise ValueError("a fault of ours")

@@ -18,6 +18,10 @@ CAPTION_CHARS = 160
 """Longer captions are cut on the page."""
 
 
+READ = ("listed", "rows", "rejected", "reasons", "examples", "groups", "near_duplicates", "split_changed", "unchecked", "enlarged", "captions_cut")
+"""What of the corpus' counts is on the page."""
+
+
 @dataclass(frozen=True)
 class Map:
     """The sample and the centroids on a plane.
@@ -47,6 +51,7 @@ def render(report: dict[str, Any], where: Map, sheets: Sequence[bytes], attribut
     experts = len(report["sizes"])
     parts = [
         ("sizes", "Sizes", _sizes(report)),
+        *([("read", "What was read", _read(report["read"]))] if report["read"] else []),
         ("cost", "What training will cost", _cost(report)),
         ("map", "Map", _map(report, where)),
         ("apart", "How far apart they are", _silhouette(report)),
@@ -69,6 +74,8 @@ def render(report: dict[str, Any], where: Map, sheets: Sequence[bytes], attribut
 def warn(clusters: dict[str, Any]) -> list[str]:
     """What of the clusters somebody should know before training."""
     lines = []
+    if unwatched := [str(k) for k, rows in enumerate(clusters["sizes_validation"]) if not rows]:
+        lines.append(f"No validation row has expert {', '.join(unwatched)}: its loss cannot be watched. Raise data.split.validation_rows.")
     if clusters["over_cap"]:
         over = ", ".join(map(str, clusters["over_cap"]))
         lines.append(f"No packing within the cap of {clusters['cap']:.0f} rows was found: experts {over} are above it. Raise partition.fine.")
@@ -84,14 +91,36 @@ def _sizes(report: dict[str, Any]) -> str:
     sizes, fine, cap = report["sizes"], report["fine_sizes"], report["cap"]
     total, k = sum(sizes), len(sizes)
     marks = [(total / k, "strong", "equal share"), *([(cap, "cap", "cap")] if cap else [])]
-    bars = [(f"expert {i}", size, f"{number(size)} · {size / total:.1%} · {size * k / total:.2f} ×", f"var(--e{i})") for i, size in enumerate(sizes)]
+    bars = [
+        (f"expert {i}", size, f"{number(size)} · {size / total:.1%} · {size * k / total:.2f} × · {number(watched)}", f"var(--e{i})")
+        for i, (size, watched) in enumerate(zip(sizes, report["sizes_validation"], strict=True))
+    ]
     said = (
         f"The largest expert has {report['imbalance']:.2f} × an equal share of the training rows. The largest fine cluster has "
         f"{number(max(fine))} rows, the smallest {number(min(fine))}."
     )
     dashed = f"; dashed: the cap of {number(cap)}" if cap else ""
-    lines = f"Training rows, their share of all, and how many times an equal share (grey line) they are{dashed}."
+    lines = f"Training rows, their share of all, how many times an equal share (grey line) they are, and rows for validation{dashed}."
     return blocks.paragraph(said) + blocks.paragraph(lines, "muted") + charts.bar_chart(bars, "Training rows of each expert", marks)
+
+
+def _read(counts: dict[str, Any]) -> str:
+    said = (
+        f"{number(counts['listed'])} rows were read and {number(counts['rejected'])} refused. Of the {number(counts['rows'])} others "
+        f"{number(counts['near_duplicates'])} look nearly like another (their perceptual hashes, which ignore colour, differ by three bits or "
+        f"fewer) and share its split; {number(counts['split_changed'])} changed theirs for it."
+    )
+    more = [
+        ("enlarged", "pictures are smaller than data.image_size and were enlarged"),
+        ("captions_cut", "captions are longer than the text encoder reads and were cut"),
+        ("unchecked", "pictures look so much like very many others that not all pairs were compared"),
+    ]
+    said += "".join(f" {number(counts[name])} {what}." for name, what in more if counts[name])
+    if not counts["rejected"]:
+        return blocks.paragraph(said)
+    reasons = sorted(counts["reasons"].items(), key=lambda one: (-one[1], one[0]))
+    rows = [[reason, n, f"{n / counts['listed']:.1%}", ", ".join(_cut(name, 60) for name in counts["examples"][reason])] for reason, n in reasons]
+    return blocks.paragraph(said) + blocks.table(["refused because of", "rows", "of all", "such as"], rows, (1, 2))
 
 
 def _cost(report: dict[str, Any]) -> str:
