@@ -7,10 +7,11 @@ STAMP := $(VENV)/.installed
 
 export RAY_USAGE_STATS_ENABLED := 0
 
-.PHONY: help demo serve stop test chaos lint format
+.PHONY: help setup demo serve stop test chaos lint format
 .DEFAULT_GOAL := help
 
 help:
+	@echo "make setup   the environment in .venv, and nothing else"
 	@echo "make demo    eight experts, router, serving and the measured table, on this machine; continues where it was cut off"
 	@echo "make serve   the demo's model behind http://127.0.0.1:8000, in the background"
 	@echo "make stop    ends what make demo or make serve left running"
@@ -30,6 +31,8 @@ $(STAMP): pyproject.toml constraints.txt
 	@# Compiled once: Ray starts a process for each worker, and every one imports torch.
 	$(BIN)/uv pip install --quiet --compile-bytecode --python $(BIN)/python -c constraints.txt -e '.[demo,dev]'
 	@touch $@
+
+setup: $(STAMP)
 
 # exec: the demo's parent is then make itself, and it notices when make is killed.
 demo: $(STAMP)

@@ -32,7 +32,7 @@ def action(config: RunConfig, args: argparse.Namespace) -> int:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Parse, accept, return the exit code."""
-    parser = argparse.ArgumentParser(prog="accept", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(prog="python -m jobs.accept", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--expert", type=int, required=True, metavar="K", help="which expert")
     parser.add_argument("--from", dest="source", required=True, metavar="DIR", help="the contributor's run directory, a folder or a URI")
     parser.add_argument("--replace", action="store_true", help="take it in the place of a finished expert")

@@ -25,7 +25,7 @@ def assemble(config: RunConfig, args: argparse.Namespace) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the job; returns its exit code."""
-    parser = argparse.ArgumentParser(prog="assemble", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(prog="python -m jobs.assemble", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     return cli.run(parser, assemble, argv, stage="assemble")
 
 

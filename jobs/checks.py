@@ -26,19 +26,19 @@ def check(config: RunConfig, name: str, rebuilt: bool = False) -> None:
         ConfigError: it would refuse these settings.
         MissingParentError: it cannot start yet; the message says what to run first.
     """
-    check_run_dir(config)
     if name == "embed":
         check_source(config)
         if rebuilt:
             _list_source(config)
-        return
-    try:
-        stages.stage(config, name)
-    except FileNotFoundError as error:
-        raise MissingParentError(str(error)) from None
+    else:
+        try:
+            stages.stage(config, name)
+        except FileNotFoundError as error:
+            raise MissingParentError(str(error)) from None
     if name == "partition":
         check_clusters(config, rebuilt)
         config.partition.check_backend()
+    check_run_dir(config)
 
 
 def check_parent(config: RunConfig, name: str) -> None:

@@ -69,7 +69,7 @@ def run(parser: argparse.ArgumentParser, action: Action, argv: Sequence[str] | N
 
 def complain(parser: argparse.ArgumentParser, error: Exception) -> int:
     """Print a user's error, without a traceback; returns the exit code 2."""
-    print(f"{parser.prog}: {error}", file=sys.stderr)
+    print(f"{parser.prog.removeprefix('python -m jobs.')}: {error}", file=sys.stderr)
     return USER_ERROR
 
 

@@ -30,7 +30,7 @@ WRAPPER = "module."
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the job; returns its exit code."""
-    parser = argparse.ArgumentParser(prog="convert", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(prog="python -m jobs.convert", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("source", metavar="IN.pt", help="local file that torch.save wrote")
     parser.add_argument("target", metavar="OUT.safetensors", help="local file to write; must not exist")
     args = parser.parse_args(argv)

@@ -36,7 +36,7 @@ WAIT_SECONDS = 60.0
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the demo; returns its exit code."""
-    parser = argparse.ArgumentParser(prog="demo", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(prog="python -m jobs.demo", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     configs.add_arguments(parser)
     parser.add_argument("--end-with-parent", type=int, metavar="PID", help="end in order when this process, which started this one, is gone")
     given = list(sys.argv[1:] if argv is None else argv)

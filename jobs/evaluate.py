@@ -41,7 +41,7 @@ def report(config: RunConfig) -> int:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the job; returns its exit code."""
-    parser = argparse.ArgumentParser(prog="evaluate", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(prog="python -m jobs.evaluate", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--endpoint", metavar="URL", help="where the model of this run is served, e.g. http://127.0.0.1:8000")
     parser.add_argument("--report-only", action="store_true", help="measure nothing; write the report of what is there, a run in part included")
     given = list(sys.argv[1:] if argv is None else argv)

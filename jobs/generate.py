@@ -20,7 +20,7 @@ from paris_ray.storage import Folder
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the job; returns its exit code: 1 if a picture failed, 2 if nothing could be begun."""
-    parser = argparse.ArgumentParser(prog="generate", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(prog="python -m jobs.generate", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True, metavar="PATH", help="folder, URI or repository of the hub; with --actors, as every node sees it")
     parser.add_argument("--prompts", required=True, metavar="FILE", help="one prompt a line, or JSON lines")
     parser.add_argument("--out", required=True, metavar="DIR", help="folder or URI for the pictures")

@@ -19,7 +19,8 @@ def _partition(config: RunConfig, args: argparse.Namespace) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the stage ``partition``; returns the exit code."""
-    parser = argparse.ArgumentParser(prog="partition", description="Fit the clusters, label all rows, write one shard per expert and a report page.")
+    about = "Fit the clusters, label all rows, write one shard per expert and a report page."
+    parser = argparse.ArgumentParser(prog="python -m jobs.partition", description=about)
     return cli.run(parser, _partition, argv, stage="partition")
 
 

@@ -27,7 +27,7 @@ from paris_ray.training.plan import Devices, MachineTable, Plan
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Plan; returns the exit code."""
-    parser = argparse.ArgumentParser(prog="plan", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(prog="python -m jobs.plan", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     configs.add_arguments(parser)
     parser.add_argument("--machines", metavar="YAML", help="what there is to train on; without it, this machine is measured")
     parser.add_argument("--equal-hours", action="store_true", help="give unequal machines unequal budgets, so that all experts end together")

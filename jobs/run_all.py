@@ -29,7 +29,7 @@ from paris_ray.storage import Folder
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run it; returns the exit code: 0 all valid, 1 something failed, 2 wrong input, 3 ``--max-cost`` is spent, 130 interrupted."""
-    parser = argparse.ArgumentParser(prog="run_all", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(prog="python -m jobs.run_all", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     configs.add_arguments(parser)
     parser.add_argument("--address", help="URL of a Ray dashboard, http://HOST:8265; default: a cluster of our own on this machine")
     parser.add_argument("--retries", type=int, default=1, metavar="N", help="how often a failed job is tried again (default 1)")

@@ -26,7 +26,7 @@ curl -s {url}/v1/images/generations -H 'content-type: application/json' \\
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Deploy or stop; returns the exit code."""
-    parser = argparse.ArgumentParser(prog="serve", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(prog="python -m jobs.serve", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     configs.add_arguments(parser)
     parser.add_argument("--stop", action="store_true", help="end the clusters instead")
     given = list(sys.argv[1:] if argv is None else argv)

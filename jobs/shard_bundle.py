@@ -23,7 +23,7 @@ from paris_ray.training.contribution import bundle
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the job; returns its exit code."""
-    parser = argparse.ArgumentParser(prog="shard_bundle", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(prog="python -m jobs.shard_bundle", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     configs.add_arguments(parser)
     parser.add_argument("--expert", type=int, required=True, metavar="K", help="which expert")
     parser.add_argument("--out", required=True, metavar="DIR", help="new folder or URI")

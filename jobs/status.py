@@ -35,8 +35,8 @@ COLUMNS = {
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the job; returns its exit code."""
-    parser = argparse.ArgumentParser(prog="status", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    configs.add_arguments(parser)
+    parser = argparse.ArgumentParser(prog="python -m jobs.status", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    configs.add_arguments(parser, works=False)
     parser.add_argument("--json", action="store_true", help="one object a line, for programs")
     args = parser.parse_args(argv)
     try:

@@ -22,7 +22,7 @@ def action(config: RunConfig, args: argparse.Namespace) -> int:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Parse, train, return the exit code."""
-    parser = argparse.ArgumentParser(prog="train_expert", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(prog="python -m jobs.train_expert", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--expert", type=int, required=True, metavar="K", help="which expert, from 0")
     cli.add_fallback(parser)
     return cli.run(parser, action, argv, stage=lambda args: expert_name(args.expert))

@@ -27,7 +27,7 @@ def action(config: RunConfig, args: argparse.Namespace) -> int:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Parse, train, return the exit code."""
-    parser = argparse.ArgumentParser(prog="train_router", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(prog="python -m jobs.train_router", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--control", action="store_true", help="the paper's text-blind router, for the evaluation's table")
     cli.add_fallback(parser)
     return cli.run(parser, action, argv, stage=stage)

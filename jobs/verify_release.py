@@ -18,7 +18,7 @@ from paris_ray.storage import Folder
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the job; returns its exit code."""
-    parser = argparse.ArgumentParser(prog="verify_release", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(prog="python -m jobs.verify_release", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("path", metavar="PATH", help="folder or URI of the checkpoint")
     parser.add_argument("--out", metavar="DIR", help="also write report.md and the pictures there")
     parser.add_argument("--no-pictures", action="store_true", help="headers and checksums only; reads no weight's value")

@@ -87,6 +87,8 @@ def test_missing_folder_of_images(capsys, tmp_path):
     )  # fmt: skip
     assert "data.source.uri: /no/such/folder does not exist" in message
     assert "--set data.source.uri=" in message
+    assert fails(capsys, embed.main, arguments(tmp_path / "run", "--set", "data.source={kind: folder, uri: /no/such/folder}")).startswith("embed: ")
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_run_that_is_being_written(capsys, tmp_path):

@@ -105,6 +105,13 @@ def test_experts_in_several_clusters(run, capsys):
     assert lines[lines.index(next(line for line in lines if line.startswith("expert-2"))) + 1] == "    no room for 20 min"
 
 
+def test_who_only_looks_is_not_asked_to_delete(run, capsys):
+    for option in (["--rebuild", "embed"], ["--dry-run"]):
+        with pytest.raises(SystemExit):
+            status.main(arguments(run, *option))
+        assert "usage: python -m jobs.status" in capsys.readouterr().err
+
+
 def test_wrong_input_and_no_ray(run, capsys, tmp_path):
     assert status.main(["--config", str(tmp_path / "gone.yaml")]) == 2
     assert "gone.yaml" in capsys.readouterr().err
