@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 
 from paris_ray import stages
 from paris_ray.config import ConfigError, RunConfig
-from paris_ray.manifest import published, require
+from paris_ray.manifest import require
 from paris_ray.storage import Folder
 
 
@@ -14,13 +15,13 @@ class MissingParentError(FileNotFoundError):
     """A stage that this one reads from has not been run."""
 
 
-def check(config: RunConfig, name: str, rebuilt: bool = False) -> None:
+def check(config: RunConfig, name: str, rebuild: Sequence[str] = ()) -> None:
     """Check what can be known of a stage before it starts.
 
     Args:
         config: the run's.
         name: the stage.
-        rebuilt: whether what is there would be deleted first.
+        rebuild: stages of which what is there would be deleted first.
 
     Raises:
         ConfigError: it would refuse these settings.
@@ -28,7 +29,7 @@ def check(config: RunConfig, name: str, rebuilt: bool = False) -> None:
     """
     if name == "embed":
         check_source(config)
-        if rebuilt:
+        if name in rebuild:
             _list_source(config)
     else:
         try:
@@ -36,7 +37,7 @@ def check(config: RunConfig, name: str, rebuilt: bool = False) -> None:
         except FileNotFoundError as error:
             raise MissingParentError(str(error)) from None
     if name == "partition":
-        check_clusters(config, rebuilt)
+        check_clusters(config, rebuild)
         config.partition.check_backend()
     check_run_dir(config)
 
@@ -65,21 +66,19 @@ def check_run_dir(config: RunConfig) -> None:
 def check_source(config: RunConfig, argument: str = "--set data.source.uri") -> None:
     """Raise ConfigError when the images are not there; ``argument`` says what they are."""
     source, remedy = config.data.source, f"name what holds the images and captions, {argument}=…"
-    uri = getattr(source, "uri", None)
-    if uri is None:
-        return
-    try:
-        folder = Folder(uri)
-        there = folder.exists()
-    except (ValueError, ImportError, OSError) as error:
-        raise ConfigError(f"data.source.uri: {uri!r} cannot be opened: {_one_line(error)}; {remedy}") from None
-    if not there:
-        raise ConfigError(f"data.source.uri: {folder.uri} does not exist; {remedy}")
-    if source.kind == "folder":
+    for key in ("uri", "images"):
+        uri = getattr(source, key, None)
+        if uri is None:
+            continue
         try:
-            folder.check_not_a_file("data.source.uri")
-        except ValueError as error:
-            raise ConfigError(str(error).replace("name a folder, which need not exist yet", "kind folder reads all that a folder holds")) from None
+            folder = Folder(uri)
+            there, is_file = folder.exists(), folder.is_file()
+        except (ValueError, ImportError, OSError) as error:
+            raise ConfigError(f"data.source.{key}: {uri!r} cannot be opened: {_one_line(error)}; {remedy}") from None
+        if not there:
+            raise ConfigError(f"data.source.{key}: {folder.uri} does not exist; {remedy}")
+        if is_file and (source.kind == "folder" or key == "images"):
+            raise ConfigError(f"data.source.{key}: {folder.uri} is a file; name the folder that holds it and the others")
 
 
 def _list_source(config: RunConfig) -> None:
@@ -88,14 +87,16 @@ def _list_source(config: RunConfig) -> None:
     open_source(config.data).units(config.data.rows_per_part)
 
 
-def check_clusters(config: RunConfig, rebuilt: bool = False) -> None:
-    """Raise ConfigError when the corpus, if there is one, is too small for the clusters that have yet to be made."""
-    corpus = published(stages.folder(config, "embed"))
-    if rebuilt:
+def check_clusters(config: RunConfig, rebuild: Sequence[str] = ()) -> None:
+    """Raise ConfigError when the corpus, if it is there and stays, is too small for the clusters that have yet to be made."""
+    if "partition" in rebuild:
         config.check_none_added()
     elif stages.status(config, "partition").state == "valid":
         return
-    train = (corpus or {}).get("counts", {}).get("splits", {}).get("train")
+    corpus = stages.status(config, "embed")
+    if corpus.state != "valid" or corpus.manifest is None or "embed" in rebuild:
+        return
+    train = corpus.manifest["counts"].get("splits", {}).get("train")
     if train is not None:
         config.check_train_rows(train)
 

@@ -56,7 +56,7 @@ def run(parser: argparse.ArgumentParser, action: Action, argv: Sequence[str] | N
         if args.dry_run:
             print_plan(config, args.rebuild)
             return 0
-        checks.check(config, name, name in args.rebuild)
+        checks.check(config, name, args.rebuild)
         with config_of_run(config, name, args.rebuild), Lock(stages.folder(config, name), f"the stage {name}", wait=LOCK_SECONDS):
             if name in args.rebuild:
                 clear(config, name)
@@ -182,7 +182,7 @@ def print_plan(config: RunConfig, rebuild: Sequence[str] = ()) -> None:
         found, would, problem = status(config, name), "", ""
         if name == "partition":
             try:
-                checks.check_clusters(config, name in rebuild)
+                checks.check_clusters(config, rebuild)
             except ConfigError as error:
                 would, problem = "refuse", f"    {error}\n"
         would = would or ("delete it, make it anew" if name in rebuild and found.state != "absent" else PLAN[found.state])

@@ -14,15 +14,22 @@ from collections.abc import Sequence
 from typing import Any
 
 from jobs import cli
+from paris_ray import stages
 from paris_ray.config import RunConfig
+from paris_ray.manifest import refuse_half_appended
 
 
 def action(config: RunConfig, args: argparse.Namespace) -> None:
     """Embed, and say what became of the rows."""
     from paris_ray.data.embed import embed
 
+    found = cli.status(config, "embed")
+    if found.state == "valid" and found.manifest is not None:
+        refuse_half_appended(stages.folder(config, "embed"))
+        print("embed: nothing to do, the corpus is made")
+        return report(config, found.manifest["counts"])
     cli.connect()
-    report(config, embed(config)["counts"])
+    return report(config, embed(config)["counts"])
 
 
 def report(config: RunConfig, counts: dict[str, Any]) -> None:

@@ -129,7 +129,7 @@ def prepare(config: RunConfig, rebuild: Sequence[str] = ()) -> None:
     if kept := [name for name in every if name in below and cli.status(config, name).state not in ("absent", "waiting")]:
         flags = " ".join(f"--rebuild {name}" for name in [*rebuild, *kept])
         raise StaleError(f"{', '.join(kept)} would no longer fit what --rebuild makes anew; nothing was started. Pass {flags}, or none of them.")
-    checks.check_clusters(config, "partition" in rebuild)
+    checks.check_clusters(config, rebuild)
     cli.write_config(config, rebuild)
 
 

@@ -15,7 +15,7 @@ WRITE_SECONDS = 1.0
 WRITE_SECONDS_REMOTE = 10.0
 """An object store answers in tenths of a second; writing there once a second would cost the training loop."""
 WINDOW_SECONDS = 30.0
-"""The rate is that of the last half minute, so that a slow start does not distort it for long."""
+"""The rate is that of the last half minute."""
 
 
 class Progress:
@@ -39,7 +39,7 @@ class Progress:
         self.done = 0
         self.loss: float | None = None
         self.message = ""
-        self._state = "starting"
+        self._state, self._moved = "starting", False
         self._write_every = WRITE_SECONDS if folder.is_local else WRITE_SECONDS_REMOTE
         self._written = self._printed = -math.inf
         self._history: collections.deque[tuple[float, int]] = collections.deque()
@@ -69,6 +69,9 @@ class Progress:
         self.message = message or self.message
         if not force and now - self._written < self._write_every:
             return
+        if not self._moved and self._history and done > self._history[0][1]:
+            self._history.clear()  # until now it was starting, which tells nothing of the time to go
+            self._moved = True
         self._history.append((now, done))
         while len(self._history) > 2 and now - self._history[1][0] > WINDOW_SECONDS:
             self._history.popleft()

@@ -112,9 +112,13 @@ class Folder:
         info = self.fs.get_file_info(self._at(name) if name else self.path)
         return info.type != pafs.FileType.NotFound
 
+    def is_file(self) -> bool:
+        """Whether there is a file where the folder should be."""
+        return bool(self.fs.get_file_info(self.path).type == pafs.FileType.File)
+
     def check_not_a_file(self, key: str) -> None:
         """Raise ValueError if there is a file where the folder should be; ``key`` names what was asked for."""
-        if self.fs.get_file_info(self.path).type == pafs.FileType.File:
+        if self.is_file():
             raise ValueError(f"{key}: {self.uri} is a file; name a folder, which need not exist yet")
 
     def size(self, name: str) -> int | None:

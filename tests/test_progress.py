@@ -40,6 +40,17 @@ def test_rate_and_eta_are_those_of_the_last_half_minute(tmp_path, ticking):
     assert set(event) == {"stage", "state", "done", "total", "unit", "rate", "eta", "loss", "message", "updated"}
 
 
+def test_a_slow_start_is_no_rate(tmp_path, ticking):
+    progress = Progress(Folder(tmp_path), "embed", total=120, unit="rows")
+    progress.update(0, message="encoding", force=True)
+    ticking.now += 20  # workers load their encoders
+    progress.update(10)
+    assert progress.eta is None
+    ticking.now += 2
+    progress.update(20)
+    assert progress.eta == pytest.approx((120 - 20) / 5.0)
+
+
 def test_written_once_a_second_and_printed_every_five(tmp_path, ticking, monkeypatch, capsys):
     written = []
     monkeypatch.setattr(Folder, "write_json", lambda self, name, value: written.append(value))

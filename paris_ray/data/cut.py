@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from paris_ray.data import schema
 from paris_ray.data.attempts import Work, attempt, counted
-from paris_ray.data.placement import memory
+from paris_ray.data.placement import memory, quiet
 from paris_ray.data.splits import read_each
 from paris_ray.storage import Folder
 
@@ -117,7 +117,7 @@ def cut_all(
         return
     import ray.data
 
-    ray.data.DataContext.get_current().enable_progress_bars = False
+    quiet()
     data = ray.data.from_items(jobs, override_num_blocks=len(jobs))
     needs = memory(3 * GROUP_BYTES)  # a group, an expert's rows of it, and these as they are written
     cutting = data.map_batches(cut_batch, fn_kwargs={"corpus": corpus.uri, "shards": shards.uri}, batch_size=1, num_cpus=1, memory=needs)

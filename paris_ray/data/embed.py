@@ -8,7 +8,6 @@ at the end, while it looks for duplicates, some 70 bytes of each row.
 from __future__ import annotations
 
 import collections
-import logging
 import os
 import tempfile
 import time
@@ -27,7 +26,7 @@ from paris_ray.data.codec import PatchPcaCodec as FittedPca
 from paris_ray.data.codec import PatchSums
 from paris_ray.data.openmoji import ATTRIBUTION
 from paris_ray.data.part import EncodePart, SumPart, encoder_bytes, unit_table, worker_bytes
-from paris_ray.data.placement import memory
+from paris_ray.data.placement import memory, quiet
 from paris_ray.data.sources import open_source
 from paris_ray.data.sources.base import Unit, listing
 from paris_ray.data.splits import read_splits
@@ -102,16 +101,6 @@ def _embed(config: RunConfig, progress: Progress) -> dict[str, Any]:
     return second.publish(counts, time.monotonic() - began)
 
 
-def _quiet() -> None:
-    import ray.data
-
-    # Progress is reported once, by the stage; Ray Data's warnings (no resources, slow workers) are kept.
-    logging.getLogger("ray.data").setLevel(logging.WARNING)
-    context = ray.data.DataContext.get_current()
-    context.enable_progress_bars = False
-    context.print_on_execution_start = False
-
-
 # -- encoders -----------------------------------------------------------------------------------------------------------
 
 
@@ -179,7 +168,7 @@ def _sum_patches(config: RunConfig, units: list[Unit], progress: Progress) -> Pa
     import ray.data
 
     assert isinstance(config.data.codec, PatchPcaCodec)
-    _quiet()
+    quiet()
     total, done = PatchSums.zero(config.data.codec.downsampling), 0
     dataset = ray.data.from_arrow([unit_table(unit) for unit in units]).map_batches(
         SumPart(config.data.model_dump(mode="json"), config.seed, config.run_dir),
@@ -208,10 +197,11 @@ def encode(config: RunConfig, run: Folder, units: list[Unit], progress: Progress
     todo = [unit for unit in units if schema.part_name(unit.number) not in there]
     listed = [read_listed(run / "corpus", unit) for unit in units if schema.part_name(unit.number) in there]
     done, parts = sum(listed), len(listed)
-    progress.update(done, message="encoding" if not done else f"resuming after {done} rows", force=True)
+    how = f"{'encoding' if not done else f'resuming after {done} rows'}; rows are counted part by part, {len(todo)} to go"
+    progress.update(done, message=how if todo else "", force=True)
     if not todo:
         return
-    _quiet()
+    quiet()
     most = min(data.max_encoders, len(todo))
     dataset = ray.data.from_arrow([unit_table(unit) for unit in todo]).map_batches(
         EncodePart,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+
 PROCESS_BYTES = 512 << 20
 """Memory of a worker beside its data: Python with its libraries, and what it computes with."""
 
@@ -15,3 +17,14 @@ def memory(size: int) -> int:
 
     nodes = [int(node["Resources"].get("memory", 0)) for node in ray.nodes() if node["Alive"]]
     return min(PROCESS_BYTES + size, max(nodes, default=0) or PROCESS_BYTES + size)
+
+
+def quiet() -> None:
+    """Progress is reported once, by the stage; Ray Data's warnings (no resources, slow workers) are kept."""
+    import ray.data
+
+    logging.getLogger("ray.data").setLevel(logging.WARNING)
+    logging.getLogger("ray.data._internal.progress").setLevel(logging.ERROR)  # it warns of bars that are off
+    context = ray.data.DataContext.get_current()
+    context.enable_progress_bars = False
+    context.print_on_execution_start = False

@@ -51,7 +51,8 @@ def test_unknown_key(capsys, tmp_path, main):
         ("run_dir=nowhere://x", "run_dir: 'nowhere://x' cannot be opened"),
         ("run_dir=/proc/nowrite", "run_dir: /proc/nowrite cannot be made"),
         ("data.source={kind: folder, uri: 'foo://bucket/x'}", "data.source.uri: 'foo://bucket/x' cannot be opened: Protocol not known"),
-        (f"data.source={{kind: folder, uri: {__file__}}}", "test_cli.py is a file; kind folder reads all that a folder holds"),
+        (f"data.source={{kind: folder, uri: {__file__}}}", "test_cli.py is a file; name the folder that holds it"),
+        (f"data.source={{kind: parquet, uri: {__file__}, images: 'foo://x'}}", "data.source.images: 'foo://x' cannot be opened"),
     ],
 )
 def test_what_would_fail_only_much_later_is_said_at_once(capsys, tmp_path, setting, said):
@@ -284,6 +285,9 @@ def test_a_rebuild_that_would_be_refused_deletes_nothing(capsys, tmp_path, job):
     assert re.search(r"partition +stale +refuse\n    partition.fine: 400 fine clusters", capsys.readouterr().out)
     assert main([*arguments(tmp_path, "--rebuild", "partition"), "--dry-run"]) == 0
     assert re.search(r"partition +valid +delete it, make it anew", capsys.readouterr().out)
+    # With another corpus there may be rows enough.
+    run_all.prepare(tiny(tmp_path, "partition.fine=400"), ["embed", "partition"])
+    cli.write_config(config)
     missing = arguments(tmp_path, "--rebuild", "embed", "--set", f"data.source={{kind: folder, uri: {tmp_path}/experts}}")
     (tmp_path / "experts").mkdir()
     assert "no image" in fails(capsys, embed.main, missing)
@@ -351,6 +355,25 @@ def test_what_embed_says_of_the_rows(capsys, tmp_path):
     assert "of 142 emoji" in out
     assert "No row is for validation" not in out
     assert "smaller" not in out
+
+
+def test_what_is_done_needs_no_ray_and_says_so(capsys, tmp_path, monkeypatch):
+    monkeypatch.setattr(cli, "connect", lambda: pytest.fail("connected"))
+    config = tiny(tmp_path)
+    zero = dict.fromkeys(("unchecked", "captions_cut", "rejected", "split_changed", "near_duplicates"), 0)
+    publish(config, "embed", counts={**zero, "rows": 60, "listed": 60, "groups": 50, "splits": {"train": 60}})
+    publish(config, "partition")
+    assert embed.main(arguments(tmp_path)) == 0
+    out = capsys.readouterr().out
+    assert "nothing to do" in out
+    assert "60 rows (60 train)" in out
+    assert partition.main(arguments(tmp_path)) == 0
+    out = capsys.readouterr().out
+    assert "nothing to do" in out
+    assert "expert 0 10, expert 1 20, expert 2 30" in out
+    Folder(tmp_path).write_json("corpus/_append.json", {"source": {"kind": "folder"}})
+    for job in (embed.main, partition.main):
+        assert "is half appended" in fails(capsys, job, arguments(tmp_path))
 
 
 def test_errors_of_the_work_keep_their_traceback(tmp_path):
