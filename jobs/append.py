@@ -83,7 +83,7 @@ def with_source(args: argparse.Namespace) -> RunConfig:
 
 def print_refused(config: RunConfig, before: dict[str, Any], after: dict[str, Any]) -> None:
     """Print how many rows of a source were refused, and why."""
-    if new := after["rejected"] - before["rejected"]:
+    if new := after.get("rejected", 0) - before.get("rejected", 0):
         more = Counter(after["reasons"])
         more.subtract(before["reasons"])
         reasons = ", ".join(f"{reason} ({n})" for reason, n in more.most_common() if n > 0)

@@ -38,17 +38,15 @@ def report(config: RunConfig, counts: dict[str, Any]) -> None:
 
     splits, data = counts["splits"], config.data
     print(f"{counts['rows']} rows ({', '.join(f'{splits[one]} {one}' for one in SPLITS if splits.get(one))}) in {config.run_dir}/corpus")
-    groups = f"of {counts['groups']} emoji" if data.source.kind == "openmoji" else f"{counts['groups']} of them different to the look-alike hash"
-    print(
-        f"{counts['rows']} rows, {groups}; {counts['near_duplicates']} look nearly like another (the hash ignores colour), "
-        f"and {counts['split_changed']} of these changed their split for it"
-    )
+    groups = "emoji" if data.source.kind == "openmoji" else "different ones to the look-alike hash, which ignores colour"
+    changed = f"{counts['split_changed']} changed their split for it"
+    print(f"{counts['groups']} {groups}; {counts['near_duplicates']} rows look nearly like another, {changed}")
     if not splits.get("validation"):
         print(f"No row is for validation, so that no loss can be watched: raise data.split.validation_rows, now {data.split.validation_rows:g}")
     if counts.get("enlarged"):
         print(
-            f"{counts['enlarged']} pictures are smaller than data.image_size, {data.image_size}, and were enlarged; "
-            f"data.filter.min_side={data.image_size} would refuse them"
+            f"Smaller than data.image_size, {data.image_size}, and enlarged: {counts['enlarged']}; "
+            f"data.filter.min_side={data.image_size} refuses such pictures"
         )
     if counts["unchecked"]:
         print(f"{counts['unchecked']} pictures look so much like very many others that not all pairs of them were compared")

@@ -345,16 +345,16 @@ def test_what_embed_says_of_the_rows(capsys, tmp_path):
     embed.report(tiny(tmp_path, "data.source={kind: folder, uri: /pictures}"), counts)
     out = capsys.readouterr().out
     assert "146 rows (140 train, 6 held_out)" in out
-    assert "142 of them different to the look-alike hash; 8 look nearly like another" in out
+    assert "142 different ones to the look-alike hash, which ignores colour; 8 rows look nearly like another, 2 changed" in out
     assert "No row is for validation" in out
-    assert "3 pictures are smaller than data.image_size, 32" in out
+    assert "Smaller than data.image_size, 32, and enlarged: 3" in out
     lines = [line.split("%  ")[1] for line in out.splitlines()[-3:]]
     assert lines == ["no caption: 'a.png', 'b.png', 'c.png' …", "duplicate: 'd.png'", "not an image: 'x.png'"]
     embed.report(tiny(tmp_path), {**counts, "splits": {"train": 140, "validation": 6}, "enlarged": 0})
     out = capsys.readouterr().out
-    assert "of 142 emoji" in out
+    assert "\n142 emoji; " in out
     assert "No row is for validation" not in out
-    assert "smaller" not in out
+    assert "Smaller" not in out
 
 
 def test_what_is_done_needs_no_ray_and_says_so(capsys, tmp_path, monkeypatch):
