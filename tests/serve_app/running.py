@@ -117,8 +117,8 @@ class Load:
             began = time.monotonic()
             try:
                 response = self.application.ask(seed=seed, **self.fields)
-                outcome, body = response.status_code, response.json()
-            except (httpx.HTTPError, ValueError) as error:
+                outcome, body = response.status_code, response.json() if "json" in response.headers.get("content-type", "") else response.text
+            except httpx.HTTPError as error:
                 outcome, body = type(error).__name__, None
             self.got.append((began, time.monotonic() - began, outcome, body))
 
