@@ -149,7 +149,7 @@ def create_app(
     @app.get("/v1/experts")
     async def experts() -> dict[str, Any]:
         card = await fresh_card()
-        load = {"queued": card.queued, "active": card.active}
+        load = {"sampler": card.sampler, "queued": card.queued, "active": card.active}
         return {"object": "list", "model": card.id, "data": [{"object": "expert", **one.model_dump()} for one in card.experts], "load": load}
 
     @app.get("/v1/experts/{index}/sheet", response_class=Response, responses={200: {"content": {"image/png": {}}}})
@@ -241,8 +241,8 @@ def create_app(
 
 
 def _model(card: ModelCard) -> dict[str, Any]:
-    extensions = card.model_dump(exclude={"id": True, "created": True, "image_size": True, "warm": True, "queued": True, "active": True,
-                                          "experts": {"__all__": {"rows"}}})  # fmt: skip
+    of_one_sampler = dict.fromkeys(("warm", "queued", "active", "sampler"), True)
+    extensions = card.model_dump(exclude={"id": True, "created": True, "image_size": True, **of_one_sampler, "experts": {"__all__": {"rows"}}})
     return {
         "id": card.id,
         "object": "model",

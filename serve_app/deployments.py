@@ -12,6 +12,7 @@ import logging
 import math
 import os
 import time
+import uuid
 from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
 from concurrent.futures import Future
 from typing import TYPE_CHECKING, Any
@@ -101,6 +102,7 @@ class Sampler:
         self.engine = MeasuredEngine(self.model, self.experts, report, max_rows=max_rows, max_queue=max_queue)
         self.engine.start()
         self.created = int(time.time())
+        self.name = uuid.uuid4().hex[:8]  # the one whose load is told
         self.seconds_per_picture = 1.0
         self.warm = False
         self._progress = (-1, 0.0)
@@ -171,6 +173,7 @@ class Sampler:
             min_experts=self.min_experts,
             queued=counts["queued"],
             active=counts["active"],
+            sampler=self.name,
         )
 
     async def generate(self, job: Job) -> Outcome:

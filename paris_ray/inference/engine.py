@@ -261,7 +261,7 @@ class Engine:
         with self._changed:
             self._counts["evaluations"] += len(rows)
             self._expert_rows = [a + b for a, b in zip(self._expert_rows, (weights != 0).sum(0).tolist(), strict=True)]
-        versions = getattr(self.experts, "versions", {})  # of experts that may change meanwhile
+        versions = self.experts.versions  # of experts that may change meanwhile
         looks, ended = [], []
         for n, row in enumerate(rows):
             row.note(weights[n], versions)

@@ -74,7 +74,8 @@ class Application:
         return [one["state"] for one in self.get("/v1/experts")["data"]]
 
     def idle(self):
-        return self.get("/v1/experts")["load"] == {"queued": 0, "active": 0}
+        load = self.get("/v1/experts")["load"]
+        return (load["queued"], load["active"]) == (0, 0)
 
     def processes(self, deployment):
         return processes(self.name, deployment)

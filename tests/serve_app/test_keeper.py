@@ -386,6 +386,13 @@ def test_the_sampler_takes_user_config_and_says_so(served, folder):
     assert client.get("/v1/models").json()["data"][0]["experts"][1]["fingerprint"] == published_name(folder, 1)
     # Of the warm-up, and of each request's three steps.
     assert experts[2]["rows"] > 6
+    # Of several samplers each counts for itself: whose load it is, is said, and the model is one.
+    second = Sampler(str(folder))
+    loads = [one.get("/v1/experts").json()["load"] for one in (client, client, TestClient(create_app(second)))]
+    second.close()
+    assert loads[0] == loads[1] == {"sampler": sampler.name, "queued": 0, "active": 0}
+    assert loads[2]["sampler"] != sampler.name
+    assert "sampler" not in client.get("/v1/models").json()["data"][0]
     sampler.check_health()
 
 

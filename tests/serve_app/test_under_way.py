@@ -138,7 +138,8 @@ def test_a_group_that_hangs_is_left_out_and_named(application, folder):
             wait(lambda: load.answers[-1]["degraded"] == [1], 40)
             assert application.states()[1] == "dead"
             assert "does not answer" in application.get("/v1/experts")["data"][1]["reason"]
-            refused = application.ask(routing="expert-1", stream=True)
+            refused = application.ask(routing="expert-1")
+            assert refused.status_code == 503
             assert (refused.json()["error"]["code"], refused.json()["error"]["param"]) == ("expert_unavailable", "routing")
         finally:
             victim.resume()
