@@ -35,13 +35,15 @@ def deploy(cluster: LocalCluster, config: RunConfig, port: int) -> str:
     options = config.serve.model_dump(mode="json")
     host = options.pop("host")
     options.pop("port")
+    if options.pop("contact_sheets"):
+        options["clusters"] = stages.folder(config, "partition").uri
     # Serve compares arguments only: without it, a model made anew in the same folder would not be loaded.
     options["revision"] = (published(stages.folder(config, "assemble")) or {}).get("fingerprint", "")
     application = {
         "name": APPLICATION,
         "route_prefix": "/",
         "import_path": "serve_app.app:build",
-        "args": {"model": stages.folder(config, "assemble").uri, "clusters": stages.folder(config, "partition").uri, **options},
+        "args": {"model": stages.folder(config, "assemble").uri, **options},
     }
     try:
         found = cluster.request("/api/serve/applications/", timeout=120.0) or {}

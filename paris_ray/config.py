@@ -79,6 +79,8 @@ class ServeConfig(Strict):
     # 503 with fewer experts than so many, and for a picture of which the router gives missing ones more than so much.
     min_experts: Annotated[int, Field(ge=1)] = 1
     max_masked_probability: Annotated[float, Field(ge=0, le=1)] = 1.0
+    # Show each expert's contact sheet, which has training pictures, to whoever may ask for pictures.
+    contact_sheets: bool = False
 
 
 class EvaluationConfig(Strict):

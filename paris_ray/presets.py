@@ -33,6 +33,7 @@ def demo() -> dict[str, Any]:
             "train": {**train, "images": 12_800, "learning_rate": 2e-3, "timesteps": "uniform"},
         },
         "sampling": {"steps": 25, "guidance_scale": 2.0},
+        "serve": {"contact_sheets": True},
         "max_parallel": 3,
     }
 

@@ -19,7 +19,7 @@ from starlette.requests import ClientDisconnect
 from serve_app.cards import ModelCard
 from serve_app.envelope import Envelope
 from serve_app.events import openai_events
-from serve_app.keys import Keys, key_digest
+from serve_app.keys import Keys
 from serve_app.limits import Limits
 from serve_app.metrics import Report, ignore
 from serve_app.pictures import encode
@@ -149,7 +149,7 @@ def create_app(
     @app.get("/v1/experts")
     async def experts() -> dict[str, Any]:
         card = await fresh_card()
-        load = {"queued": card.queued, "active": card.active}
+        load = {"sampler": card.sampler, "queued": card.queued, "active": card.active}
         return {"object": "list", "model": card.id, "data": [{"object": "expert", **one.model_dump()} for one in card.experts], "load": load}
 
     @app.get("/v1/experts/{index}/sheet", response_class=Response, responses={200: {"content": {"image/png": {}}}})
@@ -172,15 +172,14 @@ def create_app(
         kind = request.headers.get("content-type", "").split(";")[0].strip().lower()
         if kind != "application/json":
             raise ApiError(415, f"Content-Type: {kind[:80] or 'none'} is not accepted; send application/json.", code="unsupported_media_type")
-        parsed = parse_request(await read_body(request))
-        card = await recent_card()
-        # Turns are per key, or per address where there are no keys: a header that nobody checks would buy as many turns as one likes.
-        given = request.headers.get("authorization", "") if key_digests else request.client.host if request.client else ""
-        job = resolve(parsed, card, limits, key_digest(given.rpartition(" ")[2].encode()).hex()[:16])
-        format_ = parsed.output_format or "png"
-        headers = {"x-paris-seed": str(job.seed), "x-paris-routing": job.routing}
-        turn = turns.take(job.client, job.n)
+        turn = turns.take(request.state.client)  # before the body, which may be slow in coming
         try:
+            parsed = parse_request(await read_body(request))
+            card = await recent_card()
+            job = resolve(parsed, card, limits, request.state.client)
+            format_ = parsed.output_format or "png"
+            headers = {"x-paris-seed": str(job.seed), "x-paris-routing": job.routing}
+            turn.charge(job.n)
             if parsed.stream:
                 events = sampler.stream(job)
                 # What is refused is refused with its own status, before the stream begins.
@@ -242,8 +241,8 @@ def create_app(
 
 
 def _model(card: ModelCard) -> dict[str, Any]:
-    extensions = card.model_dump(exclude={"id": True, "created": True, "image_size": True, "warm": True, "queued": True, "active": True,
-                                          "experts": {"__all__": {"rows"}}})  # fmt: skip
+    of_one_sampler = dict.fromkeys(("warm", "queued", "active", "sampler"), True)
+    extensions = card.model_dump(exclude={"id": True, "created": True, "image_size": True, **of_one_sampler, "experts": {"__all__": {"rows"}}})
     return {
         "id": card.id,
         "object": "model",

@@ -94,6 +94,8 @@ def build(args: Args) -> Application:
     # A repository of the hub stays one, at the commit of now: each node fetches of it what it needs.
     common = {"model": address(folder), "threads": args.threads, "precision": args.precision, "compile": args.compile}
 
+    # Serve says nothing of a user_config that is taken away: then this one applies.
+    changed: dict[str, Any] = {"user_config": {}}
     lasting = {"health_check_period_s": 3.0, "graceful_shutdown_wait_loop_s": 0.5, "graceful_shutdown_timeout_s": DRAIN_SECONDS}
 
     def deploy(name: str, group: ServeGroup) -> Application:
@@ -106,17 +108,17 @@ def build(args: Args) -> Application:
         if isinstance(group.replicas, tuple):
             least, most = group.replicas
             scale = {"autoscaling_config": AutoscalingConfig(min_replicas=least, max_replicas=most, target_ongoing_requests=1)}
-        deployment = serve.deployment(name=name, ray_actor_options=options, max_ongoing_requests=8 * args.samplers, **scale, **lasting)(ExpertGroup)
-        return deployment.bind(indices=group.experts, gpus=gpus, **common)
+        made = serve.deployment(name=name, ray_actor_options=options, max_ongoing_requests=8 * args.samplers, **scale, **lasting, **changed)
+        return made(ExpertGroup).bind(indices=group.experts, gpus=gpus, **common)
 
     cpus, gpus = (args.sampler_cpus, args.sampler_gpus) if groups else (args.cpus, args.gpus)
     # The engine's own queue must be what fills up first, because it knows what to answer; past all that Serve itself says 429.
     room = args.max_rows + args.max_queue + 64
     options = {"num_cpus": cpus, "num_gpus": gpus}
-    sampler = serve.deployment(name="Sampler", ray_actor_options=options, num_replicas=args.samplers, max_ongoing_requests=2 * room, **lasting)(
-        Sampler
+    made = serve.deployment(
+        name="Sampler", ray_actor_options=options, num_replicas=args.samplers, max_ongoing_requests=2 * room, **lasting, **changed
     )
-    bound = sampler.bind(
+    bound = made(Sampler).bind(
         groups=[(group.experts, deploy(f"ExpertGroup-{number}", group), group.most_replicas) for number, group in enumerate(groups)],
         gpus=gpus,
         max_rows=args.max_rows,

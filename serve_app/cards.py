@@ -56,9 +56,10 @@ class ModelCard(BaseModel):
     warm: bool
     # With fewer experts there, requests are refused.
     min_experts: int = 1
-    # Pictures that wait, and that are being made.
+    # Pictures that wait, and that are being made, with this sampler; of several, each counts for itself.
     queued: int = 0
     active: int = 0
+    sampler: str = ""
 
     @property
     def size(self) -> str:

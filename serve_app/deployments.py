@@ -12,6 +12,7 @@ import logging
 import math
 import os
 import time
+import uuid
 from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
 from concurrent.futures import Future
 from typing import TYPE_CHECKING, Any
@@ -101,6 +102,7 @@ class Sampler:
         self.engine = MeasuredEngine(self.model, self.experts, report, max_rows=max_rows, max_queue=max_queue)
         self.engine.start()
         self.created = int(time.time())
+        self.name = uuid.uuid4().hex[:8]  # the one whose load is told
         self.seconds_per_picture = 1.0
         self.warm = False
         self._progress = (-1, 0.0)
@@ -139,7 +141,7 @@ class Sampler:
         """What Serve calls with the deployment's ``user_config``: see :class:`serve_app.keeper.Changes`."""
         if self.keeper:
             self.keeper.reconfigure(user_config)
-        else:
+        elif user_config:
             log.error("the sampler has no experts to change; give user_config to the deployment ExpertGroup-N that has them")
 
     async def card(self) -> ModelCard:
@@ -171,6 +173,7 @@ class Sampler:
             min_experts=self.min_experts,
             queued=counts["queued"],
             active=counts["active"],
+            sampler=self.name,
         )
 
     async def generate(self, job: Job) -> Outcome:
@@ -197,7 +200,7 @@ class Sampler:
                     loop.call_soon_threadsafe(told.put_nowait, news)
 
                 for index in range(job.index, job.index + job.n):
-                    futures.append(self._submit(job, index, tell))
+                    futures.append(self._submit(job, index, tell, together=1 if futures else job.n))
                     self.report(metrics.ADMITTED, 1)
                 ahead = self.engine.ahead(futures[0])
                 yield Queued(ahead or 0)
@@ -231,7 +234,7 @@ class Sampler:
             message = f"Experts {missing} are not available; {sum(available)} are, and this server answers with {self.min_experts} or more."
             raise ApiError(503, f"{message} Try again.", "server_error", code="too_degraded", retry_after=10)
 
-    def _submit(self, job: Job, index: int, tell: Callable[[Glimpse], object]) -> Future[ImageResult]:
+    def _submit(self, job: Job, index: int, tell: Callable[[Glimpse], object], together: int) -> Future[ImageResult]:
         from paris_ray.diffusion.solvers import evaluations
         from paris_ray.inference.engine import ImageRequest, Preview
 
@@ -245,7 +248,7 @@ class Sampler:
 
         try:
             every = preview_every(evaluations(job.solver, job.steps), job.previews)
-            return self.engine.submit(request, preview if job.previews else None, every)
+            return self.engine.submit(request, preview if job.previews else None, every, together=together)
         except ValueError as error:
             raise ApiError(400, f"{error}.", param=str(error).partition(":")[0], code="invalid_value") from None
 

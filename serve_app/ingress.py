@@ -23,6 +23,8 @@ log = logging.getLogger("ray.serve")
 
 RECOVERY_SECONDS = 60.0
 """For how long a request waits for a sampler that takes it: the next one, if it had one that died."""
+FULL_SECONDS, MOST_FULL_SECONDS = 0.2, 2.0
+"""Pause before a job whose sampler died asks the next one's full queue again; twice as long each time, up to the second."""
 
 
 class SamplerDied(ApiError):
@@ -60,7 +62,9 @@ class HandleSampler:
     async def stream(self, job: Job) -> AsyncGenerator[Event, None]:
         """See :meth:`serve_app.deployments.Sampler.stream`. Raises SamplerDied when the second one died, too, or did not come in time."""
         told: set[tuple[int, ...]] = set()
-        for last in (False, True):
+        now = asyncio.get_running_loop().time
+        deadline, pause = None, FULL_SECONDS
+        while True:
             try:
                 async with contextlib.aclosing(self._events(job)) as events:
                     async for event in events:
@@ -68,10 +72,17 @@ class HandleSampler:
                             yield event
                 return
             except SamplerDied:
-                if last:
+                if deadline is not None:
                     raise
                 log.warning("the sampler died with a job of %d pictures, which the next one makes again", job.n)
                 await self._next_sampler()
+                deadline = now() + RECOVERY_SECONDS
+            except ApiError as error:
+                # All that had a place come to the next one at once, and find that its queue has fewer than queue and sampler had.
+                if deadline is None or error.code != "queue_full" or now() + pause > deadline:
+                    raise
+                await asyncio.sleep(pause)
+                pause = min(2 * pause, MOST_FULL_SECONDS)
 
     async def _next_sampler(self) -> None:
         try:
@@ -150,9 +161,16 @@ class Api:
         name = f"contact-{k}.png"
         return self.clusters.read_bytes(name) if self.clusters and self.clusters.exists(name) else None
 
+    def _has_sheets(self) -> bool:
+        try:
+            return self._sheet(0) is not None
+        except OSError as error:  # a decoration, which nobody waits for
+            log.warning("no contact sheets: %s", error)
+            return False
+
     def __serve_build_asgi_app__(self) -> FastAPI:
         """Serve calls this once in the replica."""
         from serve_app.api import create_app
 
-        sheet = self._sheet if self._sheet(0) else None
+        sheet = self._sheet if self._has_sheets() else None
         return create_app(self.sampler, self.limits, self.key_digests, echo_ids=False, report=to_ray, sheet=sheet)

@@ -6,6 +6,7 @@ Latents, times and guidance travel at every call; text states only when the othe
 from __future__ import annotations
 
 import logging
+import math
 import threading
 import time
 from collections import OrderedDict
@@ -37,7 +38,7 @@ CHECK_SECONDS = 5.0
 RETRY_SECONDS = 1.0
 """Pause after a group was lost before it is asked again."""
 PIECE_ROWS = 8
-"""Rows that go to one of several replicas of a group at once."""
+"""Rows that go to one of several replicas of a group at once are a multiple of so many."""
 TEXT_BYTES = 1 << 28
 """Text states that one group keeps (CLIP at 77 × 768: 0.24 MB a text)."""
 
@@ -123,7 +124,7 @@ class _Group:
     # Why it is lost.
     error: str = ""
     seen: bool = False
-    # Texts that its present replica was told.
+    # Texts that a replica of it has, or had.
     sent: set[str] = field(default_factory=set)
     # Set to have it asked at once.
     asked: threading.Event = field(default_factory=threading.Event)
@@ -146,6 +147,8 @@ class _Piece:
     positions: list[int]
     calls: list[ExpertCall]
     wires: list[WireCall]
+    # When it was, last.
+    sent: float = 0.0
 
 
 class RemoteExperts:
@@ -158,7 +161,7 @@ class RemoteExperts:
         num_experts: how many experts the model has.
     """
 
-    def __init__(self, groups: Sequence[tuple[tuple[int, ...], DeploymentHandle] | tuple[tuple[int, ...], DeploymentHandle, int]], num_experts: int):
+    def __init__(self, groups: Sequence[tuple[tuple[int, ...], DeploymentHandle, int]], num_experts: int):
         self.num_experts = num_experts
         self.versions: dict[int, tuple[str, ...]] = {}
         """What the weights are called that answered last, by expert; several where replicas of a group differ."""
@@ -224,7 +227,7 @@ class RemoteExperts:
                 piece.calls.append(call)
                 piece.wires.append(_to_wire(call))
                 continue
-            for part in _cut(call):
+            for part in _cut(call, group.replicas):
                 pieces.append(_Piece(group, [position], [part], [_to_wire(part)]))
         return pieces
 
@@ -237,28 +240,31 @@ class RemoteExperts:
                     if key in wanted:
                         wanted.discard(key)
                         texts[key] = states[row].float().cpu().numpy()
-        if len(group.sent) > 4096:  # only a memory of what need not be sent: forgetting costs one resend
-            group.sent.clear()
-        group.sent.update(texts)
+        piece.sent = time.monotonic()
         return group.handle.velocities.remote(piece.wires, texts)
 
     def _receive(self, piece: _Piece, response: DeploymentResponse[Any]) -> Answer:
         group, calls = piece.group, piece.calls
         try:
             try:
-                answer = self._await(group, response)
+                answer = self._await(piece, response, CALL_SECONDS / min(group.replicas, 2))
             except Exception as error:
-                if group.replicas == 1 or not _died(error):
+                if group.replicas == 1 or not (_died(error) or isinstance(error, TimeoutError)):
                     raise
-                # Of several replicas one has died, and another one gives the same answer.
+                # Of several replicas one has died or hangs, and another one gives the same answer.
+                response.cancel()
                 response = self._send(piece, again=True)
-                answer = self._await(group, response)
+                answer = self._await(piece, response)
             if answer.missing:
                 # Another replica than the one that was told, or one that had to forget.
                 response = self._send(piece, again=True)
-                answer = self._await(group, response)
+                answer = self._await(piece, response)
                 if answer.missing:
                     raise RuntimeError(f"texts {', '.join(answer.missing)} were sent and are still missing")
+            if len(group.sent) > 4096:  # only a memory of what need not be sent: forgetting costs one resend
+                group.sent.clear()
+            # Only now: other pieces of this step went to other replicas.
+            group.sent.update(key for wire in piece.wires for key in wire.texts_needed())
             return answer
         except Exception as error:
             # Ray wraps what the other side raised.
@@ -271,9 +277,9 @@ class RemoteExperts:
             self._lose(group, error)
             raise ExpertError(calls[0].expert, f"its process failed: {type(error).__name__}") from error
 
-    def _await(self, group: _Group, response: DeploymentResponse[Any]) -> Answer:
+    def _await(self, piece: _Piece, response: DeploymentResponse[Any], seconds: float | None = None) -> Answer:
         """The answer to a call. Raises TimeoutError when the group is gone or stuck, and whatever the other side raised."""
-        end = time.monotonic() + CALL_SECONDS
+        end = piece.sent + (CALL_SECONDS if seconds is None else seconds)
         while True:
             try:
                 answer: Answer = response.result(timeout_s=PING_SECONDS)
@@ -281,7 +287,7 @@ class RemoteExperts:
             except TimeoutError:
                 if time.monotonic() >= end:
                     raise
-            ping = group.handle.states.remote()
+            ping = piece.group.handle.states.remote()
             try:
                 ping.result(timeout_s=PING_SECONDS)
             except TimeoutError:
@@ -335,9 +341,10 @@ def _died(error: Exception) -> bool:
     return isinstance(error, RayActorError)
 
 
-def _cut(call: ExpertCall) -> list[ExpertCall]:
-    """A call as several, of at most :data:`PIECE_ROWS` rows each."""
-    parts = [list(range(first, min(first + PIECE_ROWS, len(call.x)))) for first in range(0, len(call.x), PIECE_ROWS)]
+def _cut(call: ExpertCall, replicas: int) -> list[ExpertCall]:
+    """A call as several, one a replica, of a multiple of :data:`PIECE_ROWS` rows each but for the last."""
+    rows = math.ceil(len(call.x) / replicas / PIECE_ROWS) * PIECE_ROWS
+    parts = [list(range(first, min(first + rows, len(call.x)))) for first in range(0, len(call.x), rows)]
     if len(parts) == 1:
         return [call]
     return [ExpertCall(call.expert, call.x[part[0] : part[-1] + 1], call.t[part[0] : part[-1] + 1],

@@ -34,11 +34,11 @@ class Turns:
         self.per_minute, self.at_once, self.clock = limits.images_per_minute, limits.requests_at_once, clock
         self._clients: dict[str, _Client] = {}
 
-    def take(self, name: str, images: int) -> Turn:
-        """Begin a request of a client.
+    def take(self, name: str) -> Turn:
+        """Begin a request of a client, of which nothing more is known yet.
 
         Raises:
-            ApiError: status 429, with the seconds after which it would be let through.
+            ApiError: status 429, when too many of this client's are under way.
         """
         now = self.clock()
         if len(self._clients) > FORGET_ABOVE:
@@ -47,15 +47,19 @@ class Turns:
         if self.at_once is not None and client.running >= self.at_once:
             message = f"{client.running} requests of yours are under way, the most that may be at once; wait for one of them."
             raise ApiError(429, message, "rate_limit_error", code="too_many_requests_at_once", retry_after=1)
-        if self.per_minute is not None:
-            client.left, client.since = self._left(client, now), now
-            if client.left < images:
-                wait = math.ceil((images - client.left) * 60 / self.per_minute)
-                message = f"{images} pictures are more than your limit of {self.per_minute} a minute lets through now; come again in {wait} s."
-                raise ApiError(429, message, "rate_limit_error", code="rate_limit_exceeded", retry_after=wait)
-            client.left -= images
         client.running += 1
-        return Turn(client, images)
+        return Turn(self, client)
+
+    def _charge(self, client: _Client, images: int) -> None:
+        if self.per_minute is None:
+            return
+        now = self.clock()
+        client.left, client.since = self._left(client, now), now
+        if client.left < images:
+            wait = math.ceil((images - client.left) * 60 / self.per_minute)
+            message = f"{images} pictures are more than your limit of {self.per_minute} a minute lets through now; come again in {wait} s."
+            raise ApiError(429, message, "rate_limit_error", code="rate_limit_exceeded", retry_after=wait)
+        client.left -= images
 
     def _left(self, client: _Client, now: float) -> float:
         most = self.per_minute or 0
@@ -65,8 +69,17 @@ class Turns:
 class Turn:
     """A request under way."""
 
-    def __init__(self, client: _Client, images: int):
-        self._client, self._images, self._open = client, images, True
+    def __init__(self, turns: Turns, client: _Client):
+        self._turns, self._client, self._images, self._open = turns, client, 0, True
+
+    def charge(self, images: int) -> None:
+        """Count its pictures, once they are known.
+
+        Raises:
+            ApiError: status 429, with the seconds after which they would be let through.
+        """
+        self._turns._charge(self._client, images)
+        self._images = images
 
     def end(self, served: bool = True) -> None:
         """End it, once; a request that the server refused after all costs no pictures."""

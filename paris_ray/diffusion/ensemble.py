@@ -5,7 +5,7 @@ The only code that knows that experts are many. Exact for any weights: the margi
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeAlias
 
@@ -77,6 +77,11 @@ class Experts(Protocol):
     """The experts, wherever they live."""
 
     num_experts: int
+
+    @property
+    def versions(self) -> Mapping[int, Sequence[str]]:
+        """What the weights are called that answered last, by expert; nothing of those that have no name."""
+        ...
 
     def available(self) -> list[bool]:
         """Which experts can be called now."""

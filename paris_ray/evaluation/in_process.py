@@ -38,6 +38,11 @@ class Exchanged:
     def __init__(self, experts: Experts):
         self.experts, self.num_experts = experts, experts.num_experts
 
+    @property
+    def versions(self) -> dict[int, Sequence[str]]:
+        """Of the neighbours."""
+        return {(k - 1) % self.num_experts: theirs for k, theirs in self.experts.versions.items()}
+
     def available(self) -> list[bool]:
         """Which names can be called now."""
         there = self.experts.available()

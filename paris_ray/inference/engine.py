@@ -80,6 +80,7 @@ class Engine:
         preview: Callable[[Preview], None] | None = None,
         preview_every: int = 5,
         noise: Tensor | None = None,
+        together: int = 1,
     ) -> Future[ImageResult]:
         """Queue a picture.
 
@@ -88,6 +89,7 @@ class Engine:
             preview: called from the engine's thread every ``preview_every`` evaluations.
             preview_every: evaluations between previews.
             noise: to start from instead of the seed's, (C, H, W).
+            together: of the first of several pictures, how many are to follow at once with it; it is refused unless there is room for all.
 
         Returns:
             a future. Its ``cancel()`` works until the picture is done and frees the row at the next tick.
@@ -107,7 +109,7 @@ class Engine:
                 raise EngineStopped("the engine was stopped")
             self._forget_cancelled()
             try:
-                self._waiting.add(ticket)
+                self._waiting.add(ticket, together)
             except EngineFull:
                 self._counts["rejected"] += 1
                 raise
@@ -259,7 +261,7 @@ class Engine:
         with self._changed:
             self._counts["evaluations"] += len(rows)
             self._expert_rows = [a + b for a, b in zip(self._expert_rows, (weights != 0).sum(0).tolist(), strict=True)]
-        versions = getattr(self.experts, "versions", {})  # of experts that may change meanwhile
+        versions = self.experts.versions  # of experts that may change meanwhile
         looks, ended = [], []
         for n, row in enumerate(rows):
             row.note(weights[n], versions)

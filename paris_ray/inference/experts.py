@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import threading
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -68,6 +68,7 @@ class LocalExperts:
             fails those who ask for it. Otherwise all are loaded now.
         max_resident: keep at most so many in memory, down to one; implies ``lazy``. An expert let go comes back as it was, so pictures do not depend
             on it; see :class:`paris_ray.inference.residency.Residents` for where it waits.
+        load: reads an expert into CPU memory when it is asked and not there; ``None`` reads the model's files as they are then.
 
     Raises:
         FileNotFoundError: an expert that ``indices`` names has no files.
@@ -82,6 +83,7 @@ class LocalExperts:
         cache_bytes: int = SPARE_BYTES,
         lazy: bool = False,
         max_resident: int | None = None,
+        load: Callable[[int], tuple[DiT, Objective]] | None = None,
     ):
         if threads is not None:
             torch.set_num_threads(threads)
@@ -90,14 +92,14 @@ class LocalExperts:
         self._lock = threading.Lock()
         self._texts = TextCache(model.device, cache_bytes)
         lazy = lazy or max_resident is not None
-        load, limit = functools.partial(model.load_expert, on_host=True), max_resident if lazy else model.num_experts
+        load, limit = load or functools.partial(model.load_expert, on_host=True), max_resident if lazy else model.num_experts
         self._residents = Residents(load, model.device, limit, compile=model.compile)
         self._served: set[int] = set()
         self._version: dict[int, str] = {}
         self.versions: dict[int, tuple[str, ...]] = {}
         """What :meth:`put` called the weights that answered last, by expert."""
-        self.answered = [0] * model.num_experts
-        """Calls that each expert has answered."""
+        self.latest: dict[int, Tensor] = {}
+        """The last velocities that each expert answered, for whoever watches over them."""
         for k in range(model.num_experts) if indices is None else indices:
             here = 0 <= k < model.num_experts and model.present[k]
             if lazy and here:
@@ -181,7 +183,7 @@ class LocalExperts:
             try:
                 module, objective = self._residents.get(call.expert)
                 v = self._residents.retried(lambda: self._guided(call, module, objective), keep=call.expert)
-                self.answered[call.expert] += 1
+                self.latest[call.expert] = v
                 return v, self._version.get(call.expert)
             except Exception as error:
                 raise ExpertError(call.expert, f"{type(error).__name__}: {error}") from error

@@ -33,16 +33,18 @@ class Waiting:
     def __len__(self) -> int:
         return sum(len(queue) for queue in self._queues.values())
 
-    def add(self, ticket: Ticket) -> None:
-        """Let a ticket wait. Raises EngineFull."""
+    def add(self, ticket: Ticket, together: int = 1) -> None:
+        """Let a ticket wait, the first of so many of its client's that come together. Raises EngineFull unless there is room for all of them."""
         client, now = ticket.request.client, self.clock()
         self._refused = {name: when for name, when in self._refused.items() if now - when < WANTS_SECONDS}
         wanting = self._refused.keys() | self._queues.keys() | {client}
         share, own = max(1, self.limit // len(wanting)), len(self._queues.get(client, ()))
-        if len(self) >= self.limit or (own >= share and self._refused.keys() - {client}):
+        if len(self) + together > self.limit or (own + together > share and self._refused.keys() - {client}):
             self._refused[client] = now
             yours = f"; of yours {own}, whose share is {share}" if len(wanting) > 1 else ""
-            raise EngineFull(f"{len(self)} pictures wait already, of {self.limit} that may{yours}; try again later")
+            # Otherwise it would come again and again in vain.
+            fewer = f" and ask for at most {share} at once" if together > share else ""
+            raise EngineFull(f"{len(self)} pictures wait already, of {self.limit} that may{yours}; try again later{fewer}")
         self._queues.setdefault(client, deque()).append(ticket)
 
     def take(self, count: int) -> list[Ticket]:

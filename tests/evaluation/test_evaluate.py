@@ -187,7 +187,7 @@ def test_exchanged_experts_answer_for_each_other():
     from paris_ray.evaluation.in_process import Exchanged
 
     class Named:
-        num_experts = 3
+        num_experts, versions = 3, {0: ("a",), 2: ("c",)}
 
         def available(self):
             return [True, False, True]
@@ -198,3 +198,4 @@ def test_exchanged_experts_answer_for_each_other():
     exchanged = Exchanged(Named())
     assert exchanged.velocities([ExpertCall(k, None, None, None) for k in (0, 1, 2)]) == [1, 2, 0]
     assert exchanged.available() == [False, True, True]
+    assert exchanged.versions == {2: ("a",), 1: ("c",)}

@@ -328,6 +328,8 @@ class Recorder:
         self.inner, self.num_experts = inner, inner.num_experts
         self.calls, self.fail = [], {}
 
+    versions = property(lambda self: self.inner.versions)
+
     def available(self):
         return self.inner.available()
 

@@ -53,6 +53,21 @@ def test_who_was_refused_gets_a_place_before_the_one_who_has_them_all():
     fill(queue, "greedy", 4)  # nobody else has wanted a place for long
 
 
+def test_a_job_is_taken_whole_or_not_at_all_and_told_how_much_would_be():
+    queue = Waiting(8)
+    with pytest.raises(EngineFull, match="ask for at most 8 at once"):
+        queue.add(ticket("a"), together=9)
+    queue.add(ticket("a"), together=8)  # alone all of it
+    fill(queue, "a", 7)
+    with pytest.raises(EngineFull, match=r"try again later$"):
+        queue.add(ticket("b"), together=2)
+    queue.take(8)
+    with pytest.raises(EngineFull, match="whose share is 4; try again later and ask for at most 4 at once"):
+        queue.add(ticket("a"), together=5)
+    assert len(queue) == 0
+    queue.add(ticket("a"), together=4)
+
+
 @pytest.mark.parametrize("attempts", [(10, 1), (50, 5), (3, 3)])
 def test_two_clients_get_alike_however_often_they_ask(attempts):
     """A server that takes two pictures a round, and clients that ask so often a round: who takes no notice of refusals gains nothing."""

@@ -11,7 +11,7 @@ from fabricated_cluster import publish, tiny
 from jobs import serving
 from jobs.local_cluster import ClusterError
 from paris_ray import stages
-from paris_ray.config import ConfigError
+from paris_ray.config import ConfigError, ServeConfig
 from serve_app.app import Args
 
 
@@ -47,6 +47,15 @@ def test_the_application_takes_every_setting_of_a_config(tmp_path):
     serving.deploy(cluster, config, 8123)
     args = Args.model_validate(cluster.put["applications"][0]["args"])
     assert {name: getattr(args, name) for name in settings} == settings
+
+
+@pytest.mark.parametrize("asked", [True, False])
+def test_training_pictures_are_shown_only_where_the_config_says_so(tmp_path, asked):
+    config, cluster = tiny(tmp_path, f"serve.contact_sheets={str(asked).lower()}"), FakeCluster()
+    serving.deploy(cluster, config, 8123)
+    args = Args.model_validate(cluster.put["applications"][0]["args"])
+    assert args.clusters == (stages.folder(config, "partition").uri if asked else None)
+    assert not ServeConfig().contact_sheets
 
 
 @pytest.mark.parametrize(

@@ -74,7 +74,8 @@ class Application:
         return [one["state"] for one in self.get("/v1/experts")["data"]]
 
     def idle(self):
-        return self.get("/v1/experts")["load"] == {"queued": 0, "active": 0}
+        load = self.get("/v1/experts")["load"]
+        return (load["queued"], load["active"]) == (0, 0)
 
     def processes(self, deployment):
         return processes(self.name, deployment)
@@ -117,8 +118,8 @@ class Load:
             began = time.monotonic()
             try:
                 response = self.application.ask(seed=seed, **self.fields)
-                outcome, body = response.status_code, response.json()
-            except (httpx.HTTPError, ValueError) as error:
+                outcome, body = response.status_code, response.json() if "json" in response.headers.get("content-type", "") else response.text
+            except httpx.HTTPError as error:
                 outcome, body = type(error).__name__, None
             self.got.append((began, time.monotonic() - began, outcome, body))
 

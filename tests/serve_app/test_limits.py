@@ -25,9 +25,19 @@ class Clock:
         return self.now
 
 
+def take(turns, client, images):
+    turn = turns.take(client)
+    try:
+        turn.charge(images)
+    except ApiError:
+        turn.end(served=False)
+        raise
+    return turn
+
+
 def refusal(turns, client, images=1):
     with pytest.raises(ApiError) as caught:
-        turns.take(client, images)
+        take(turns, client, images)
     assert (caught.value.status, caught.value.type) == (429, "rate_limit_error")
     return caught.value
 
@@ -39,16 +49,16 @@ def test_a_minutes_worth_at_once_and_then_one_every_five_seconds():
     clock = Clock()
     turns = Turns(Limits(images_per_minute=12), clock)
     for _ in range(12):
-        turns.take("a", 1).end()
+        take(turns, "a", 1).end()
     assert refusal(turns, "a").retry_after == 5
     assert refusal(turns, "a", 3).retry_after == 15
     clock.now += 4.9
     refusal(turns, "a")
     clock.now += 0.2
-    turns.take("a", 1).end()
+    take(turns, "a", 1).end()
     refusal(turns, "a")
     clock.now += 3600  # what is saved up is a minute's worth
-    turns.take("a", 10).end()
+    take(turns, "a", 10).end()
     refusal(turns, "a", 3)
 
 
@@ -56,34 +66,34 @@ def test_who_comes_again_after_retry_after_is_let_through():
     for gone in (0.0, 0.3, 1.7, 4.99):
         clock = Clock()
         turns = Turns(Limits(images_per_minute=13), clock)
-        turns.take("a", 10).end()
+        take(turns, "a", 10).end()
         clock.now += gone
         clock.now += refusal(turns, "a", 10).retry_after
-        turns.take("a", 10).end()
+        take(turns, "a", 10).end()
 
 
 def test_clients_do_not_share():
     turns = Turns(Limits(images_per_minute=10, requests_at_once=1), Clock())
-    turns.take("a", 10)
-    turns.take("b", 10)
+    take(turns, "a", 10)
+    take(turns, "b", 10)
     assert refusal(turns, "a").code == "too_many_requests_at_once"
 
 
 def test_requests_at_once():
     turns = Turns(Limits(requests_at_once=2), Clock())
-    first, second = turns.take("a", 10), turns.take("a", 10)
+    first, second = take(turns, "a", 10), take(turns, "a", 10)
     assert refusal(turns, "a").code == "too_many_requests_at_once"
     first.end()
     first.end()  # once
-    turns.take("a", 10)
+    take(turns, "a", 10)
     refusal(turns, "a")
     second.end()
 
 
 def test_what_the_server_refused_costs_nothing():
     turns = Turns(Limits(images_per_minute=10), Clock())
-    turns.take("a", 10).end(served=False)
-    turns.take("a", 10).end()
+    take(turns, "a", 10).end(served=False)
+    take(turns, "a", 10).end()
     refusal(turns, "a")
 
 
@@ -91,9 +101,9 @@ def test_addresses_are_not_remembered_for_ever(monkeypatch):
     monkeypatch.setattr("serve_app.turns.FORGET_ABOVE", 50)
     clock = Clock()
     turns = Turns(Limits(images_per_minute=10), clock)
-    turns.take("spent", 10).end()
+    take(turns, "spent", 10).end()
     for number in range(1000):
-        turns.take(f"client-{number}", 1).end()
+        take(turns, f"client-{number}", 1).end()
         clock.now += 10
         if number == 2:
             refusal(turns, "spent", 9)
@@ -125,6 +135,48 @@ def test_rate_per_key(sampler):
     assert response.json()["error"]["code"] == "rate_limit_exceeded"
     assert 15 <= int(response.headers["retry-after"]) <= 20
     assert ask("second-key", n=3).status_code == 200
+
+
+def headers_of(values):
+    return [("content-type", "application/json"), *(("authorization", value) for value in values)]
+
+
+def test_a_key_is_one_client_however_it_is_written(sampler):
+    """What counts is the key that was compared, not the header's text."""
+    app = create_app(sampler, Limits(images_per_minute=3, max_images_per_request=3), key_digests("first-key"))
+    client, body = TestClient(app), json.dumps({"prompt": "x", "num_inference_steps": 1})
+    written = ["Bearer first-key", "bearer  first-key", "Bearer \tfirst-key", "Bearer \t\tfirst-key", "Bearer first-key\t"]
+    assert [client.post(PATH, content=body, headers=headers_of([one])).status_code for one in written] == [200] * 3 + [429] * 2
+
+
+def test_two_authorization_headers_are_refused(sampler):
+    client = TestClient(create_app(sampler, key_digests=key_digests("first-key")))
+    for values in (["Bearer anything-1", "Bearer first-key"], ["Bearer first-key", "Bearer anything-1"], ["Bearer first-key"] * 2):
+        response = client.post(PATH, content=b'{"prompt": "x"}', headers=headers_of(values))
+        assert (response.status_code, response.json()["error"]["code"]) == (401, "invalid_api_key")
+
+
+def test_a_request_whose_body_is_still_coming_is_one_of_those_at_once(sampler):
+    async def talk():
+        begun, go = asyncio.Event(), asyncio.Event()
+
+        async def slow_body():
+            yield b'{"prompt": "x", '
+            begun.set()
+            await go.wait()
+            yield b'"num_inference_steps": 1}'
+
+        transport = httpx.ASGITransport(create_app(sampler, Limits(requests_at_once=1)))
+        async with httpx.AsyncClient(transport=transport, base_url="http://test", headers={"content-type": "application/json"}) as http:
+            first = asyncio.ensure_future(http.post(PATH, content=slow_body()))
+            await begun.wait()
+            second = await http.post(PATH, content=b'{"prompt": "x", "num_inference_steps": 1}')
+            go.set()
+            return second, await first, await http.post(PATH, content=b"{}"), await http.post(PATH, content=b"{}")
+
+    second, first, *wrong = asyncio.run(talk())
+    assert (second.status_code, second.json()["error"]["code"], first.status_code) == (429, "too_many_requests_at_once", 200)
+    assert [response.status_code for response in wrong] == [400, 400]  # and a refused one has ended
 
 
 class Slow:

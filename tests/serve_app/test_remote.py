@@ -116,7 +116,7 @@ def wait_for(condition, seconds=10.0):
 def pair(files, monkeypatch):
     monkeypatch.setattr(remote, "RETRY_SECONDS", 0.05)
     handles = [Handle(callee(files, [0, 2])), Handle(callee(files, [1]))]
-    experts = RemoteExperts([((0, 2), handles[0]), ((1,), handles[1])], files.num_experts)
+    experts = RemoteExperts([((0, 2), handles[0], 1), ((1,), handles[1], 1)], files.num_experts)
     wait_for(lambda: all(experts.available()))
     yield experts, handles
     experts.close()
@@ -164,7 +164,7 @@ def test_a_new_process_is_told_again(files, pair):
 def test_a_group_forgets_the_oldest_texts_and_asks_again(files):
     one = 12 * files.text_width * 4
     handle = Handle(callee(files, [0], limit=3 * one))
-    experts = RemoteExperts([((0,), handle)], files.num_experts)
+    experts = RemoteExperts([((0,), handle, 1)], files.num_experts)
     wait_for(lambda: experts.available()[0])
     local = LocalExperts(files)
     for names in (["a", "b"], ["c", "d"], ["a", "d"], ["a", "d"]):
@@ -257,7 +257,7 @@ def test_states_say_why(files, pair):
     assert "does not answer" in experts.states()[1].reason
     never = Handle(callee(files, [0]))
     never.held.clear()
-    starting = RemoteExperts([((0,), never)], files.num_experts)
+    starting = RemoteExperts([((0,), never, 1)], files.num_experts)
     assert starting.states()[0].state == "loading"
     starting.close()
     never.held.set()
@@ -286,18 +286,61 @@ class Pair:
     states = property(lambda self: self._next().states)
 
 
-def test_several_replicas_share_the_rows_and_not_a_byte_changes(files):
+@pytest.mark.parametrize(("rows", "pieces"), [(5, [5]), (16, [8, 8]), (19, [16, 3]), (40, [24, 16])])
+def test_several_replicas_share_the_rows_and_not_a_byte_changes(files, rows, pieces):
+    """One call for each, however many rows there are, and whole eights but for the last."""
     handles = [Handle(callee(files, [0, 1, 2])) for _ in range(2)]
     experts = RemoteExperts([((0, 1, 2), Pair(*handles), 2)], files.num_experts)
     wait_for(lambda: all(experts.available()))
-    rows = 2 * remote.PIECE_ROWS + 3
     asked = calls(files, rows=rows, guidance=(1.0, 2.5, 4.0) * rows)
     for near, far in zip(LocalExperts(files).velocities(asked), experts.velocities(asked), strict=True):
         assert torch.equal(near, far)
+    first = {}  # by expert; what is sent again lacked texts
     for handle in handles:
-        sizes = [len(call.x) for method, arguments in handle.log if method == "velocities" for call in arguments[0]]
-        assert sizes
-        assert max(sizes) == remote.PIECE_ROWS
+        for method, arguments in handle.log:
+            for call in arguments[0] if method == "velocities" else ():
+                first.setdefault(call.expert, {})[call.text_keys] = len(call.x)
+    assert [sorted(sizes.values(), reverse=True) for sizes in first.values()] == [pieces] * 3
+    experts.close()
+
+
+def test_pieces_for_several_replicas_each_bring_their_texts(files):
+    """All rows have the same text: that one replica is told it says nothing of the other."""
+    handles = [Handle(callee(files, [0])) for _ in range(2)]
+    experts = RemoteExperts([((0,), Pair(*handles), 2)], files.num_experts)
+    wait_for(lambda: experts.available()[0])
+    asked = calls(files, experts=(0,), rows=16, texts=["a"] * 16, guidance=(2.0,) * 16)
+    experts.velocities(asked)
+    assert sorted(len(args[1]) for handle in handles for method, args in handle.log if method == "velocities") == [2, 2]
+    for handle in handles:
+        handle.log.clear()
+    experts.velocities(asked)
+    assert sorted(len(args[1]) for handle in handles for method, args in handle.log if method == "velocities") == [0, 0]
+    experts.close()
+
+
+def test_of_several_replicas_one_that_hangs_costs_time_and_no_expert(files, monkeypatch):
+    """Another one says that the group lives, and makes what the first one was asked."""
+    hung, good = (Handle(callee(files, [0])) for _ in range(2))
+
+    class First:
+        asked = 0
+        states = property(lambda self: good.states)
+
+        @property
+        def velocities(self):
+            self.asked += 1
+            return (hung if self.asked == 1 else good).velocities
+
+    monkeypatch.setattr(remote, "PING_SECONDS", 0.05)
+    monkeypatch.setattr(remote, "CALL_SECONDS", 2.0)
+    experts = RemoteExperts([((0,), First(), 2)], files.num_experts)
+    wait_for(lambda: experts.available()[0])
+    hung.held.clear()
+    (velocities,) = experts.velocities(asked := calls(files, experts=(0,)))
+    assert torch.equal(velocities, LocalExperts(files).velocities(asked)[0])
+    assert experts.available()[0]
+    hung.held.set()
     experts.close()
 
 
@@ -313,7 +356,7 @@ def test_replicas_of_different_weights_are_both_named(files):
 
 
 def test_an_expert_that_is_placed_nowhere(files):
-    experts = RemoteExperts([((0,), Handle(callee(files, [0])))], files.num_experts)
+    experts = RemoteExperts([((0,), Handle(callee(files, [0])), 1)], files.num_experts)
     assert [state.state for state in experts.states()][1:] == ["missing"] * 2
     with pytest.raises(ExpertError, match="not placed"):
         experts.velocities(calls(files, experts=(1,)))

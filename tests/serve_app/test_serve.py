@@ -220,6 +220,8 @@ def test_groups_ask_for_what_they_need(model_path):
     assert options["ExpertGroup-1"]["label_selector"] == {"market": "spot"}
     scale = told["ExpertGroup-1"]._deployment_config.autoscaling_config
     assert (scale.min_replicas, scale.max_replicas) == (1, 4)
+    # Serve says nothing of a user_config that is taken away, unless there is another one below it.
+    assert [told[name]._deployment_config.user_config for name in ("ExpertGroup-0", "Sampler", "Api")] == [{}, {}, None]
     assert [told[name].num_replicas for name in ("ExpertGroup-0", "ExpertGroup-2", "Sampler", "Api")] == [1, 2, 2, 3]
 
 
