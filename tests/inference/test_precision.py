@@ -14,7 +14,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from paris_ray.diffusion.path import Ddpm, Flow
-from paris_ray.inference import engine
+from paris_ray.inference import weighing
 from paris_ray.inference.engine import Engine, ImageRequest, generate
 from paris_ray.inference.experts import ExpertError, LocalExperts
 from paris_ray.inference.precision import quantize, set_precision, working_router
@@ -142,7 +142,7 @@ def test_the_engine_asks_a_router_in_bf16(model, monkeypatch):
     requests = [ImageRequest("red fox", seed=i, routing="full", steps=1) for i in range(3)]
     exact = [result.routing[0]["weights"] for result in generate(model, requests)]
     half = working_router(model.router, "bf16", torch.device("cuda"))
-    monkeypatch.setattr(engine, "working_router", lambda router, precision, device: half)
+    monkeypatch.setattr(weighing, "working_router", lambda router, precision, device: half)
     found = [result.routing[0]["weights"] for result in generate(dataclasses.replace(model), requests)]
     assert found != exact
     np.testing.assert_allclose(found, exact, atol=0.02)
