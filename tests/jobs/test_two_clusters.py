@@ -24,7 +24,7 @@ from paris_ray.inference.weights import load_model
 
 PROJECT = Path(__file__).parent.parent.parent
 
-pytestmark = pytest.mark.timeout(1500)
+pytestmark = [pytest.mark.chaos, pytest.mark.timeout(1500)]
 
 LONG = {"images": 40_000, "checkpoint_images": 4000}
 
