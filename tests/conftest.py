@@ -16,9 +16,23 @@ os.environ["RAY_raylet_start_wait_time_s"] = "180"  # noqa: SIM112, Ray spells i
 os.environ["RAY_AUTH_MODE"] = "token"
 os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
 
+import sys
 from collections.abc import Iterator
 
 import pytest
+
+
+@pytest.fixture(autouse=True)
+def process_as_it_was() -> Iterator[None]:
+    """What a training worker sets for its process does not outlast the test that ran one in this process."""
+    before = sys.modules.get("torch")
+    threads, deterministic = (before.get_num_threads(), before.are_deterministic_algorithms_enabled()) if before else (1, False)
+    yield
+    if torch := sys.modules.get("torch"):
+        torch.set_num_threads(threads)
+        torch.use_deterministic_algorithms(deterministic)
+        # With denormal numbers flushed the sums of k-means have other last bits, and hypothesis refuses to draw.
+        torch.set_flush_denormal(False)
 
 
 @pytest.fixture(scope="module")
