@@ -156,8 +156,10 @@ RECOVERY = 60.0
 
 
 def test_a_quarter_of_an_hour_of_deaths(ray_local, folder):
-    """Every accepted request gets its answer, but for connections to a dead ingress; the same seed gives the same bytes; a request begun after a
-    death is answered within 10 s of it, one that was on its way within 10 s more than others take, and what was killed is there again within RECOVERY.
+    """Every accepted request gets its answer, but for connections to a dead ingress; the same seed gives the same bytes.
+
+    A request begun after a death is answered within 10 s of it, one that was on its way within 10 s more than others take, and what was killed is
+    there again within RECOVERY.
 
     There are two samplers. With a single one nobody can draw until the next has started, which takes as long as RECOVERY says.
     """
