@@ -4,7 +4,7 @@
     python -m cluster_configs.check aws.yaml --run mine.yaml                   # and whether it has what the run's experts ask for
     python -m cluster_configs.check gcp.yaml --run mine.yaml --cluster eu      # of those that train in that one of the run's clusters
 
-Run it where `ray up` is run: the project's folder. Says what is wrong, a line each; the exit code is 0 when nothing is, 1 when something is, 2 for wrong input.
+Run it in the project's folder, as `ray up`. Says what is wrong, a line each; ends with 0 when nothing is, 1 when something is, 2 for wrong input.
 """
 
 from __future__ import annotations
@@ -271,7 +271,7 @@ def _commands(tree: dict[str, Any]) -> Iterator[str]:
             yield f"{key} names no --object-spilling-directory; Ray would spill to /tmp"
         if key.startswith("head"):
             if options.get("--dashboard-host", "127.0.0.1") not in ("127.0.0.1", "localhost", "::1"):
-                yield f"{key}: --dashboard-host={options['--dashboard-host']} lets others than the head at the dashboard; 127.0.0.1, and `ray dashboard`"
+                yield f"{key}: --dashboard-host={options['--dashboard-host']} lets others at the dashboard; say 127.0.0.1"
             if "--autoscaling-config" not in options:
                 yield f"{key} has no --autoscaling-config, so that no worker would ever start"
             if local and options.get("--num-cpus") != "0":

@@ -55,7 +55,7 @@ def _trainings(name: str, asked: Machine, workers: int) -> Iterator[Demand]:
 
 
 def selects(selector: str, value: str | None) -> bool:
-    """Whether a label's value, ``None`` where a node has no such label, is one that a selector of Ray's takes: ``x``, ``!x``, ``in(x, y)``, ``!in(x, y)``."""
+    """Whether a selector of Ray's, ``x``, ``!x``, ``in(x, y)`` or ``!in(x, y)``, takes a label's value, ``None`` where a node has no such label."""
     wanted = selector.removeprefix("!")
     found = re.fullmatch(r"in\((.*)\)", wanted)
     any_of = [one.strip() for one in found[1].split(",")] if found else [wanted]

@@ -1,0 +1,233 @@
+"""Print what a role may do in the store, as the cloud wants it said: what some experts need, or all of a run.
+
+    python -m cluster_configs.policies aws   s3://bucket/run --experts 4,5          # an IAM policy, for `aws iam put-role-policy`
+    python -m cluster_configs.policies gcp   gs://bucket/run --experts 4,5          # conditions, for `gcloud storage buckets add-iam-policy-binding`
+    python -m cluster_configs.policies azure abfs://container@account.dfs.core.windows.net/run --experts 4,5    # for `az role assignment create`
+    python -m cluster_configs.policies aws   s3://bucket/run --whole --source s3://bucket/pictures              # of the cluster where all stages run
+    python -m cluster_configs.policies aws   --head --workers paris-workers         # what the head of a cluster needs besides, to start machines
+
+An expert reads the config, the encoders and its own shard, and writes its own folder: nothing of its siblings, and nothing that it learns from.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import sys
+import urllib.parse
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from paris_ray.config import ConfigError
+
+
+@dataclass(frozen=True)
+class Access:
+    """What may be read and what may be written too, as beginnings of names below the run's folder."""
+
+    read: tuple[str, ...] = ()
+    write: tuple[str, ...] = ()
+
+
+def expert(k: int) -> Access:
+    """What the training of an expert does in the run's folder."""
+    name = f"expert-{k}"
+    return Access(
+        read=("config.yaml", "encoders/", f"shards/expert={k}/"),
+        # Its result; its progress, cost and whether it is to stop; what Ray Train keeps while it runs.
+        write=(f"experts/{k}/", f"events/{name}.", f"events/machines/{name}.", f".ray/{name}/"),
+    )
+
+
+def experts(which: Iterable[int]) -> Access:
+    """Of several experts."""
+    found = [expert(k) for k in which]
+    read = dict.fromkeys(one for each in found for one in each.read)
+    return Access(tuple(read), tuple(one for each in found for one in each.write))
+
+
+WHOLE = Access(write=("",))
+"""Of the cluster where all stages run."""
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a run is: bucket or container, account (Azure's), and the run's folder there, with a slash behind it."""
+
+    bucket: str
+    run: str
+    account: str = ""
+
+
+SCHEMES = {"aws": ("s3",), "gcp": ("gs",), "azure": ("abfs", "abfss")}
+
+
+def place(cloud: str, uri: str) -> Place:
+    """Of a run's URI. Raises ConfigError when it is not one of that cloud's."""
+    parts = urllib.parse.urlsplit(uri)
+    account = (parts.hostname or "").partition(".")[0] if parts.username else ""
+    bucket = parts.username or parts.hostname or ""
+    if parts.scheme not in SCHEMES[cloud] or not bucket or (cloud == "azure" and not account):
+        wanted = {"aws": "s3://BUCKET/RUN", "gcp": "gs://BUCKET/RUN", "azure": "abfs://CONTAINER@ACCOUNT.dfs.core.windows.net/RUN"}[cloud]
+        raise ConfigError(f"{uri!r} is not a run in the store of {cloud}; give {wanted}")
+    if bad := sorted(set(re.findall(r"[^\w./:@=+-]", uri))):
+        raise ConfigError(f"{uri!r} holds {' '.join(bad)}, which a policy would read as more than a name; choose another folder")
+    folder = parts.path.strip("/")
+    return Place(bucket, f"{folder}/" if folder else "", account)
+
+
+# -- AWS ----------------------------------------------------------------------------------------------------------------
+
+
+def aws(where: Place, access: Access, source: Place | None = None) -> dict[str, Any]:
+    """An IAM policy."""
+    bucket = f"arn:aws:s3:::{where.bucket}"
+    named = [where.run + one for one in (*access.read, *access.write)]
+    # A folder is looked for by its name without the slash, too.
+    listed = sorted({one for name in named for one in (f"{name}*", name.rstrip("/"))} - {""})
+    statements = [
+        _statement("List", ["s3:ListBucket"], [bucket], {"StringLike": {"s3:prefix": listed}}),
+        _statement("Region", ["s3:GetBucketLocation"], [bucket]),
+    ]
+    if access.read:
+        statements.append(_statement("Read", ["s3:GetObject"], [f"{bucket}/{where.run}{one}*" for one in access.read]))
+    write = ["s3:GetObject", "s3:PutObject", "s3:DeleteObject", "s3:AbortMultipartUpload", "s3:ListMultipartUploadParts"]
+    statements.append(_statement("Write", write, [f"{bucket}/{where.run}{one}*" for one in access.write]))
+    if source is not None:
+        pictures = f"arn:aws:s3:::{source.bucket}"
+        listed = [f"{source.run}*", *([source.run.rstrip("/")] if source.run else [])]
+        statements.append(_statement("ListSource", ["s3:ListBucket"], [pictures], {"StringLike": {"s3:prefix": listed}}))
+        statements.append(_statement("ReadSource", ["s3:GetObject"], [f"{pictures}/{source.run}*"]))
+    return {"Version": "2012-10-17", "Statement": statements}
+
+
+def aws_head(workers: str, account: str = "*") -> dict[str, Any]:
+    """What a head needs to start and end machines whose role is ``workers``, and no other."""
+    describe = ["ec2:DescribeInstances", "ec2:DescribeInstanceTypes", "ec2:DescribeInstanceStatus", "ec2:DescribeImages", "ec2:DescribeSubnets"]
+    started = ["instance/*", "volume/*", "network-interface/*", "subnet/*", "security-group/*", "key-pair/*"]
+    ours = {"StringLike": {"ec2:ResourceTag/ray-cluster-name": "*"}}
+    return {
+        "Version": "2012-10-17",
+        "Statement": [
+            _statement("Look", describe, ["*"]),
+            _statement("Start", ["ec2:RunInstances"], [f"arn:aws:ec2:*:{account}:{one}" for one in started] + ["arn:aws:ec2:*::image/*"]),
+            _statement("Name", ["ec2:CreateTags"], [f"arn:aws:ec2:*:{account}:instance/*"]),
+            _statement("End", ["ec2:TerminateInstances"], [f"arn:aws:ec2:*:{account}:instance/*"], ours),
+            _statement("Image", ["ssm:GetParameters", "ssm:GetParameter"], ["arn:aws:ssm:*::parameter/aws/service/*"]),
+            _statement("Role", ["iam:PassRole"], [f"arn:aws:iam::{account}:role/{workers}"]),
+        ],
+    }
+
+
+def _statement(sid: str, actions: list[str], resources: list[str], condition: dict[str, Any] | None = None) -> dict[str, Any]:
+    made = {"Sid": sid, "Effect": "Allow", "Action": actions, "Resource": resources}
+    return made if condition is None else {**made, "Condition": condition}
+
+
+# -- Google Cloud -------------------------------------------------------------------------------------------------------
+
+OPERATORS = 12
+"""The most logical operators that a condition may have; what needs more is several bindings."""
+
+
+def gcp(where: Place, access: Access, source: Place | None = None) -> list[dict[str, Any]]:
+    """Bindings of roles with conditions, each with the bucket that it is of."""
+    made = []
+    for role, bucket, names in [
+        ("roles/storage.objectViewer", where.bucket, [where.run + one for one in access.read]),
+        ("roles/storage.objectUser", where.bucket, [where.run + one for one in access.write]),
+        ("roles/storage.objectViewer", source.bucket if source else "", [source.run] if source else []),
+    ]:
+        terms = [_gcp_term(bucket, name) for name in names]
+        at_once = (OPERATORS + 1) // 2
+        for i in range(0, len(terms), at_once):
+            title = f"paris-{role.removeprefix('roles/storage.object').lower()}-{len(made)}"
+            made.append({"bucket": bucket, "role": role, "condition": {"title": title, "expression": " || ".join(terms[i : i + at_once])}})
+    return made
+
+
+def _gcp_term(bucket: str, name: str) -> str:
+    listed = f'api.getAttribute("storage.googleapis.com/objectListPrefix", "").startsWith("{name}")'
+    return f'resource.name.startsWith("projects/_/buckets/{bucket}/objects/{name}") || {listed}'
+
+
+# -- Azure --------------------------------------------------------------------------------------------------------------
+
+CONDITION = 8192
+"""The most letters of a condition. There can be no second assignment of the same role at the same scope to divide it over."""
+BLOBS = "Microsoft.Storage/storageAccounts/blobServices/containers/blobs"
+
+
+def azure(where: Place, access: Access, source: Place | None = None) -> list[dict[str, Any]]:
+    """Role assignments with conditions (Azure's attribute-based access control), each with the scope that it is of."""
+    made = []
+    for role, at, names in [
+        ("Storage Blob Data Reader", where, [where.run + one for one in access.read]),
+        ("Storage Blob Data Contributor", where, [where.run + one for one in access.write]),
+        ("Storage Blob Data Reader", source or where, [source.run] if source else []),
+    ]:
+        if names:
+            scope = f"/subscriptions/SUBSCRIPTION/resourceGroups/GROUP/providers/Microsoft.Storage/storageAccounts/{at.account}"
+            scope += f"/blobServices/default/containers/{at.bucket}"
+            made.append({"role": role, "scope": scope, "conditionVersion": "2.0", "condition": _azure_condition(names, "Contributor" in role)})
+    return made
+
+
+def _azure_condition(names: list[str], write: bool) -> str:
+    def any_of(attribute: str) -> str:
+        return " OR ".join(f"@{attribute} StringLike '{name}*'" for name in names)
+
+    path, prefix = any_of(f"Resource[{BLOBS}:path]"), any_of(f"Request[{BLOBS}:prefix]")
+    read = f"ActionMatches{{'{BLOBS}/read'}}"
+    others = [f"!(ActionMatches{{'{BLOBS}/{one}'}})" for one in ("write", "add/action", "delete", "move/action")] if write else []
+    none = " AND ".join([f"!({read} AND NOT SubOperationMatches{{'Blob.List'}})", *others])
+    made = f"(({none}) OR ({path})) AND (!({read} AND SubOperationMatches{{'Blob.List'}}) OR ({prefix}))"
+    if len(made) > CONDITION:
+        raise ConfigError(f"azure: the condition has {len(made)} letters, and may have {CONDITION}; give the role fewer experts, or --whole")
+    return made
+
+
+CLOUDS = {"aws": aws, "gcp": gcp, "azure": azure}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Print it; returns the exit code."""
+    parser = argparse.ArgumentParser(
+        prog="python -m cluster_configs.policies", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("cloud", choices=sorted(CLOUDS))
+    parser.add_argument("run", nargs="?", metavar="URI", help="the run's folder in the store")
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--experts", metavar="K,K…", help="those that the role trains")
+    what.add_argument("--whole", action="store_true", help="all of the run")
+    what.add_argument("--head", action="store_true", help="start and end machines (aws)")
+    parser.add_argument("--source", metavar="URI", help="where the pictures are, to be read")
+    parser.add_argument("--workers", metavar="ROLE", help="with --head: the role of the machines that it starts")
+    args = parser.parse_args(argv)
+    try:
+        print(json.dumps(_asked(args), indent=2))
+    except ConfigError as error:
+        print(f"{parser.prog}: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def _asked(args: argparse.Namespace) -> Any:
+    if args.head:
+        if args.cloud != "aws" or not args.workers:
+            raise ConfigError("--head is for aws, with --workers ROLE; on gcp and azure the README names the roles that are there for it")
+        return aws_head(args.workers)
+    if args.run is None:
+        raise ConfigError("name the run's folder in the store, such as s3://bucket/run")
+    try:
+        access = WHOLE if args.whole else experts(sorted({int(one) for one in args.experts.split(",")}))
+    except ValueError:
+        raise ConfigError(f"--experts: {args.experts!r} must be numbers of experts with commas between them, such as 0,3") from None
+    source = place(args.cloud, args.source) if args.source else None
+    return CLOUDS[args.cloud](place(args.cloud, args.run), access, source)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,172 @@
+"""What the policies let a role do, as each cloud reads them: evaluators for IAM, Google's conditions and Azure's, from their documents."""
+
+from __future__ import annotations
+
+import json
+import re
+from fnmatch import fnmatchcase
+from typing import Any
+
+import pytest
+
+from cluster_configs import policies
+from cluster_configs.policies import WHOLE, experts, place
+from paris_ray.config import ConfigError
+
+URIS = {"aws": "s3://bucket/runs/a", "gcp": "gs://bucket/runs/a", "azure": "abfs://bucket@account.dfs.core.windows.net/runs/a"}
+
+
+def iam(policy: dict[str, Any], action: str, key: str) -> bool:
+    """IAM: nothing is allowed that no statement allows; * stands for any letters, slashes too. No statement here denies."""
+    kind = {"read": "s3:GetObject", "write": "s3:PutObject", "delete": "s3:DeleteObject", "list": "s3:ListBucket"}[action]
+    for one in policy["Statement"]:
+        assert one["Effect"] == "Allow"
+        if kind not in one["Action"]:
+            continue
+        if action == "list":
+            prefixes = one["Condition"]["StringLike"]["s3:prefix"]
+            if one["Resource"] == ["arn:aws:s3:::bucket"] and any(fnmatchcase(key, like) for like in prefixes):
+                return True
+        elif any(fnmatchcase(f"arn:aws:s3:::bucket/{key}", like) for like in one["Resource"]):
+            return True
+    return False
+
+
+def cel(bindings: list[dict[str, Any]], action: str, key: str) -> bool:
+    """Google: a binding grants its role's permissions where its condition is true."""
+    grants = {"roles/storage.objectViewer": {"read", "list"}, "roles/storage.objectUser": {"read", "list", "write", "delete"}}
+    for one in bindings:
+        assert one["bucket"] == "bucket"
+        expression = one["condition"]["expression"]
+        assert expression.count("||") <= 12
+        name = "" if action == "list" else f"projects/_/buckets/bucket/objects/{key}"
+        prefix = key if action == "list" else ""
+        code = expression.replace(".startsWith(", ".startswith(").replace("||", "or")
+        code = code.replace('api.getAttribute("storage.googleapis.com/objectListPrefix", "")', "prefix").replace("resource.name", "name")
+        if action in grants[one["role"]] and eval(code, {"__builtins__": {}}, {"name": name, "prefix": prefix}):
+            return True
+    return False
+
+
+def abac(assignments: list[dict[str, Any]], action: str, key: str) -> bool:
+    """Azure: a role assignment counts where its condition is true; conditions guard the actions that they name and no others."""
+    grants = {"Storage Blob Data Reader": {"read", "list"}, "Storage Blob Data Contributor": {"read", "list", "write", "delete"}}
+    blobs = "Microsoft.Storage/storageAccounts/blobServices/containers/blobs"
+    verb = {"list": "read"}.get(action, action)
+    for one in assignments:
+        assert one["conditionVersion"] == "2.0"
+        assert len(one["condition"]) <= 8192
+        code = one["condition"]
+        code = re.sub(r"ActionMatches\{'([^']*)'\}", lambda found: str(found[1] == f"{blobs}/{verb}"), re.sub(r"SubOperationMatches", "§", code))
+        code = re.sub(r"§\{'Blob.List'\}", str(action == "list"), code)
+        code = re.sub(rf"@Resource\[{blobs}:path\] StringLike '([^']*)'", lambda found: str(action != "list" and fnmatchcase(key, found[1])), code)
+        code = re.sub(rf"@Request\[{blobs}:prefix\] StringLike '([^']*)'", lambda found: str(action == "list" and fnmatchcase(key, found[1])), code)
+        code = code.replace("AND", "and").replace("OR", "or").replace("NOT", "not").replace("!", " not ")
+        if action in grants[one["role"]] and eval(code, {"__builtins__": {}}, {}):
+            return True
+    return False
+
+
+READ_AS = {"aws": iam, "gcp": cel, "azure": abac}
+
+
+def role(cloud: str, access: policies.Access, **options: Any) -> Any:
+    return policies.CLOUDS[cloud](place(cloud, URIS[cloud]), access, **options)
+
+
+@pytest.mark.parametrize("cloud", sorted(URIS))
+def test_an_expert_reads_its_shard_and_writes_its_folder_and_nothing_else(cloud):
+    allowed, made = READ_AS[cloud], role(cloud, experts([3]))
+    for name in ("config.yaml", "encoders/encoders.json", "shards/expert=3/part-0000000.parquet"):
+        assert allowed(made, "read", f"runs/a/{name}"), name
+        assert not allowed(made, "write", f"runs/a/{name}"), name
+        assert not allowed(made, "delete", f"runs/a/{name}"), name
+    for name in ("experts/3/_manifest.json", "experts/3/checkpoints/images-80/model.safetensors", "events/expert-3.json", ".ray/expert-3/x"):
+        assert all(allowed(made, action, f"runs/a/{name}") for action in ("read", "write", "delete")), name
+    for name in (
+        "shards/expert=4/part-0000000.parquet",
+        "shards/expert=33/part-0000000.parquet",
+        "experts/4/_manifest.json",
+        "experts/31/_manifest.json",
+        "events/expert-31.json",
+        "router/_manifest.json",
+        "model/paris.json",
+        "corpus/part-0000000.parquet",
+        "clusters/_manifest.json",
+        "../a2/config.yaml",
+    ):
+        assert not any(allowed(made, action, f"runs/a/{name}") for action in ("read", "write", "delete", "list")), name
+    for name in ("runs/b/config.yaml", "config.yaml", "runs/a2/experts/3/x", "other/runs/a/experts/3/x"):
+        assert not any(allowed(made, action, name) for action in ("read", "write", "delete", "list")), name
+    for name in ("shards/expert=3/", "encoders/", "experts/3/", "experts/3/checkpoints/"):
+        assert allowed(made, "list", f"runs/a/{name}"), name
+    for name in ("", "experts/", "shards/"):
+        assert not allowed(made, "list", f"runs/a/{name}"), name
+
+
+@pytest.mark.parametrize("cloud", sorted(URIS))
+def test_a_cluster_of_several_experts_has_what_each_of_them_has(cloud):
+    allowed, made = READ_AS[cloud], role(cloud, experts(range(4, 8)))
+    for k in range(4, 8):
+        assert allowed(made, "read", f"runs/a/shards/expert={k}/part-0000000.parquet")
+        assert allowed(made, "write", f"runs/a/experts/{k}/_manifest.json")
+        assert allowed(made, "write", f"runs/a/events/machines/expert-{k}.json")
+    assert not allowed(made, "read", "runs/a/shards/expert=3/part-0000000.parquet")
+    assert not allowed(made, "write", "runs/a/experts/3/_manifest.json")
+
+
+@pytest.mark.parametrize("cloud", sorted(URIS))
+def test_the_cluster_of_all_stages_has_the_run_and_reads_the_pictures(cloud):
+    allowed, made = READ_AS[cloud], role(cloud, WHOLE, source=place(cloud, URIS[cloud].replace("runs/a", "pictures")))
+    for name in ("corpus/part-0000000.parquet", "model/paris.json", "config.yaml", "experts/3/x"):
+        assert all(allowed(made, action, f"runs/a/{name}") for action in ("read", "write", "delete"))
+    assert allowed(made, "read", "pictures/0001.jpg")
+    assert not allowed(made, "write", "pictures/0001.jpg")
+    assert not allowed(made, "read", "others/0001.jpg")
+
+
+def test_a_condition_that_azure_would_refuse_is_refused():
+    with pytest.raises(ConfigError, match="fewer experts, or --whole"):
+        role("azure", experts(range(16)))
+
+
+def test_an_iam_policy_is_one_in_form_and_size():
+    for made in (role("aws", experts(range(8))), policies.aws_head("paris-workers")):
+        assert made["Version"] == "2012-10-17"
+        assert len(json.dumps(made, separators=(",", ":"))) <= 6144  # of a managed policy
+        names = [one["Sid"] for one in made["Statement"]]
+        assert len(set(names)) == len(names)
+        assert all(re.fullmatch("[A-Za-z0-9]+", name) for name in names)
+        assert all(set(one) <= {"Sid", "Effect", "Action", "Resource", "Condition"} for one in made["Statement"])
+        assert all(re.fullmatch(r"(s3|ec2|ssm|iam):[A-Z]\w+", action) for one in made["Statement"] for action in one["Action"])
+        assert all(re.fullmatch(r"\*|arn:aws:(s3|ec2|ssm|iam):[^ ]+", each) for one in made["Statement"] for each in one["Resource"])
+    passed = [one for one in policies.aws_head("paris-workers")["Statement"] if "iam:PassRole" in one["Action"]]
+    assert [one["Resource"] for one in passed] == [["arn:aws:iam::*:role/paris-workers"]]  # not any role that there is
+
+
+@pytest.mark.parametrize(
+    ("cloud", "uri"),
+    [
+        ("aws", "gs://bucket/run"),
+        ("gcp", "s3://bucket/run"),
+        ("azure", "abfs://container/run"),
+        ("aws", "/runs/a"),
+        ("aws", "s3://bucket/a*"),
+        ("gcp", 'gs://b/"'),
+    ],
+)
+def test_another_place_is_refused(cloud, uri):
+    with pytest.raises(ConfigError):
+        place(cloud, uri)
+
+
+def test_the_command_prints_what_the_clouds_tools_take(capsys):
+    assert policies.main(["aws", "s3://bucket/runs/a", "--experts", "5,4"]) == 0
+    assert json.loads(capsys.readouterr().out) == role("aws", experts([4, 5]))
+    assert policies.main(["gcp", "gs://bucket/runs/a", "--whole"]) == 0
+    assert json.loads(capsys.readouterr().out) == role("gcp", WHOLE)
+    assert policies.main(["aws", "--head", "--workers", "w"]) == 0
+    capsys.readouterr()
+    for wrong in (["aws", "--experts", "1"], ["aws", "s3://b/r", "--experts", "all"], ["gcp", "--head"], ["azure", "s3://b/r", "--whole"]):
+        assert policies.main(wrong) == 2
+        assert len(capsys.readouterr().err.splitlines()) == 1
