@@ -80,18 +80,29 @@ def _azure_schema() -> dict[str, Any]:
 
 def request_problems(provider: str, node_config: dict[str, Any]) -> Iterator[str]:
     """Where a ``node_config`` is not what the provider takes: unknown keys, wrong types, values that are none of the allowed."""
+    return schema_problems(schema(provider), node_config, "node_config")
+
+
+def schema_problems(schema: dict[str, Any], tree: Any, name: str) -> Iterator[str]:
+    """Where a tree is not what a JSON Schema says, with hints at what was meant.
+
+    Args:
+        schema: the schema.
+        tree: what to look at.
+        name: how to call its root.
+    """
     import jsonschema
 
-    for error in jsonschema.Draft202012Validator(schema(provider)).iter_errors(node_config):
-        where = ".".join(["node_config", *(str(one) for one in error.absolute_path)])
+    for error in jsonschema.Draft202012Validator(schema).iter_errors(tree):
+        where = ".".join([name, *(str(one) for one in error.absolute_path)])
         if error.validator == "additionalProperties" and isinstance(error.schema.get("properties"), dict):
             known = sorted(error.schema["properties"])
             for key in sorted(set(error.instance) - set(known)):
                 yield f"{where}.{key}: there is no such key.{nearest(key, known)}"
         elif error.validator == "enum":
-            known = [one for one in error.validator_value if isinstance(one, str)]
-            said = "" if len(known) > 12 else f" Known: {', '.join(known)}"
-            yield f"{where}: {error.instance!r} is none of the {len(known)} allowed values.{nearest(str(error.instance), known)}{said}"
+            allowed = [one for one in error.validator_value if isinstance(one, str)]
+            said = "" if len(allowed) > 12 else f" Known: {', '.join(allowed)}"
+            yield f"{where}: {error.instance!r} is none of the {len(allowed)} allowed values.{nearest(str(error.instance), allowed)}{said}"
         else:
             yield f"{where}: {error.message[:200]}"
 

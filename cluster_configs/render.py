@@ -47,7 +47,9 @@ def sized(tree: dict[str, Any], size: str) -> dict[str, Any]:
     most = sizes()[size]
     types = {name: {**one, "max_workers": most.get(name, 0)} for name, one in tree["available_node_types"].items()}
     kept = {name: one for name, one in types.items() if one["max_workers"] or name == tree["head_node_type"]}
-    return {**tree, "available_node_types": kept, "max_workers": sum(one["max_workers"] for one in kept.values())}
+    made = {**tree, "available_node_types": kept, "max_workers": sum(one["max_workers"] for one in kept.values())}
+    made.pop("metadata", None)  # what stood there is where it belongs by now
+    return made
 
 
 class _Plain(yaml.SafeDumper):
@@ -58,8 +60,8 @@ class _Plain(yaml.SafeDumper):
 
 
 def text(tree: dict[str, Any]) -> str:
-    """As YAML. What stood under ``metadata`` is where it belongs by now."""
-    return yaml.dump({key: value for key, value in tree.items() if key != "metadata"}, Dumper=_Plain, sort_keys=False, width=150)
+    """As YAML."""
+    return yaml.dump(tree, Dumper=_Plain, sort_keys=False, width=150)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,97 @@
+"""Print a Serve config: what ``serve build`` would, if it could give an application its arguments.
+
+    python -m cluster_configs.serve model=s3://bucket/run/model placement=apart gpus=1 > serve.yaml && serve deploy serve.yaml
+    python -m cluster_configs.serve --args cluster_configs/kuberay/serving.yaml --service cluster_configs/kuberay/base/service.yaml
+
+The arguments are those of ``serve run serve_app.app:build``. Each deployment is named, so that its ``user_config`` can be changed while it serves.
+With ``--service`` the config is put into a RayService's ``serveConfigV2``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pydantic
+import yaml
+
+from paris_ray.config import ConfigError
+from paris_ray.placement import serve_groups
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Print or write it; returns the exit code."""
+    parser = argparse.ArgumentParser(prog="python -m cluster_configs.serve", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("words", nargs="*", metavar="KEY=VALUE", help="arguments of serve_app.app:build")
+    parser.add_argument("--args", type=Path, metavar="FILE", help="the same, as a YAML file")
+    parser.add_argument("--experts", type=int, default=8, metavar="K", help="how many the model has (default 8)")
+    parser.add_argument("--service", type=Path, metavar="FILE", help="a RayService to put it into")
+    args = parser.parse_args(argv)
+    try:
+        given = yaml.safe_load(args.args.read_text()) if args.args else {}
+        config = text(deploy_config({**given, **dict(one.split("=", 1) for one in args.words)}, args.experts))
+    except (ConfigError, OSError) as error:
+        print(f"{parser.prog}: {error}", file=sys.stderr)
+        return 2
+    if args.service is None:
+        print(config, end="")
+    else:
+        args.service.write_text(in_service(args.service.read_text(), config))
+    return 0
+
+
+def deploy_config(given: dict[str, Any], experts: int) -> dict[str, Any]:
+    """A Serve config with all deployments.
+
+    Args:
+        given: arguments of :func:`serve_app.app.build`.
+        experts: of the model.
+
+    Raises:
+        ConfigError: there are no such arguments.
+    """
+    from serve_app.app import Args
+
+    try:
+        args = Args.model_validate(given)
+        groups = serve_groups(args.placement, experts)
+    except (pydantic.ValidationError, ValueError) as error:
+        raise ConfigError(" ".join(str(error).split())) from None
+    names = ["Api", "Sampler", *(f"ExpertGroup-{number}" for number in range(len(groups)))]
+    # Another text: the experts' files are looked at again, and what differs is loaded, while it serves.
+    loads = names[2:] or ["Sampler"]
+    return {
+        "proxy_location": "EveryNode",
+        "http_options": {"host": "0.0.0.0", "port": 8000},
+        "applications": [
+            {
+                "name": "paris",
+                "route_prefix": "/",
+                "import_path": "serve_app.app:build",
+                "args": args.model_dump(mode="json", exclude_unset=True),
+                "deployments": [{"name": name, **({"user_config": {"revision": "1"}} if name in loads else {})} for name in names],
+            }
+        ],
+    }
+
+
+def text(config: dict[str, Any]) -> str:
+    """As YAML."""
+    return yaml.safe_dump(config, sort_keys=False, width=120)
+
+
+def in_service(service: str, config: str) -> str:
+    """A RayService's file with another ``serveConfigV2``, all else as it was."""
+    lines = "".join(f"    {line}\n" for line in config.splitlines())
+    made, count = re.subn(r"(?m)^  serveConfigV2: \|\n(?:    .*\n|\n)*", lambda _: f"  serveConfigV2: |\n{lines}", service)
+    if count != 1:
+        raise ConfigError("it has no `serveConfigV2: |` two spaces in; name a file such as cluster_configs/kuberay/base/service.yaml")
+    return made
+
+
+if __name__ == "__main__":
+    sys.exit(main())
