@@ -1,6 +1,7 @@
-"""Print a file for ``ray up`` at a size of :file:`sizes.yaml`.
+"""Print a file for ``ray up`` at a size of :file:`sizes.yaml`, and with what else is to be in it.
 
 python -m cluster_configs.render cluster_configs/aws.yaml --size paris_xl2 > aws.yaml
+python -m cluster_configs.render cluster_configs/gcp.yaml --size paris_xl2 --more cluster_configs/multi_cloud/gcp_overlay.yaml > gcp.yaml
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from typing import Any
 import yaml
 
 from cluster_configs.check import read
-from paris_ray.config import ConfigError
+from paris_ray.config import ConfigError, merge
 
 SIZES = Path(__file__).parent / "sizes.yaml"
 
@@ -26,9 +27,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("file", metavar="FILE", help="a file for `ray up`, with your own account in it")
     parser.add_argument("--size", required=True, choices=sorted(sizes()), help="what will be trained")
+    parser.add_argument("--more", action="append", default=[], metavar="FILE", help="a part of such a file, which is laid over it")
     args = parser.parse_args(argv)
     try:
-        print(text(sized(read(Path(args.file)), args.size)), end="")
+        tree = read(Path(args.file))
+        for more in args.more:
+            tree = merge(tree, read(Path(more)))
+        print(text(sized(tree, args.size)), end="")
     except ConfigError as error:
         print(f"{parser.prog}: {error}", file=sys.stderr)
         return 2

@@ -1,0 +1,32 @@
+#!/usr/bin/env bash
+# On a machine of Google Cloud, keeps a fresh token of its service account in a file, with which AWS gives it a role (web identity): the store in S3 is
+# read and written without a key. The role trusts accounts.google.com for this account's id and the audience below; README has its trust policy.
+#
+#   bash s3_from_gcp.sh arn:aws:iam::000000000000:role/paris-gcp us-west-2       # from setup_commands; again does nothing
+#
+# Tested with a metadata server and an AWS of our own making (tests/cluster_configs/test_multi_cloud.py), never on a machine of Google Cloud.
+set -euo pipefail
+role="$1" region="$2"
+folder="$HOME/.aws_from_gcp" token="$HOME/.aws_from_gcp/token"
+metadata="http://${GCE_METADATA_HOST:-metadata.google.internal}/computeMetadata/v1/instance/service-accounts/default/identity"
+mkdir -p "$folder" && chmod 700 "$folder"
+
+cat >"$folder/refresh.sh" <<END
+set -euo pipefail
+curl --silent --show-error --fail --retry 5 -H 'Metadata-Flavor: Google' '$metadata?audience=sts.amazonaws.com&format=full' >'$token.new'
+chmod 600 '$token.new' && mv '$token.new' '$token'
+END
+bash "$folder/refresh.sh"
+
+# The token is good for an hour.
+if command -v crontab >/dev/null; then
+  line="*/20 * * * * bash $folder/refresh.sh"
+  crontab -l 2>/dev/null | grep -qxF "$line" || { crontab -l 2>/dev/null || true; echo "$line"; } | crontab -
+fi
+
+# What AWS's libraries, and pyarrow's S3, look for.
+cat >"$folder/env" <<END
+export AWS_ROLE_ARN=$role AWS_WEB_IDENTITY_TOKEN_FILE=$token AWS_ROLE_SESSION_NAME=paris AWS_REGION=$region
+END
+line=". $folder/env"
+grep -qxF "$line" "$HOME/paris_ray/node.env" || echo "$line" >>"$HOME/paris_ray/node.env"
