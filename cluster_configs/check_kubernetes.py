@@ -10,7 +10,6 @@ serveConfigV2 with Ray's schema and with what the application takes. Exit codes 
 from __future__ import annotations
 
 import argparse
-import json
 import re
 import sys
 from collections.abc import Iterator, Sequence

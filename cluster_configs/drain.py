@@ -7,6 +7,7 @@ python -m cluster_configs.drain --seconds 100
 from __future__ import annotations
 
 import argparse
+import os
 import subprocess
 import sys
 import time
@@ -19,10 +20,18 @@ WORKER, REPLICA = "ray::RayTrainWorker", "ray::ServeReplica:"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Drain; always returns 0, for the pod ends in any case."""
-    parser = argparse.ArgumentParser(prog="python -m cluster_configs.drain", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    """Drain; returns the exit code, 2 outside a pod, where processes of others would be ended."""
+    parser = argparse.ArgumentParser(
+        prog="python -m cluster_configs.drain", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--seconds", type=int, required=True, help="until the pod is killed, a little less than its terminationGracePeriodSeconds")
     args = parser.parse_args(argv)
+    if "KUBERNETES_SERVICE_HOST" not in os.environ:
+        print(
+            f"{parser.prog}: this is no pod of Kubernetes, and the trainings that run here are not all of one that ends; stop them by their jobs",
+            file=sys.stderr,
+        )
+        return 2
     deadline = time.monotonic() + args.seconds
     # Trainings first: a checkpoint takes longer than Ray's answer. They do on a SIGTERM what they do on a cloud's notice.
     trainings = processes(WORKER)

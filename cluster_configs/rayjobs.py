@@ -57,7 +57,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def manifests(config: RunConfig, names: Sequence[str], image: str | None = None, annotation: str | None = None) -> Iterator[dict[str, Any]]:
-    """The run's config, and of each stage its account and its job. Raises ConfigError when nothing in the cluster's groups has what a stage asks for."""
+    """The run's config, and of each stage its account and its job. Raises ConfigError when no group has what a stage asks for."""
     if "://" not in config.run_dir:
         raise ConfigError(f"run_dir is {config.run_dir}, which other pods do not see; give a URI, --set run_dir=s3://bucket/run")
     base = config.name.replace("_", "-").strip("-")

@@ -20,12 +20,15 @@ import pydantic
 import yaml
 
 from paris_ray.config import ConfigError
+from paris_ray.config_errors import explain
 from paris_ray.placement import serve_groups
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Print or write it; returns the exit code."""
-    parser = argparse.ArgumentParser(prog="python -m cluster_configs.serve", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="python -m cluster_configs.serve", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("words", nargs="*", metavar="KEY=VALUE", help="arguments of serve_app.app:build")
     parser.add_argument("--args", type=Path, metavar="FILE", help="the same, as a YAML file")
     parser.add_argument("--experts", type=int, default=8, metavar="K", help="how many the model has (default 8)")
@@ -34,13 +37,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         given = yaml.safe_load(args.args.read_text()) if args.args else {}
         config = text(deploy_config({**given, **dict(one.split("=", 1) for one in args.words)}, args.experts))
+        if args.service is None:
+            print(config, end="")
+        else:
+            args.service.write_text(in_service(args.service.read_text(), config))
     except (ConfigError, OSError) as error:
         print(f"{parser.prog}: {error}", file=sys.stderr)
         return 2
-    if args.service is None:
-        print(config, end="")
-    else:
-        args.service.write_text(in_service(args.service.read_text(), config))
     return 0
 
 
@@ -59,8 +62,10 @@ def deploy_config(given: dict[str, Any], experts: int) -> dict[str, Any]:
     try:
         args = Args.model_validate(given)
         groups = serve_groups(args.placement, experts)
-    except (pydantic.ValidationError, ValueError) as error:
-        raise ConfigError(" ".join(str(error).split())) from None
+    except pydantic.ValidationError as error:
+        raise ConfigError(explain(error, Args)) from None
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
     names = ["Api", "Sampler", *(f"ExpertGroup-{number}" for number in range(len(groups)))]
     # Another text: the experts' files are looked at again, and what differs is loaded, while it serves.
     loads = names[2:] or ["Sampler"]

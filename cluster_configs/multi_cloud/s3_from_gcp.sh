@@ -4,7 +4,7 @@
 #
 #   bash s3_from_gcp.sh arn:aws:iam::000000000000:role/paris-gcp us-west-2       # from setup_commands; again does nothing
 #
-# Tested with a metadata server and an AWS of our own making (tests/cluster_configs/test_multi_cloud.py), never on a machine of Google Cloud.
+# Tested with a metadata server of our own making (tests/cluster_configs/test_multi_cloud.py), never on a machine of Google Cloud.
 set -euo pipefail
 role="$1" region="$2"
 folder="$HOME/.aws_from_gcp" token="$HOME/.aws_from_gcp/token"
@@ -24,9 +24,7 @@ if command -v crontab >/dev/null; then
   crontab -l 2>/dev/null | grep -qxF "$line" || { crontab -l 2>/dev/null || true; echo "$line"; } | crontab -
 fi
 
-# What AWS's libraries, and pyarrow's S3, look for.
+# What AWS's libraries, and pyarrow's S3, look for; node.env reads it.
 cat >"$folder/env" <<END
 export AWS_ROLE_ARN=$role AWS_WEB_IDENTITY_TOKEN_FILE=$token AWS_ROLE_SESSION_NAME=paris AWS_REGION=$region
 END
-line=". $folder/env"
-grep -qxF "$line" "$HOME/paris_ray/node.env" || echo "$line" >>"$HOME/paris_ray/node.env"

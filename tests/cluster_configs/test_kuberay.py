@@ -1,0 +1,293 @@
+"""The manifests for Kubernetes: each overlay passes all checks, and of each check there is one that is wrong in one thing and caught."""
+
+from __future__ import annotations
+
+import copy
+import json
+import re
+import shutil
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+pytest.importorskip("kubernetes_validate")
+
+from kustomize import build
+
+from cluster_configs import check_kubernetes, rayjobs, serve
+from cluster_configs.check_kubernetes import problems
+from cluster_configs.check_serve import serve_problems
+from jobs.attempt import module
+from paris_ray import config as configs
+from paris_ray import stages
+from paris_ray.config import ConfigError
+
+ROOT = Path(__file__).parents[2]
+KUBERAY = ROOT / "cluster_configs/kuberay"
+OVERLAYS = ("base", "overlays/demo", "overlays/paris_xl2")
+
+
+@pytest.fixture(scope="module")
+def base() -> str:
+    return json.dumps(build(KUBERAY / "base"))
+
+
+@pytest.mark.parametrize("overlay", OVERLAYS)
+def test_each_overlay_passes(overlay):
+    assert list(problems(build(KUBERAY / overlay))) == []
+
+
+@pytest.mark.parametrize("cloud", ["eks", "gke", "aks"])
+def test_each_clouds_component_passes(cloud, tmp_path):
+    shutil.copytree(KUBERAY, tmp_path / "kuberay")
+    plan = tmp_path / "kuberay/overlays/paris_xl2/kustomization.yaml"
+    plan.write_text(plan.read_text().replace("components/eks", f"components/{cloud}"))
+    made = build(plan.parent)
+    assert list(problems(made)) == []
+    accounts = [one["metadata"] for one in made if one["kind"] == "ServiceAccount"]
+    assert len(accounts) == 2
+    assert all(one["annotations"] for one in accounts)  # tied to a role of the cloud
+
+
+@pytest.mark.parametrize("overlay", OVERLAYS)
+@pytest.mark.skipif(shutil.which("kubectl") is None, reason="no kubectl")
+def test_kustomize_makes_the_same(overlay):
+    made = subprocess.run(["kubectl", "kustomize", str(KUBERAY / overlay)], capture_output=True, text=True, check=True).stdout
+    theirs = {(one["kind"], one["metadata"]["name"]): one for one in yaml.safe_load_all(made)}
+    ours = {(one["kind"], one["metadata"]["name"]): one for one in build(KUBERAY / overlay)}
+    assert ours == theirs
+
+
+def test_every_file_says_what_was_run_and_what_was_not():
+    for file in ("base/cluster.yaml", "base/service.yaml", "overlays/demo/kustomization.yaml", "overlays/paris_xl2/kustomization.yaml"):
+        head = "".join(line for line in (KUBERAY / file).open() if line.startswith("#"))
+        assert re.search("[Nn]ever applied", head), file
+    assert "Never built here" in (ROOT / "cluster_configs/Containerfile").read_text()
+
+
+def test_unlike_groups_scale_from_nothing(base):
+    cluster = next(one for one in json.loads(base) if one["kind"] == "RayCluster")
+    groups = [one for one in cluster["spec"]["workerGroupSpecs"] if "ray.io/accelerator-type" in one["labels"]]
+    assert len({one["labels"]["ray.io/accelerator-type"] for one in groups}) >= 3
+    assert all(one["minReplicas"] == 0 for one in cluster["spec"]["workerGroupSpecs"])
+
+
+@pytest.mark.parametrize("preset", ["demo", "paris_b2", "paris_xl2"])
+def test_groups_have_what_a_preset_asks_for(preset):
+    config = configs.load(preset, ["run_dir=s3://bucket/run"])
+    made = list(rayjobs.manifests(config, stages.names(config)))
+    assert list(problems([*made, *build(KUBERAY / "base")])) == []
+    jobs = {one["metadata"]["labels"]["paris-ray/stage"]: one for one in made if one["kind"] == "RayJob"}
+    assert list(jobs) == stages.names(config)
+    for stage, job in jobs.items():
+        assert job["spec"]["entrypoint"] == " ".join(["python", "-m", *module(stage), "--config", "/etc/paris-run/run.yaml"])
+        pods = [job["spec"]["rayClusterSpec"]["headGroupSpec"], *job["spec"]["rayClusterSpec"]["workerGroupSpecs"]]
+        own = f"paris-{stage}" if stage.startswith("expert-") else "paris-stages"
+        assert {one["template"]["spec"]["serviceAccountName"] for one in pods} == {own}  # an expert's pods can do nothing but what the expert does
+    [stored] = [one for one in made if one["kind"] == "ConfigMap"]
+    assert configs.build(yaml.safe_load(stored["data"]["run.yaml"])) == config
+
+
+def test_a_job_has_only_groups_that_fit_and_no_more_of_them_than_workers():
+    asked = {"gpus": 1, "cpus": 8, "labels": {"gpu_memory": "80", "market": "spot"}, "num_workers": 2}
+    tree = configs.load("paris_xl2").model_dump(mode="json", exclude={"experts"})
+    config = configs.build({**tree, "run_dir": "s3://bucket/run", "experts": [{}, {"resources": asked}]})
+    job = list(rayjobs.manifests(config, ["expert-1"], image="r/p:1", annotation="a.b/role=arn:x/{stage}"))
+    groups = job[-1]["spec"]["rayClusterSpec"]["workerGroupSpecs"]
+    assert [(one["groupName"], one["maxReplicas"]) for one in groups] == [("a100", 2), ("h100", 2)]
+    assert all(one["template"]["spec"]["containers"][0]["image"] == "r/p:1" for one in groups)
+    assert job[1]["metadata"]["annotations"] == {"a.b/role": "arn:x/expert-1"}
+    none = configs.build({**tree, "run_dir": "s3://bucket/run", "experts": [{}, {"resources": {"gpus": 1, "accelerator_type": "TPU"}}]})
+    with pytest.raises(ConfigError, match="accelerator_type TPU, which no group"):
+        list(rayjobs.manifests(none, ["expert-1"]))
+    with pytest.raises(ConfigError, match="run_dir"):
+        list(rayjobs.manifests(configs.load("demo"), ["embed"]))
+
+
+def test_jobs_are_printed_for_kubectl(capsys):
+    assert rayjobs.main(["--config", "paris_xl2", "--set", "run_dir=s3://bucket/run", "--stages", "expert-3", "router"]) == 0
+    text = capsys.readouterr().out
+    made = list(yaml.safe_load_all(text))
+    assert [one["kind"] for one in made] == ["ConfigMap", "ServiceAccount", "RayJob", "RayJob"]
+    assert "&id" not in text
+    assert rayjobs.main(["--config", "paris_xl2", "--set", "run_dir=s3://bucket/run", "--stages", "expert-8"]) == 2
+    assert "Did you mean 'expert-7'" in capsys.readouterr().err
+
+
+# -- mistakes -----------------------------------------------------------------------------------------------------------
+
+HEAD = "headGroupSpec"
+POD = "template spec"
+FIRST = "workerGroupSpecs 0"
+L4 = "workerGroupSpecs 1"
+
+
+def change(documents: list[dict[str, Any]], kind: str, path: str, value: Any) -> None:
+    """Set, or with ``None`` take away, what is at a path in the first object of a kind."""
+    tree: Any = next(one for one in documents if one["kind"] == kind)
+    *parents, last = path.split()
+    for key in parents:
+        tree = tree[int(key) if isinstance(tree, list) else key]
+    key = int(last) if isinstance(tree, list) else last
+    if value is None:
+        del tree[key]
+    else:
+        tree[key] = value
+
+
+C, S = "RayCluster", "RayService"
+SC = "spec rayClusterConfig"
+MISTAKES = [
+    (C, f"spec {FIRST} maxReplica", 3, "Did you mean 'maxReplicas'"),
+    (C, f"spec {FIRST} minReplicas", "0", "is not of type 'integer'"),
+    (C, f"spec {FIRST} groupname", "x", "Did you mean 'groupName'"),
+    (C, f"spec {FIRST} rayStartParams", {"num-cpus": 0}, "is not of type 'string'"),
+    (C, "spec authOptions mode", "tokens", "Did you mean 'token'"),
+    (C, "spec authOptions", None, "authOptions.mode is not token"),
+    (C, "spec rayVersion", "2.46.0", "the pinned Ray is"),
+    (C, "spec autoscalerOptions version", "v1", "the first autoscaler knows no labels"),
+    (C, "spec enableInTreeAutoscaling", None, "the first autoscaler knows no labels"),
+    (C, f"spec {HEAD} resources CPU", "4", 'must be "0"'),
+    (C, f"spec {HEAD} labels market", "spot", "the head may be on a spot machine"),
+    (C, f"spec {HEAD} {POD} tolerations", [{"key": "paris-ray/spot", "operator": "Exists"}], "the head may be on a spot machine"),
+    (C, f"spec {HEAD} {POD} containers 0 resources requests memory", "16Gi", "needs 32Gi"),
+    (C, f"spec {HEAD} serviceType", "LoadBalancer", "reached from outside"),
+    (C, f"spec {HEAD} {POD} containers 0 resource", {}, "resource"),
+    (C, f"spec {L4} {POD} containers 0 lifecycle preStop exec comand", ["x"], "comand"),
+    (C, f"spec {L4} {POD} terminationGracePeriodSeconds", 60, "terminationGracePeriodSeconds must be 20 more"),
+    (C, f"spec {L4} {POD} containers 0 lifecycle", None, "no preStop drains"),
+    (C, f"spec {L4} {POD} containers 0 resources limits nvidia.com/gpu", "0", "these go together"),
+    (C, f"spec {L4} labels ray.io/accelerator-type", "T4", "these go together"),
+    (C, f"spec {L4} resources CPU", "7.5", "must be a whole number"),
+    (C, f"spec {L4} minReplicas", 17, "does not hold"),
+    (C, f"spec {L4} groupName", "cpu", "two groups have one name"),
+    (C, f"spec {L4} {POD} restartPolicy", "Always", "must be Never"),
+    (C, f"spec {L4} {POD} serviceAccountName", "default", "none of paris-serve, paris-stages"),
+    (C, f"spec {L4} {POD} containers 0 image", "paris-ray:latest", "has no version"),
+    (C, f"spec {L4} {POD} containers 0 volumeMounts 0 name", "spil", "which is no volume"),
+    (C, f"spec {L4} {POD} securityContext runAsNonRoot", False, "runAsNonRoot"),
+    (C, f"spec {L4} {POD} nodeSelector", None, "no nodeSelector"),
+    (C, "metadata name", "Paris_Ray", "metadata.name"),
+    (C, "apiVersion", "ray.io/v1alpha1", "must be ray.io/v1"),
+    (S, "spec upgradeStrategy type", "RollingUpdate", "none of the"),
+    (S, "spec upgradeStrategy type", "NewClusterWithIncrementalUpgrade", "go together"),
+    (S, f"{SC} authOptions mode", "disabled", "authOptions.mode is not token"),
+    (S, "spec serveConfigV2", "applications: [{import_path: 'serve_app.app:biuld'}]", "nothing that can be imported"),
+    ("NetworkPolicy", "spec podSelector", {"matchLabels": {"a": "b"}}, "no NetworkPolicy forbids"),
+    ("NetworkPolicy", "spec ingress", [{"ports": [{"port": 8265}]}], "lets the world in"),
+    ("NetworkPolicy", "spec ingress", [{"from": [{"ipBlock": {"cidr": "0.0.0.0/0"}}]}], "lets the world in"),
+    ("NetworkPolicy", "spec policyType", ["Ingress"], "policyType"),
+    ("PodDisruptionBudget", "spec maxUnavailable", 1, "no PodDisruptionBudget keeps the heads"),
+    ("PodDisruptionBudget", "apiVersion", "policy/v1beta1", "knows no"),
+    ("ServiceAccount", "metadata name", "paris-stage", "serviceAccountName is paris-stages"),
+]
+
+
+@pytest.mark.parametrize(("kind", "path", "value", "said"), MISTAKES, ids=[f"{i}-{one[0]}-{one[3][:24]}" for i, one in enumerate(MISTAKES)])
+def test_a_mistake_is_caught(base, kind, path, value, said):
+    documents = json.loads(base)
+    change(documents, kind, path, value)
+    found = list(problems(documents))
+    assert any(said in one for one in found), found
+
+
+def test_what_else_must_not_be_in_a_manifest(base):
+    documents = json.loads(base)
+    secret = {"apiVersion": "v1", "kind": "Secret", "metadata": {"name": "k"}, "stringData": {"api_keys": "x"}}
+    service = {"apiVersion": "v1", "kind": "Service", "metadata": {"name": "s"}, "spec": {"type": "LoadBalancer", "ports": [{"port": 8000}]}}
+    found = list(problems([*documents, secret, service, copy.deepcopy(documents[0])]))
+    assert [one.partition(":")[0] for one in found] == ["Secret/k", "Service/s", "Namespace/paris is there twice"]
+
+
+def test_a_job_of_no_module_and_one_that_stays_are_caught():
+    config = configs.load("demo", ["run_dir=s3://bucket/run"])
+    job = list(rayjobs.manifests(config, ["expert-0"]))
+    for key, value, said in [
+        ("entrypoint", "python -m jobs.train_experts --expert 0", "runs no module"),
+        ("shutdownAfterJobFinishes", False, "would stay, and cost"),
+        ("submissionMode", "K8sJob", "Did you mean 'K8sJobMode'"),
+    ]:
+        wrong = json.loads(json.dumps(job))
+        wrong[-1]["spec"][key] = value
+        assert any(said in one for one in problems(wrong))
+
+
+def test_the_command_reads_files_and_says_what_it_finds(capsys, tmp_path):
+    files = [str(KUBERAY / "base" / f"{name}.yaml") for name in ("namespace", "accounts", "network", "budget", "cluster", "service")]
+    assert check_kubernetes.main(files) == 0
+    assert capsys.readouterr().out == "15 objects, nothing found\n"
+    assert check_kubernetes.main([*files, files[0]]) == 1
+    assert check_kubernetes.main([str(tmp_path / "none.yaml")]) == 2
+
+
+# -- serving ------------------------------------------------------------------------------------------------------------
+
+
+def test_the_services_config_is_in_step_with_the_application():
+    service = (KUBERAY / "base/service.yaml").read_text()
+    given = yaml.safe_load((KUBERAY / "serving.yaml").read_text())
+    made = serve.deploy_config(given, 8)
+    assert yaml.safe_load(yaml.safe_load(service)["spec"]["serveConfigV2"]) == made
+    assert serve.in_service(service, serve.text(made)) == service
+
+
+@pytest.mark.parametrize("placement", ["together", "apart", [[0, 1], {"experts": [2], "replicas": [1, 3]}]])
+def test_deployments_are_those_that_serve_would_build(placement, tmp_path):
+    from ray.serve._private.build_app import build_app
+
+    from serve_app.app import Args, build
+
+    (tmp_path / "paris.json").write_text(json.dumps({"num_experts": 3}))
+    args = {"model": str(tmp_path), "placement": placement}
+    theirs = {one.name for one in build_app(build(Args(**args)), name="paris").deployments}
+    ours = serve.deploy_config(args, 3)["applications"][0]["deployments"]
+    assert {one["name"] for one in ours} == theirs
+    assert list(serve_problems(serve.text(serve.deploy_config(args, 3)), experts=3)) == []
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "said"),
+    [
+        ("proxy_location: EveryNode", "proxy_locations: EveryNode", "Did you mean 'proxy_location'"),
+        ("proxy_location: EveryNode", "proxy_location: Everywhere", "proxy_location"),
+        ("route_prefix: /", "route_prefx: /", "Did you mean 'route_prefix'"),
+        ("port: 8000", "prot: 8000", "http_options.prot"),
+        ("port: 8000", "port: http", "http_options.port"),
+        ("min_experts: 4", "min_expert: 4", "min_expert"),
+        ("- name: ExpertGroup-1", "- name: ExpertGroup-2", "Did you mean 'ExpertGroup-"),
+        ("user_config:", "user_confg:", "Did you mean 'user_config'"),
+        ("import_path: serve_app.app:build", "import_path: serve_app.application:build", "nothing that can be imported"),
+        ("- 7\n", "- 8\n", "none twice"),
+    ],
+)
+def test_a_mistake_in_a_serve_config_is_caught(old, new, said):
+    text = serve.text(serve.deploy_config(yaml.safe_load((KUBERAY / "serving.yaml").read_text()), 8))
+    assert old in text
+    assert list(serve_problems(text)) == []
+    assert any(said in one for one in serve_problems(text.replace(old, new)))
+
+
+def test_a_serve_config_is_printed_from_the_words_of_serve_run(capsys, tmp_path):
+    assert serve.main(["model=s3://bucket/run/model", "placement=[[0,1],[2]]", "--experts", "3"]) == 0
+    made = yaml.safe_load(capsys.readouterr().out)
+    assert [one["name"] for one in made["applications"][0]["deployments"]] == ["Api", "Sampler", "ExpertGroup-0", "ExpertGroup-1"]
+    assert serve.main(["modle=x"]) == 2
+    (tmp_path / "x.yaml").write_text("spec: {}\n")
+    assert serve.main(["model=x", "--service", str(tmp_path / "x.yaml")]) == 2
+
+
+# -- the image ----------------------------------------------------------------------------------------------------------
+
+
+def test_the_image_copies_what_is_there_and_installs_the_pins():
+    text = (ROOT / "cluster_configs/Containerfile").read_text()
+    for line in re.findall(r"(?m)^COPY (.*)$", text):
+        *sources, _ = line.split()
+        assert all((ROOT / source).exists() for source in sources), line
+    assert "-c constraints.txt" in text
+    assert re.search(r"(?m)^USER 1000$", text)
+    assert "wget" in text  # KubeRay's probes
+    assert not re.search(r"https?://", text)
