@@ -13,8 +13,6 @@ from typing import Any
 import pytest
 import yaml
 
-pytest.importorskip("kubernetes_validate")
-
 from kustomize import build
 
 from cluster_configs import check_kubernetes, rayjobs, serve

@@ -149,7 +149,7 @@ MISTAKES = [
     ("aws", put(f"{TYPES} head max_workers", 2), "of the head there is one"),
     # what is said of the machines
     ("aws", put(f"{TYPES} l4 resources GPU", 2), "has 1"),
-    ("aws", put(f"{TYPES} a100 resources GPU", 1), "paid for and not used"),
+    ("aws", put(f"{TYPES} a100x8 resources GPU", 1), "paid for and not used"),
     ("gcp", put(f"{TYPES} l4 resources CPU", 16), "has 8"),
     ("aws", put(f"{TYPES} l4 node_config InstanceType", "g5.2xlarge"), "accelerator types ['L4']"),
     ("gcp", put(f"{TYPES} l4 labels ray.io/accelerator-type", "T4"), "ray.io/accelerator-type is T4"),
@@ -172,6 +172,7 @@ MISTAKES = [
     ("gcp", put(f"{TYPES} cpu node_config networkInterfaces 0 accessConfigs", [{"type": "ONE_TO_ONE_NAT"}]), "public address"),
     ("azure", put("provider use_external_head_ip", True), "public address"),
     ("azure", drop("provider use_internal_ips"), "use_internal_ips"),
+    ("azure", drop("provider msi_resource_group"), "anew each time"),
     ("aws", drop(f"{TYPES} cpu node_config IamInstanceProfile"), "IamInstanceProfile is not set"),
     ("gcp", drop(f"{TYPES} head node_config serviceAccounts"), "serviceAccounts is not set"),
     ("aws", replace("head_start_ray_commands", "--dashboard-host=127.0.0.1", "--dashboard-host=0.0.0.0"), "lets others"),
