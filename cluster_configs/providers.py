@@ -194,7 +194,7 @@ def provider_problems(provider: dict[str, Any]) -> Iterator[str]:
     if provider.get("use_external_head_ip"):
         yield "provider.use_external_head_ip gives the head a public address; leave it out"
     if kind == "azure" and not (provider.get("msi_name") and provider.get("msi_resource_group")):
-        yield "provider.msi_name and msi_resource_group are not both set; Ray would make the nodes' identity anew each time, with no role in the store"
+        yield "provider.msi_name and msi_resource_group are not both set; each `ray up` would make another identity, with no role"
     if provider.get("cache_stopped_nodes") is not False:
         yield "provider.cache_stopped_nodes is not false: nodes are stopped, not ended, and their disks go on to cost"
     for rule in (provider.get("security_group") or {}).get("IpPermissions", []):

@@ -12,7 +12,6 @@ from typing import Any
 
 import pytest
 import yaml
-
 from kustomize import build
 
 from cluster_configs import check_kubernetes, rayjobs, serve

@@ -172,7 +172,7 @@ MISTAKES = [
     ("gcp", put(f"{TYPES} cpu node_config networkInterfaces 0 accessConfigs", [{"type": "ONE_TO_ONE_NAT"}]), "public address"),
     ("azure", put("provider use_external_head_ip", True), "public address"),
     ("azure", drop("provider use_internal_ips"), "use_internal_ips"),
-    ("azure", drop("provider msi_resource_group"), "anew each time"),
+    ("azure", drop("provider msi_resource_group"), "another identity"),
     ("aws", drop(f"{TYPES} cpu node_config IamInstanceProfile"), "IamInstanceProfile is not set"),
     ("gcp", drop(f"{TYPES} head node_config serviceAccounts"), "serviceAccounts is not set"),
     ("aws", replace("head_start_ray_commands", "--dashboard-host=127.0.0.1", "--dashboard-host=0.0.0.0"), "lets others"),
