@@ -56,7 +56,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             found = list(problems(tree))
             if run is not None and not found:
                 found = list(unmet_demands(tree, run, args.cluster))
-            print("".join(f"{file}: {one}\n" for one in found) or f"{file}: nothing found\n", end="")
+            left = placeholders(tree)
+            ready = f"nothing found, once your own stands for {', '.join(left)}" if left else "nothing found"
+            print("".join(f"{file}: {one}\n" for one in found) or f"{file}: {ready}\n", end="")
             bad += bool(found)
     except ConfigError as error:
         print(f"{parser.prog}: {error}", file=sys.stderr)
@@ -90,6 +92,15 @@ def read(path: Path) -> dict[str, Any]:
     if not isinstance(tree, dict):
         raise ConfigError(f"{path} holds no settings; name a file for `ray up`")
     return tree
+
+
+PLACEHOLDER = re.compile(r"[\w-]+-0{6,}[\da-f]+|my-project|192\.0\.2\.\d+|\b0{12}\b")
+"""What stands in these files for accounts, networks and addresses that are yours."""
+
+
+def placeholders(tree: dict[str, Any]) -> list[str]:
+    """Those that are left in a file."""
+    return sorted(set(PLACEHOLDER.findall(yaml.safe_dump(tree))))
 
 
 def problems(tree: dict[str, Any], project: Path = Path(".")) -> Iterator[str]:

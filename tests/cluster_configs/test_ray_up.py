@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -65,6 +66,13 @@ def test_every_size_gives_a_file_that_passes_and_has_what_the_preset_asks_for(na
 def test_a_size_names_no_kind_of_machine_that_no_cloud_has():
     kinds = {key for name in CLOUDS for key in load(name)["available_node_types"]}
     assert {kind for size in render.sizes().values() for kind in size} <= kinds
+
+
+@pytest.mark.parametrize(
+    ("name", "left"), [("gcp", ["my-project"]), ("azure", []), ("on_prem", ["192.0.2.10", "192.0.2.11", "192.0.2.12", "192.0.2.13"])]
+)
+def test_what_is_yours_to_fill_in_is_named(name, left):
+    assert check.placeholders(load(name)) == left
 
 
 def test_files_for_clouds_copy_the_same_to_the_nodes():
@@ -295,7 +303,11 @@ def test_only_the_experts_of_a_cluster_are_asked_for():
 def test_the_command_says_what_it_finds_and_how_it_ends(tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(ROOT)
     assert check.main(["cluster_configs/aws.yaml", "--run", "paris_xl2"]) == 0
-    assert capsys.readouterr().out == "cluster_configs/aws.yaml: nothing found\n"
+    said = capsys.readouterr().out
+    assert said.startswith("cluster_configs/aws.yaml: nothing found, once your own stands for sg-00000000000000001, subnet-00000000000000001, ")
+    (tmp_path / "mine.yaml").write_text(re.sub("-0{10,}", "-0abc", (ROOT / "cluster_configs/aws.yaml").read_text()))
+    assert check.main([str(tmp_path / "mine.yaml")]) == 0
+    assert capsys.readouterr().out == f"{tmp_path}/mine.yaml: nothing found\n"
     (tmp_path / "bad.yaml").write_text(
         (ROOT / "cluster_configs/aws.yaml").read_text().replace("InstanceType: p5.4xlarge", "InstanceType: p5.4xlrage")
     )
