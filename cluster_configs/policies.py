@@ -88,7 +88,9 @@ def aws(where: Place, access: Access, source: Place | None = None) -> dict[str, 
     # A folder is looked for by its name without the slash, too.
     listed = sorted({one for name in named for one in (f"{name}*", name.rstrip("/"))} - {""})
     statements = [
-        _statement("List", ["s3:ListBucket"], [bucket], {"StringLike": {"s3:prefix": listed}}),
+        # IfExists: a question for the bucket itself, or for an object that is not there, has no prefix, and would be refused, not answered with no.
+        # So does a list of the whole bucket: names of others' files are no secret to who has such a role, their content is.
+        _statement("List", ["s3:ListBucket"], [bucket], {"StringLikeIfExists": {"s3:prefix": listed}}),
         _statement("Region", ["s3:GetBucketLocation"], [bucket]),
     ]
     if access.read:
@@ -98,7 +100,7 @@ def aws(where: Place, access: Access, source: Place | None = None) -> dict[str, 
     if source is not None:
         pictures = f"arn:aws:s3:::{source.bucket}"
         listed = [f"{source.run}*", *([source.run.rstrip("/")] if source.run else [])]
-        statements.append(_statement("ListSource", ["s3:ListBucket"], [pictures], {"StringLike": {"s3:prefix": listed}}))
+        statements.append(_statement("ListSource", ["s3:ListBucket"], [pictures], {"StringLikeIfExists": {"s3:prefix": listed}}))
         statements.append(_statement("ReadSource", ["s3:GetObject"], [f"{pictures}/{source.run}*"]))
     return {"Version": "2012-10-17", "Statement": statements}
 

@@ -24,7 +24,7 @@ def iam(policy: dict[str, Any], action: str, key: str) -> bool:
         if kind not in one["Action"]:
             continue
         if action == "list":
-            prefixes = one["Condition"]["StringLike"]["s3:prefix"]
+            prefixes = one["Condition"]["StringLikeIfExists"]["s3:prefix"]  # these requests have one
             if one["Resource"] == ["arn:aws:s3:::bucket"] and any(fnmatchcase(key, like) for like in prefixes):
                 return True
         elif any(fnmatchcase(f"arn:aws:s3:::bucket/{key}", like) for like in one["Resource"]):
