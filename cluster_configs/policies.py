@@ -78,6 +78,17 @@ def place(cloud: str, uri: str) -> Place:
     return Place(bucket, f"{folder}/" if folder else "", account)
 
 
+def markers(where: Place, access: Access) -> list[str]:
+    """Folders above what is written: an object store has none, but pyarrow makes and remakes an empty object for each."""
+    names = [where.run + one for one in access.write]
+    return sorted({name[: i + 1] for name in names for i, letter in enumerate(name[:-1]) if letter == "/"})
+
+
+def own(where: Place, access: Access) -> list[str]:
+    """The names of folders that are written, without the slash: pyarrow asks for such objects, too."""
+    return [f"{where.run}{one}".rstrip("/") for one in access.write if f"{where.run}{one}".endswith("/")]
+
+
 # -- AWS ----------------------------------------------------------------------------------------------------------------
 
 
@@ -93,8 +104,11 @@ def aws(where: Place, access: Access, source: Place | None = None) -> dict[str, 
         _statement("List", ["s3:ListBucket"], [bucket], {"StringLikeIfExists": {"s3:prefix": listed}}),
         _statement("Region", ["s3:GetBucketLocation"], [bucket]),
     ]
-    if access.read:
-        statements.append(_statement("Read", ["s3:GetObject"], [f"{bucket}/{where.run}{one}*" for one in access.read]))
+    read = [*(f"{where.run}{one}*" for one in access.read), *own(where, access)]
+    if read:
+        statements.append(_statement("Read", ["s3:GetObject"], [f"{bucket}/{one}" for one in read]))
+    if folders := markers(where, access):
+        statements.append(_statement("Folders", ["s3:PutObject"], [f"{bucket}/{one}" for one in folders]))
     write = ["s3:GetObject", "s3:PutObject", "s3:DeleteObject", "s3:AbortMultipartUpload", "s3:ListMultipartUploadParts"]
     statements.append(_statement("Write", write, [f"{bucket}/{where.run}{one}*" for one in access.write]))
     if source is not None:
@@ -137,22 +151,19 @@ OPERATORS = 12
 def gcp(where: Place, access: Access, source: Place | None = None) -> list[dict[str, Any]]:
     """Bindings of roles with conditions, each with the bucket that it is of."""
     made = []
-    for role, bucket, names in [
-        ("roles/storage.objectViewer", where.bucket, [where.run + one for one in access.read]),
-        ("roles/storage.objectUser", where.bucket, [where.run + one for one in access.write]),
-        ("roles/storage.objectViewer", source.bucket if source else "", [source.run] if source else []),
+    for role, bucket, names, folders in [
+        ("roles/storage.objectViewer", where.bucket, [where.run + one for one in access.read], []),
+        ("roles/storage.objectUser", where.bucket, [where.run + one for one in access.write], markers(where, access) + own(where, access)),
+        ("roles/storage.objectViewer", source.bucket if source else "", [source.run] if source else [], []),
     ]:
-        terms = [_gcp_term(bucket, name) for name in names]
-        at_once = (OPERATORS + 1) // 2
-        for i in range(0, len(terms), at_once):
+        objects = f"projects/_/buckets/{bucket}/objects/"
+        terms = [f'resource.name.startsWith("{objects}{name}")' for name in names]
+        terms += [f'api.getAttribute("storage.googleapis.com/objectListPrefix", "").startsWith("{name}")' for name in names]
+        terms += [f'resource.name == "{objects}{name}"' for name in folders]
+        for i in range(0, len(terms), OPERATORS + 1):
             title = f"paris-{role.removeprefix('roles/storage.object').lower()}-{len(made)}"
-            made.append({"bucket": bucket, "role": role, "condition": {"title": title, "expression": " || ".join(terms[i : i + at_once])}})
+            made.append({"bucket": bucket, "role": role, "condition": {"title": title, "expression": " || ".join(terms[i : i + OPERATORS + 1])}})
     return made
-
-
-def _gcp_term(bucket: str, name: str) -> str:
-    listed = f'api.getAttribute("storage.googleapis.com/objectListPrefix", "").startsWith("{name}")'
-    return f'resource.name.startsWith("projects/_/buckets/{bucket}/objects/{name}") || {listed}'
 
 
 # -- Azure --------------------------------------------------------------------------------------------------------------
@@ -173,15 +184,19 @@ def azure(where: Place, access: Access, source: Place | None = None) -> list[dic
         if names:
             scope = f"/subscriptions/SUBSCRIPTION/resourceGroups/GROUP/providers/Microsoft.Storage/storageAccounts/{at.account}"
             scope += f"/blobServices/default/containers/{at.bucket}"
-            made.append({"role": role, "scope": scope, "conditionVersion": "2.0", "condition": _azure_condition(names, "Contributor" in role)})
+            # Azure names a folder without its slash.
+            folders = [one.rstrip("/") for one in markers(where, access) + own(where, access)] if "Contributor" in role else []
+            condition = _azure_condition(names, folders, "Contributor" in role)
+            made.append({"role": role, "scope": scope, "conditionVersion": "2.0", "condition": condition})
     return made
 
 
-def _azure_condition(names: list[str], write: bool) -> str:
+def _azure_condition(names: list[str], folders: list[str], write: bool) -> str:
     def any_of(attribute: str) -> str:
         return " OR ".join(f"@{attribute} StringLike '{name}*'" for name in names)
 
-    path, prefix = any_of(f"Resource[{BLOBS}:path]"), any_of(f"Request[{BLOBS}:prefix]")
+    exact = "".join(f" OR @Resource[{BLOBS}:path] StringEquals '{name}'" for name in folders)
+    path, prefix = any_of(f"Resource[{BLOBS}:path]") + exact, any_of(f"Request[{BLOBS}:prefix]")
     read = f"ActionMatches{{'{BLOBS}/read'}}"
     others = [f"!(ActionMatches{{'{BLOBS}/{one}'}})" for one in ("write", "add/action", "delete", "move/action")] if write else []
     none = " AND ".join([f"!({read} AND NOT SubOperationMatches{{'Blob.List'}})", *others])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from fnmatch import fnmatchcase
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -24,6 +25,8 @@ def iam(policy: dict[str, Any], action: str, key: str) -> bool:
         if kind not in one["Action"]:
             continue
         if action == "list":
+            if key == "(none)":  # IfExists: such a request has no prefix
+                return True
             prefixes = one["Condition"]["StringLikeIfExists"]["s3:prefix"]  # these requests have one
             if one["Resource"] == ["arn:aws:s3:::bucket"] and any(fnmatchcase(key, like) for like in prefixes):
                 return True
@@ -60,6 +63,7 @@ def abac(assignments: list[dict[str, Any]], action: str, key: str) -> bool:
         code = re.sub(r"ActionMatches\{'([^']*)'\}", lambda found: str(found[1] == f"{blobs}/{verb}"), re.sub(r"SubOperationMatches", "§", code))
         code = re.sub(r"§\{'Blob.List'\}", str(action == "list"), code)
         code = re.sub(rf"@Resource\[{blobs}:path\] StringLike '([^']*)'", lambda found: str(action != "list" and fnmatchcase(key, found[1])), code)
+        code = re.sub(rf"@Resource\[{blobs}:path\] StringEquals '([^']*)'", lambda found: str(action != "list" and key == found[1]), code)
         code = re.sub(rf"@Request\[{blobs}:prefix\] StringLike '([^']*)'", lambda found: str(action == "list" and fnmatchcase(key, found[1])), code)
         code = code.replace("AND", "and").replace("OR", "or").replace("NOT", "not").replace("!", " not ")
         if action in grants[one["role"]] and eval(code, {"__builtins__": {}}, {}):
@@ -102,6 +106,28 @@ def test_an_expert_reads_its_shard_and_writes_its_folder_and_nothing_else(cloud)
         assert allowed(made, "list", f"runs/a/{name}"), name
     for name in ("", "experts/", "shards/"):
         assert not allowed(made, "list", f"runs/a/{name}"), name
+
+
+def requests() -> list[tuple[str, str]]:
+    lines = Path(__file__).with_name("requests_of_an_expert.txt").read_text().splitlines()
+    return [tuple(line.split(" ", 1)) for line in lines if not line.startswith("#")]  # type: ignore[misc]
+
+
+def test_all_that_a_training_asks_of_the_store_is_allowed_on_aws():
+    made = role("aws", experts([1]))
+    assert {action for action, _ in requests()} == {"read", "write", "delete", "list"}
+    assert [one for one in requests() if not iam(made, *one)] == []
+    other = role("aws", experts([2]))
+    assert [one for one in requests() if iam(other, *one) and "1" in one[1].split("/")] == []  # nothing of it with a sibling's role
+
+
+@pytest.mark.parametrize("cloud", ["gcp", "azure"])
+def test_objects_that_a_training_reads_and_writes_are_allowed_elsewhere(cloud):
+    made = role(cloud, experts([1]))
+    objects = [
+        (action, key.rstrip("/") if cloud == "azure" else key) for action, key in requests() if action != "list"
+    ]  # Azure: folders without slash
+    assert [one for one in objects if not READ_AS[cloud](made, *one)] == []
 
 
 @pytest.mark.parametrize("cloud", sorted(URIS))
