@@ -48,6 +48,8 @@ def experts(which: Iterable[int]) -> Access:
     return Access(tuple(read), tuple(one for each in found for one in each.write))
 
 
+SERVING = Access(read=("model/",))
+"""Of who serves the run's model."""
 WHOLE = Access(write=("",))
 """Of the cluster where all stages run."""
 
@@ -109,8 +111,9 @@ def aws(where: Place, access: Access, source: Place | None = None) -> dict[str, 
         statements.append(_statement("Read", ["s3:GetObject"], [f"{bucket}/{one}" for one in read]))
     if folders := markers(where, access):
         statements.append(_statement("Folders", ["s3:PutObject"], [f"{bucket}/{one}" for one in folders]))
-    write = ["s3:GetObject", "s3:PutObject", "s3:DeleteObject", "s3:AbortMultipartUpload", "s3:ListMultipartUploadParts"]
-    statements.append(_statement("Write", write, [f"{bucket}/{where.run}{one}*" for one in access.write]))
+    if access.write:
+        write = ["s3:GetObject", "s3:PutObject", "s3:DeleteObject", "s3:AbortMultipartUpload", "s3:ListMultipartUploadParts"]
+        statements.append(_statement("Write", write, [f"{bucket}/{where.run}{one}*" for one in access.write]))
     if source is not None:
         pictures = f"arn:aws:s3:::{source.bucket}"
         listed = [f"{source.run}*", *([source.run.rstrip("/")] if source.run else [])]
@@ -219,6 +222,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--experts", metavar="K,K…", help="those that the role trains")
     what.add_argument("--whole", action="store_true", help="all of the run")
+    what.add_argument("--serve", action="store_true", help="read its model")
     what.add_argument("--head", action="store_true", help="start and end machines (aws)")
     parser.add_argument("--source", metavar="URI", help="where the pictures are, to be read")
     parser.add_argument("--workers", metavar="ROLE", help="with --head: the role of the machines that it starts")
@@ -239,7 +243,7 @@ def _asked(args: argparse.Namespace) -> Any:
     if args.run is None:
         raise ConfigError("name the run's folder in the store, such as s3://bucket/run")
     try:
-        access = WHOLE if args.whole else experts(sorted({int(one) for one in args.experts.split(",")}))
+        access = WHOLE if args.whole else SERVING if args.serve else experts(sorted({int(one) for one in args.experts.split(",")}))
     except ValueError:
         raise ConfigError(f"--experts: {args.experts!r} must be numbers of experts with commas between them, such as 0,3") from None
     source = place(args.cloud, args.source) if args.source else None

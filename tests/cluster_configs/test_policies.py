@@ -151,6 +151,14 @@ def test_the_cluster_of_all_stages_has_the_run_and_reads_the_pictures(cloud):
     assert not allowed(made, "read", "others/0001.jpg")
 
 
+@pytest.mark.parametrize("cloud", sorted(URIS))
+def test_who_serves_reads_the_model_and_nothing_else(cloud):
+    allowed, made = READ_AS[cloud], role(cloud, policies.SERVING)
+    assert allowed(made, "read", "runs/a/model/paris.json")
+    assert not allowed(made, "write", "runs/a/model/paris.json")
+    assert not any(allowed(made, "read", f"runs/a/{name}") for name in ("corpus/x", "experts/1/x", "config.yaml", "model2/x"))
+
+
 def test_a_condition_that_azure_would_refuse_is_refused():
     with pytest.raises(ConfigError, match="fewer experts, or --whole"):
         role("azure", experts(range(16)))
