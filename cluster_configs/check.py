@@ -142,7 +142,7 @@ def _rays_own(tree: dict[str, Any]) -> str | None:
         return f"provider.type is {kind!r}, and must be one of {', '.join(known)}.{nearest(str(kind), known)}"
     try:
         # Without the mounts, of which it warns where one is a file; only Docker minds that.
-        mounts = {"file_mounts": {}} if isinstance(tree.get("file_mounts"), dict) else {}
+        mounts: dict[str, Any] = {"file_mounts": {}} if isinstance(tree.get("file_mounts"), dict) else {}
         validate_config(prepare_config(copy.deepcopy({**tree, **mounts})))
     except jsonschema.ValidationError as error:
         return f"{'.'.join(str(one) for one in error.absolute_path) or 'the file'}: {error.message[:300]}"

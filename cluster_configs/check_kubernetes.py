@@ -63,7 +63,7 @@ def read(file: str) -> list[dict[str, Any]]:
 def problems(documents: list[dict[str, Any]]) -> Iterator[str]:
     """What is wrong with manifests that are applied together."""
     names = [(one.get("kind"), (one.get("metadata") or {}).get("name")) for one in documents]
-    accounts = {name for kind, name in names if kind == "ServiceAccount"}
+    accounts = {str(name) for kind, name in names if kind == "ServiceAccount"}
     for (kind, name), one in zip(names, documents, strict=True):
         if not kind or not name:
             yield f"{kind}/{name}: an object needs kind and metadata.name"

@@ -46,7 +46,8 @@ PLAIN = {"string": "string", "boolean": "boolean", "integer": "integer", "long":
 
 def aws(model: dict[str, Any]) -> dict[str, Any]:
     """JSON Schema of a node type's ``node_config`` from the EC2 model: RunInstances, with Ray's ``SubnetIds`` for its ``SubnetId``."""
-    shapes, defs = model["shapes"], {}
+    shapes = model["shapes"]
+    defs: dict[str, Any] = {}
 
     def ref(name: str) -> dict[str, Any]:
         if name not in defs:

@@ -153,7 +153,7 @@ OPERATORS = 12
 
 def gcp(where: Place, access: Access, source: Place | None = None) -> list[dict[str, Any]]:
     """Bindings of roles with conditions, each with the bucket that it is of."""
-    made = []
+    made: list[dict[str, Any]] = []
     for role, bucket, names, folders in [
         ("roles/storage.objectViewer", where.bucket, [where.run + one for one in access.read], []),
         ("roles/storage.objectUser", where.bucket, [where.run + one for one in access.write], markers(where, access) + own(where, access)),
@@ -178,7 +178,7 @@ BLOBS = "Microsoft.Storage/storageAccounts/blobServices/containers/blobs"
 
 def azure(where: Place, access: Access, source: Place | None = None) -> list[dict[str, Any]]:
     """Role assignments with conditions (Azure's attribute-based access control), each with the scope that it is of."""
-    made = []
+    made: list[dict[str, Any]] = []
     for role, at, names in [
         ("Storage Blob Data Reader", where, [where.run + one for one in access.read]),
         ("Storage Blob Data Contributor", where, [where.run + one for one in access.write]),

@@ -66,7 +66,9 @@ def _azure_schema() -> dict[str, Any]:
     template = json.loads((Path(autoscaler.__path__[0]) / "_azure/azure-vm-template.json").read_text())
     kinds = {"string": "string", "int": "integer", "bool": "boolean", "object": "object", "array": "array", "securestring": "string"}
     rays_own = ("vmName", "vmTags", "vmCount", "provisionPublicIp", "msi", "nsg", "subnet", "zones", "adminUsername", "publicKey")
-    asked = {name: {"type": kinds[one["type"].lower()]} for name, one in template["parameters"].items() if name not in rays_own}
+    asked: dict[str, dict[str, Any]] = {
+        name: {"type": kinds[one["type"].lower()]} for name, one in template["parameters"].items() if name not in rays_own
+    }
     asked["availability_zone"] = {"type": "string"}  # Ray's, for zones
     # The template hands these on to Microsoft.Compute/virtualMachines as they are.
     asked["priority"] = {"type": "string", "enum": ["Regular", "Spot", "Low"]}

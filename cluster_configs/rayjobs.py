@@ -114,8 +114,8 @@ def _groups(config: RunConfig, stage: str, groups: list[dict[str, Any]]) -> list
 def _asked(config: RunConfig, stage: str) -> list[Demand]:
     if stage.startswith("expert-"):
         k = int(stage.removeprefix("expert-"))
-        every = demands(config.without_clusters())  # this cluster is the one where it trains
-        return [one for one in every if one.name.split(".")[:2] == ["experts", str(k)]]
+        here = config.without_clusters()  # this cluster is the one where it trains
+        return [one for one in demands(here) if one.name.split(".")[:2] == ["experts", str(k)]]
     every = list(demands(config))
     if stages.trains(stage):
         return [one for one in every if one.name.startswith("router")]

@@ -7,15 +7,16 @@ project="$HOME/paris_ray"
 # Ray makes the token file as it was copied; nobody else may read it.
 chmod 600 "$HOME/.ray/auth_token"
 
-python=$(for one in python3.12 python3.13 python3.11; do command -v "$one" && break; done) || {
+python=$(for one in python3.12 python3.13 python3.11; do "$one" -c '' 2>/dev/null && echo "$one" && break; done) || {
   echo "No Python of 3.11 to 3.13 here; use an image that has one, such as Ubuntu 24.04" >&2
   exit 1
 }
 if ! "$HOME/env/bin/python" -m pip --version >/dev/null 2>&1; then
   "$python" -m venv "$HOME/env" 2>/dev/null || {
     # Machines that have just booted update themselves: wait for them.
-    sudo DEBIAN_FRONTEND=noninteractive apt-get -qq -o DPkg::Lock::Timeout=300 update
-    sudo DEBIAN_FRONTEND=noninteractive apt-get -qq -o DPkg::Lock::Timeout=300 install "$(basename "$python")-venv"
+    root=$([ "$(id -u)" = 0 ] || echo sudo)
+    $root env DEBIAN_FRONTEND=noninteractive apt-get -qq -o DPkg::Lock::Timeout=300 update
+    $root env DEBIAN_FRONTEND=noninteractive apt-get -qq -o DPkg::Lock::Timeout=300 install "$python-venv"
     "$python" -m venv --clear "$HOME/env"
   }
 fi
