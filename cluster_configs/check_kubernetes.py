@@ -10,6 +10,7 @@ serveConfigV2 with Ray's schema and with what the application takes. Exit codes 
 from __future__ import annotations
 
 import argparse
+import json
 import re
 import sys
 from collections.abc import Iterator, Sequence
@@ -111,14 +112,21 @@ def _ray_schema() -> dict[str, Any]:
 
 def kubernetes_problems(one: dict[str, Any]) -> Iterator[str]:
     """Where an object of Kubernetes' own is not one, by its schemas."""
+    yield from _kubernetes_problems(json.dumps(one))
+
+
+@cache
+def _kubernetes_problems(one: str) -> tuple[str, ...]:
+    """As above, of JSON: many pods are alike, and each look opens dozens of files."""
     import kubernetes_validate
 
     try:
-        kubernetes_validate.validate(one, KUBERNETES, strict=True)
+        kubernetes_validate.validate(json.loads(one), KUBERNETES, strict=True)
     except kubernetes_validate.ValidationError as error:
-        yield f"{'.'.join(str(part) for part in error.path)}: {error.message[:300]}"
+        return (f"{'.'.join(str(part) for part in error.path)}: {error.message[:300]}",)
     except kubernetes_validate.SchemaNotFoundError as error:
-        yield f"Kubernetes {KUBERNETES} knows no {error.kind} of {error.api_version}"
+        return (f"Kubernetes {KUBERNETES} knows no {error.kind} of {error.api_version}",)
+    return ()
 
 
 def _ray_problems(one: dict[str, Any], accounts: set[str]) -> Iterator[str]:

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Sets a node up: the pinned project in ~/env, from what was copied to ~/paris_ray. A repeat changes nothing and takes seconds.
+# Sets a node up: the pinned project in ~/env, from what was copied to ~/paris_ray. A repeat changes nothing.
 # Run by the set-up commands of the files beside it. Wants Ubuntu 24.04 or another system with Python 3.11 to 3.13.
 set -euo pipefail
 project="$HOME/paris_ray"
