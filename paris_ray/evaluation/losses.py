@@ -87,9 +87,9 @@ def routed_velocity(model: ParisModel, experts: Experts, captions: Sequence[str]
         ValueError: no such routing.
     """
     strategy = Routing.parse(routing, model.num_experts)
-    if strategy.once_per_picture:
+    if strategy.kind == "caption":
         raise ValueError(
-            f"routing: {routing!r} is decided once for a picture; a loss is of single states: top-k, threshold or full, or expert_velocity"
+            "routing: 'caption' draws an expert for a whole picture; a loss is of single states: give top-k, threshold, full or expert-k"
         )
     prompts, weigher, available = Prompts(model), Weigher(model), torch.tensor(experts.available())
 
