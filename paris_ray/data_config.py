@@ -25,7 +25,7 @@ class ScenesSource(Strict):
 
     kind: Literal["scenes"] = "scenes"
     # Rows for training and validation, and rows that each have a combination which those never have.
-    seen: Annotated[int, Field(ge=1)] = 200_000
+    seen: Annotated[int, Field(ge=1)] = 210_000
     unseen: Annotated[int, Field(ge=0)] = 10_000
     # How many kinds of thing, taken in the order of a hash of their name; null takes all.
     objects: Annotated[int, Field(ge=8)] | None = None
