@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 
 import numpy as np
 import open_clip
@@ -105,6 +106,12 @@ def test_weights_come_from_a_file_of_tensors_and_of_nothing_else(tmp_path, pictu
         judges.Inception(str(tmp_path / "evil.pth"), extractor="paris-test-tiny")
     with pytest.raises(ValueError, match=r"gone.pth holds more than tensors, or is no file"):
         judges.Inception(str(tmp_path / "gone.pth"), extractor="paris-test-tiny")
+
+
+def test_without_torch_fidelity_it_says_what_to_install(monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch_fidelity.registry", None)
+    with pytest.raises(ValueError, match=r"pip install 'paris_ray\[evaluation\]'"):
+        judges.Inception()
 
 
 def test_inception_itself_has_fids_layer_and_resize(tmp_path, monkeypatch, pictures):
