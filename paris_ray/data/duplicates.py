@@ -92,7 +92,8 @@ def read_rows(corpus: Folder) -> Rows:
         names.append(name)
         sizes.append(len(ids))
         given.append(schema.SPLIT_GIVEN in notes)
-    return Rows(names, np.array(sizes, np.int64), *columns, np.array(given, bool))
+    all_ids, hashes, own, splits = columns
+    return Rows(names, np.array(sizes, np.int64), all_ids, hashes, own, splits, np.array(given, bool))
 
 
 def _short(text: str) -> int:
