@@ -38,7 +38,8 @@ def report(config: RunConfig, counts: dict[str, Any]) -> None:
 
     splits, data = counts["splits"], config.data
     print(f"{counts['rows']} rows ({', '.join(f'{splits[one]} {one}' for one in SPLITS if splits.get(one))}) in {config.run_dir}/corpus")
-    groups = "emoji" if data.source.kind == "openmoji" else "different ones to the look-alike hash, which ignores colour"
+    kinds = {"openmoji": "emoji", "scenes": "sets of things"}
+    groups = kinds.get(data.source.kind, "different ones to the look-alike hash, which ignores colour")
     changed = f"{counts['split_changed']} changed their split for it"
     print(f"{counts['groups']} {groups}; {counts['near_duplicates']} rows look nearly like another, {changed}")
     if not splits.get("validation"):

@@ -31,6 +31,7 @@ from paris_ray.data_config import (  # noqa: F401, the whole schema can be had f
     ParquetSource,
     PartitionConfig,
     PatchPcaCodec,
+    ScenesSource,
     Source,
     SplitConfig,
     Text,

@@ -41,7 +41,10 @@ def _models_in(annotation: Any) -> list[type[BaseModel]]:
 
 
 _UNIONS = ("source", "embedding", "codec", "text")
-_TAGS = ("openmoji", "folder", "parquet", "webdataset", "hf_dataset", "timm", "open_clip", "efficientnet_lite0", "vae", "patch_pca", "clip", "minilm")
+_TAGS = (
+    *("openmoji", "scenes", "folder", "parquet", "webdataset", "hf_dataset"),
+    *("timm", "open_clip", "efficientnet_lite0", "vae", "patch_pca", "clip", "minilm"),
+)
 
 
 def _is_type(part: Any) -> bool:

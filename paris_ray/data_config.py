@@ -20,6 +20,19 @@ class OpenMojiSource(Strict):
     grounds: tuple[str, ...] = ("white", "blue", "yellow")
 
 
+class ScenesSource(Strict):
+    """Scenes composed of OpenMoji pictures (CC BY-SA 4.0), too many to be learnt by heart, with combinations that are held out."""
+
+    kind: Literal["scenes"] = "scenes"
+    # Rows for training and validation, and rows that each have a combination which those never have.
+    seen: Annotated[int, Field(ge=1)] = 210_000
+    unseen: Annotated[int, Field(ge=0)] = 10_000
+    # How many kinds of thing, taken in the order of a hash of their name; null takes all.
+    objects: Annotated[int, Field(ge=8)] | None = None
+    # Another seed: other scenes, and other combinations held out.
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
+
+
 class FolderSource(Strict):
     """A folder of images: ``name.jpg`` with its caption in ``name.txt`` or ``name.json``, or all captions in ``captions.csv``/``captions.jsonl``."""
 
@@ -62,7 +75,7 @@ class WebdatasetSource(Strict):
     key: str | None = None
 
 
-Source = Annotated[OpenMojiSource | FolderSource | ParquetSource | WebdatasetSource | HfDatasetSource, Field(discriminator="kind")]
+Source = Annotated[OpenMojiSource | ScenesSource | FolderSource | ParquetSource | WebdatasetSource | HfDatasetSource, Field(discriminator="kind")]
 
 
 class FilterConfig(Strict):
@@ -196,9 +209,23 @@ class DataConfig(Strict):
 
     @model_validator(mode="after")
     def _scored(self) -> DataConfig:
-        if self.filter.score_column is not None and isinstance(self.source, OpenMojiSource):
-            raise ValueError(f"filter.score_column is {self.filter.score_column!r}, but the openmoji source has no scores; leave it out")
+        if self.filter.score_column is not None and self.of_openmoji:
+            raise ValueError(f"filter.score_column is {self.filter.score_column!r}, but the {self.source.kind} source has no scores; leave it out")
         return self
+
+    @model_validator(mode="after")
+    def _held_out_once(self) -> DataConfig:
+        if isinstance(self.source, ScenesSource):
+            for key in ("held_out_groups", "held_out_rows"):
+                value, default = getattr(self.split, key), SplitConfig.model_fields[key].default
+                if value not in (0, default):
+                    raise ValueError(f"split.{key} is {value}, but the scenes source says itself what is held out (source.unseen); leave it out")
+        return self
+
+    @property
+    def of_openmoji(self) -> bool:
+        """Whether the pictures are made of OpenMoji's, which must be credited."""
+        return isinstance(self.source, OpenMojiSource | ScenesSource)
 
 
 class PartitionConfig(Strict):

@@ -23,11 +23,14 @@ WITHOUT_RAY = [
     "paris_ray.data.sources.webdataset", "paris_ray.data.sources.hf_dataset", "paris_ray.data.part", "paris_ray.data.phash",
     "paris_ray.data.filters", "paris_ray.data.splits", "paris_ray.data.duplicates", "paris_ray.data.images", "paris_ray.data.text",
     "paris_ray.data.clip", "paris_ray.data.codec", "paris_ray.data.embedding", "paris_ray.data.encoders", "paris_ray.data.openmoji",
+    "paris_ray.data.scenes", "paris_ray.data.scene_pictures",
     "paris_ray.data.kmeans", "paris_ray.data.nearest", "paris_ray.data.balance",
     "paris_ray.training.loop", "paris_ray.training.ema", "paris_ray.training.checkpoint", "paris_ray.training.shard", "paris_ray.training.draws",
     "paris_ray.training.budget", "paris_ray.training.memory", "paris_ray.training.goodput", "paris_ray.training.placement", "paris_ray.training.plan",
     "paris_ray.training.micro_batch", "paris_ray.training.trackers",
     "paris_ray.pages.blocks", "paris_ray.pages.charts", "paris_ray.evaluation.metrics",
+    "paris_ray.evaluation.distances", "paris_ray.evaluation.intervals", "paris_ray.evaluation.figures", "paris_ray.evaluation.scene_scorer",
+    "paris_ray.evaluation.judges", "paris_ray.evaluation.losses", "paris_ray.evaluation.routers",
     "paris_ray.hub", "paris_ray.models.network", "paris_ray.models.fold", "paris_ray.models.init_from",
 ]  # fmt: skip
 """Modules that a machine without Ray can use; all of paris_ray/inference as well."""

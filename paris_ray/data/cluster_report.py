@@ -12,7 +12,7 @@ import numpy as np
 from safetensors.numpy import load as load_safetensors
 
 from paris_ray import config as configs
-from paris_ray.config import OpenMojiSource, RunConfig
+from paris_ray.config import RunConfig
 from paris_ray.data import schema
 from paris_ray.data.report import page
 from paris_ray.data.report.cost import estimate
@@ -45,7 +45,7 @@ def write_report(config: RunConfig, sheets: Any) -> None:
     report, where = ray.get(sheets)
     pictures = [clusters.read_bytes(f"contact-{k}.png") for k in range(config.num_experts)]
     attribution = None
-    if isinstance(config.data.source, OpenMojiSource):
+    if config.data.of_openmoji:
         from paris_ray.data.openmoji import ATTRIBUTION
 
         attribution = ATTRIBUTION

@@ -48,7 +48,8 @@ class Rows:
         ids: (N,) 16 bytes each.
         hashes: (N,) perceptual hashes.
         groups: (N,) hashes of the groups' names.
-        splits: (N,) indices into ``SPLITS``, as drawn.
+        splits: (N,) indices into ``SPLITS``, as drawn or given.
+        given: (P,) whether the source of a part gives the splits of its rows; these take no part in the search for near-duplicates.
     """
 
     names: list[str]
@@ -57,6 +58,7 @@ class Rows:
     hashes: NDArray[np.uint64]
     groups: NDArray[np.uint64]
     splits: NDArray[np.int8]
+    given: NDArray[np.bool_]
 
     def by_part(self, values: NDArray[np.generic]) -> dict[str, NDArray[np.generic]]:
         """An array over all rows, cut into those of each part."""
@@ -78,8 +80,9 @@ def read_rows(corpus: Folder) -> Rows:
     """Read what is needed of all rows, published or not."""
     names: list[str] = []
     sizes: list[int] = []
+    given: list[bool] = []
     columns = [np.empty(0, kind) for kind in (_ID, np.uint64, np.uint64, np.int8)]
-    for name, content, _ in schema.read_each(corpus, ["id", "phash", "group", "split"], schema.written(corpus)):
+    for name, content, notes in schema.read_each(corpus, ["id", "phash", "group", "split"], schema.written(corpus)):
         ids = np.frombuffer(bytes.fromhex("".join(content["id"].to_pylist())), _ID)
         groups = np.array([_short(group) for group in content["group"].to_pylist()], np.uint64)
         first = len(columns[0])
@@ -88,7 +91,9 @@ def read_rows(corpus: Folder) -> Rows:
             column[first:] = more
         names.append(name)
         sizes.append(len(ids))
-    return Rows(names, np.array(sizes, np.int64), *columns)
+        given.append(schema.SPLIT_GIVEN in notes)
+    all_ids, hashes, own, splits = columns
+    return Rows(names, np.array(sizes, np.int64), all_ids, hashes, own, splits, np.array(given, bool))
 
 
 def _short(text: str) -> int:
@@ -146,6 +151,7 @@ def join_near_duplicates(corpus: Folder, rows: Rows, settled: int = 0, version: 
     node, hashes, own = _nodes(rows)
     component, unchecked = near_components(hashes, own)
     del hashes, own
+    component = np.append(component, np.int32(len(component)))  # that of rows which are not compared
     alone = np.bincount(component, minlength=1) == 1
     at = np.flatnonzero(~alone[component][node])
     found, mine = np.unique(component[node[at]], return_inverse=True)
@@ -186,9 +192,14 @@ def join_near_duplicates(corpus: Folder, rows: Rows, settled: int = 0, version: 
 
 
 def _nodes(rows: Rows) -> tuple[NDArray[np.int32], NDArray[np.uint64], NDArray[np.uint64]]:
-    """Rows of one group that look the same are one node: (N,) the node of each row, and hash and group of each node."""
+    """Rows of one group that look the same are one node: (N,) the node of each row, and hash and group of each node.
+
+    Rows whose split is given have the number after the last node.
+    """
     order = np.lexsort((rows.groups, rows.hashes))
-    node, new = np.empty(len(order), np.int32), np.ones(len(order), bool)
+    if rows.given.any():
+        order = order[~np.repeat(rows.given, rows.sizes)[order]]
+    node, new = np.empty(len(rows.hashes), np.int32), np.ones(len(order), bool)
     for low in range(1, len(order), _BLOCK):
         here = order[low : low + _BLOCK]
         before = order[low - 1 : low - 1 + len(here)]
@@ -198,6 +209,8 @@ def _nodes(rows: Rows) -> tuple[NDArray[np.int32], NDArray[np.uint64], NDArray[n
         here = new[low : low + _BLOCK]
         node[order[low : low + _BLOCK]] = count - 1 + np.cumsum(here)
         count += int(here.sum())
+    if rows.given.any():
+        node[np.repeat(rows.given, rows.sizes)] = count
     order = order[new]
     return node, rows.hashes[order], rows.groups[order]
 

@@ -131,7 +131,7 @@ def _make_encoders(config: RunConfig, run: Folder, units: list[Unit], found: dic
     meta["codec"] = codec or meta["codec"]
     config.check_downsampling(meta["codec"]["downsampling"])
     meta["codec"]["latent_size"] = data.image_size // meta["codec"]["downsampling"]
-    attribution = ATTRIBUTION if data.source.kind == "openmoji" else None
+    attribution = ATTRIBUTION if data.of_openmoji else None
     folder.write_json(encoders.FILE, {**meta, "image_size": data.image_size, "listing": found, "attribution": attribution})
     return counts
 

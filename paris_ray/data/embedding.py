@@ -93,10 +93,13 @@ def _lite0_weights(model: Any) -> dict[str, Any]:
     return dict(zip(wanted, weights.values(), strict=True))
 
 
-def _open_clip(config: OpenClipEmbedding, device: str) -> ImageEmbedder:
-    """The image tower of a CLIP, from safetensors only. Raises ConfigError."""
+def open_clip_model(config: OpenClipEmbedding) -> tuple[Any, str]:
+    """A CLIP that open_clip can build, from safetensors only, and what open_clip calls it, for its tokenizer.
+
+    Raises:
+        ConfigError: it cannot be found, or does not fit.
+    """
     import open_clip
-    import torch
 
     scheme, _, place = config.model.rpartition(":")
     name, weights = config.model, config.weights
@@ -121,15 +124,21 @@ def _open_clip(config: OpenClipEmbedding, device: str) -> ImageEmbedder:
             f"data.embedding.model: open_clip knows no {config.model!r}; name one of its architectures, hf-hub:OWNER/NAME or local-dir:PATH"
         )
     try:
-        tower = open_clip.create_model(name, pretrained=weights, require_pretrained=True).visual.eval()
+        return open_clip.create_model(name, pretrained=weights, require_pretrained=True).eval(), name
     except (OSError, RuntimeError, ValueError, KeyError, TypeError, AssertionError) as error:
         raise ConfigError(f"data.embedding: open_clip cannot make {config.model}: {' '.join(str(error).split())[:300]}") from None
+
+
+def image_tower(tower: Any, device: str) -> ImageEmbedder:
+    """The image tower of such a CLIP as an embedder."""
+    import torch
+
     tower.output_tokens = False  # of a captioner
     trained = tower.preprocess_cfg
     side = trained["size"] if isinstance(trained["size"], int) else trained["size"][0]
     with torch.inference_mode():
         width = tower(torch.zeros(1, 3, side, side)).shape[1]
-    return ImageEmbedder(tower, config.kind, width, side, trained["mean"], trained["std"], device)
+    return ImageEmbedder(tower, "open_clip", width, side, trained["mean"], trained["std"], device)
 
 
 def build_embedder(config: Embedding, device: str = "cpu") -> ImageEmbedder:
@@ -139,7 +148,7 @@ def build_embedder(config: Embedding, device: str = "cpu") -> ImageEmbedder:
         ConfigError: unknown to timm or open_clip, or its weights cannot be found or do not fit.
     """
     if isinstance(config, OpenClipEmbedding):
-        return _open_clip(config, device)
+        return image_tower(open_clip_model(config)[0].visual, device)
     import timm
 
     if not isinstance(config, TimmEmbedding):

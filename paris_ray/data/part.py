@@ -84,6 +84,7 @@ class Row:
     source: str
     width: int
     height: int
+    split_given: bool
 
 
 def shown(name: str) -> str:
@@ -114,7 +115,8 @@ def read_row(source: Source, item: Item, data: DataConfig, seed: int) -> Row | s
     # Rows that look alike are one group, and no split may see one of them beside another. Where the source has groups of its own, these hold
     # what differs, and only the whole group is held out as one.
     group, unit = (f"{looks:016x}",) * 2 if sample.group is None else (sample.group, identity)
-    return Row(pixels, caption, identity, split_of(data.split, seed, group, unit), group, looks, shown(item.source), width, height)
+    split = split_of(data.split, seed, group, unit, sample.held_out)
+    return Row(pixels, caption, identity, split, group, looks, shown(item.source), width, height, sample.held_out is not None)
 
 
 def read_rows(source: Source, unit: Unit, data: DataConfig, seed: int, threads: int) -> Iterator[tuple[str, Row | str]]:
@@ -223,6 +225,8 @@ class EncodePart:
                     rejects.append((source, row))
                 else:
                     batch.append(row)
+                    if row.split_given:
+                        writer.notes[schema.SPLIT_GIVEN] = 1
                     if len(batch) == self.data.encoder_batch:
                         flush(writer, last=False)
             flush(writer, last=True)

@@ -23,6 +23,9 @@ SPLITS = ("train", "validation", "held_out", "unused")
 """The first three are drawn. ``unused`` are appended rows that look like earlier ones of several splits: they are in no shard, and nothing asks for
 them."""
 
+SPLIT_GIVEN = "split_given"
+"""Note of a part of the corpus whose rows have the split that their source gives; rows that look like them do not change it."""
+
 READ_AHEAD = 8
 
 GROUP_ROWS = 1 << 16

@@ -30,7 +30,7 @@ def key_id(key: str) -> str:
     return hashlib.sha256(b"key\0" + key.encode("utf-8", "surrogateescape")).hexdigest()[:32]
 
 
-def split_of(split: SplitConfig, seed: int, group: str, identity: str) -> str:
+def split_of(split: SplitConfig, seed: int, group: str, identity: str, held_out: bool | None = None) -> str:
     """The split of a row, by hash alone, so that it is known before anything is fitted and stays when rows are added.
 
     Args:
@@ -38,13 +38,14 @@ def split_of(split: SplitConfig, seed: int, group: str, identity: str) -> str:
         seed: the run's seed.
         group: rows of one group are held out together.
         identity: of what is drawn as one within a group: the row's id, or the group's where rows of a group look alike.
+        held_out: whether the source holds the row out; ``None``: that is drawn. Whether another row is for validation is drawn in any case.
     """
-    if rng.key(seed, "split-group", group) < split.held_out_groups * 2**63:
+    if held_out or (held_out is None and rng.key(seed, "split-group", group) < split.held_out_groups * 2**63):
         return "held_out"
-    draw = rng.key(seed, "split-row", identity) / 2**63
-    if draw < split.held_out_rows:
+    draw, rows = rng.key(seed, "split-row", identity) / 2**63, split.held_out_rows if held_out is None else 0.0
+    if draw < rows:
         return "held_out"
-    return "validation" if draw < split.held_out_rows + split.validation_rows else "train"
+    return "validation" if draw < rows + split.validation_rows else "train"
 
 
 def read_each(corpus: Folder, columns: Sequence[str], parts: Collection[str] | None = None) -> Iterator[tuple[str, pa.Table, NDArray[np.int8]]]:

@@ -161,7 +161,7 @@ class _Evaluation:
                 judged[row.key] = self._judge(row)
                 measured.append(summary(row, judged[row.key], seconds))
             measured.append(_shuffled(judged[HEADLINE]))
-            router = self._router_accuracy()
+            router = self._routers()
         except BaseException as error:
             progress.fail(f"{type(error).__name__}: {error}"[:300])
             raise
@@ -220,26 +220,29 @@ class _Evaluation:
 
         return np.asarray(self.codec.decode(torch.from_numpy(np.asarray(latents, np.float32)).to(self.model.device)))
 
-    def _router_accuracy(self) -> dict[str, Any] | None:
-        """Accuracy of the deployed router, and of the control, on rows that training did not see."""
-        from paris_ray.evaluation import in_process
+    def _routers(self) -> dict[str, Any] | None:
+        """The deployed router, the control, and the prior, on rows that training did not see."""
+        from paris_ray.evaluation import in_process, routers
 
         rows = np.flatnonzero(self.corpus.splits != "train").tolist()
         rows = sorted(rows, key=lambda row: rng.key(self.config.seed, "router-accuracy", str(self.corpus.ids[row])))[:ROUTER_ROWS]
         if not rows:
             return None
-        routers = {self.config.router.text: self.model.router}
+        asked = {self.config.router.text: self.model.router}
         if self.config.evaluation.control_router and self.config.router.text == "pooled":
-            routers["none"] = in_process.with_router(self.model, self._control_router()).router
+            asked["none"] = in_process.with_router(self.model, self._control_router()).router
         latents = self.corpus.latents(rows)
         captions = [str(self.corpus.captions[row]) for row in rows]
         clusters = [int(self.corpus.clusters[row]) for row in rows]
         seeds = [rng.key(self.config.seed, "router-noise", str(self.corpus.ids[row])) for row in rows]
-        accuracy = {
-            kind: [one.as_json() for one in in_process.router_accuracy(self.model, router, latents, captions, clusters, seeds)]
-            for kind, router in routers.items()
+        found = {kind: routers.router_by_time(self.model, router, latents, captions, clusters, seeds) for kind, router in asked.items()}
+        trained = self.corpus.clusters[self.corpus.splits == "train"].tolist()
+        return {
+            "t": list(routers.TIMES),
+            "rows": len(rows),
+            "prior": routers.prior(trained, clusters, self.config.num_experts).as_json(),
+            "accuracy": {kind: [one.as_json() for one in by_time] for kind, by_time in found.items()},
         }
-        return {"t": list(in_process.TIMES), "rows": len(rows), "accuracy": accuracy}
 
     def _table(self, rows: list[dict[str, Any]], headline: Sequence[Record], router: dict[str, Any] | None) -> dict[str, Any]:
         clusters = range(self.config.num_experts)

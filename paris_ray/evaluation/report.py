@@ -8,7 +8,7 @@ import shlex
 from typing import Any
 
 from paris_ray import stages
-from paris_ray.config import OpenMojiSource, RunConfig
+from paris_ray.config import RunConfig
 from paris_ray.data.openmoji import ATTRIBUTION
 from paris_ray.evaluation import results
 from paris_ray.evaluation.facts import Facts
@@ -259,5 +259,5 @@ def _shell(text: str) -> str:
 
 def attribution(facts: Facts) -> str:
     """The credit that the pictures on this page need."""
-    text = (facts.model or {}).get("attribution") or (ATTRIBUTION if isinstance(facts.config.data.source, OpenMojiSource) else None)
+    text = (facts.model or {}).get("attribution") or (ATTRIBUTION if facts.config.data.of_openmoji else None)
     return f'<footer><p><small id="attribution">{escape(text)}</small></p></footer>' if text else ""

@@ -126,7 +126,7 @@ def _info(config: RunConfig, model: Folder, checksums: dict[str, str]) -> dict[s
         "router": {"text": "none" if router.get("text_embed_dim") is None else "pooled"},
         "sampling": config.sampling.model_dump(mode="json"),
         "experts": experts,
-        "attribution": OPENMOJI if config.data.source.kind == "openmoji" else None,
+        "attribution": OPENMOJI if config.data.of_openmoji else None,
         "model_fingerprint": fingerprint(checksums),
     }
 

@@ -19,11 +19,12 @@ def name(i):
     return hashlib.sha256(str(i).encode()).hexdigest()[:32]
 
 
-def write_corpus(run, rows, sizes, group_rows=3):
-    """Rows are dicts; each part in row groups of a few rows."""
+def write_corpus(run, rows, sizes, group_rows=3, given=()):
+    """Rows are dicts; each part in row groups of a few rows. ``given``: numbers of the parts whose source gives the splits."""
     at = 0
     for number, size in enumerate(sizes):
-        with schema.PartWriter(run / "corpus", schema.part_name(number), LIGHT, {"listed": size + 1}) as writer:
+        notes = {"listed": size + 1, **({schema.SPLIT_GIVEN: 1} if number in given else {})}
+        with schema.PartWriter(run / "corpus", schema.part_name(number), LIGHT, notes) as writer:
             for start in range(at, at + size, group_rows):
                 writer.write(pa.Table.from_pylist(rows[start : min(start + group_rows, at + size)], LIGHT))
         at += size
@@ -87,6 +88,25 @@ def test_near_duplicates_against_all_pairs(tmp_path, own_groups, seed):
     assert duplicates.join_near_duplicates(other / "corpus", duplicates.read_rows(other / "corpus")) == counts
     again = schema.read_table(other / "corpus", f"{NEAR_DUPLICATES}.parquet").to_pylist()
     assert {row["id"]: (row["group"], row["split"], row["of"]) for row in again} == wanted
+
+
+def test_parts_whose_source_gives_the_splits_are_left_out(tmp_path):
+    """The others are joined as if those were not there."""
+    rows, alone, both = make_rows(150, 3, True), Folder(tmp_path / "alone"), Folder(tmp_path / "both")
+    for i, looks in ((0, 0), (1, 1)):  # the first of all nodes is joined to the second
+        rows[i] = {**rows[i], "phash": looks, "group": f"own {i}"}
+    first, given, last = rows[:50], rows[50:90], rows[90:]
+    write_corpus(alone, first + last, [50, 60])
+    write_corpus(both, first + given + last, [50, 40, 60], given={1})
+    held, other = duplicates.read_rows(both / "corpus"), duplicates.read_rows(alone / "corpus")
+    counts, wanted = (duplicates.join_near_duplicates(run / "corpus", one) for run, one in ((both, held), (alone, other)))
+    assert {**counts, "groups": None} == {**wanted, "groups": None}
+    assert counts["near_duplicates"] > 10
+    assert counts["groups"] == len({row["group"] for row in rows})
+    assert [schema.SPLITS[code] for code in held.splits[50:90]] == [row["split"] for row in given]
+    np.testing.assert_array_equal(np.delete(held.splits, range(50, 90)), other.splits)
+    tables = [schema.read_table(run / "corpus", f"{NEAR_DUPLICATES}.parquet").to_pylist() for run in (both, alone)]
+    assert [{**row, "part": row["part"] // 2} for row in tables[0]] == tables[1]
 
 
 def test_no_component_is_divided_over_splits_and_train_wins(tmp_path):

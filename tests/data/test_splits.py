@@ -60,3 +60,12 @@ def test_split_depends_on_seed_and_on_nothing_else():
     assert once != [splits.split_of(split, 2, *row) for row in rows]
     none = SplitConfig(held_out_groups=0, held_out_rows=0, validation_rows=0)
     assert {splits.split_of(none, 1, *row) for row in rows} == {"train"}
+
+
+def test_a_source_that_says_what_is_held_out_is_believed():
+    split = SplitConfig(held_out_groups=0.3, held_out_rows=0.3, validation_rows=0.1)
+    rows = [(f"g{i}", f"r{i}") for i in range(4000)]
+    assert {splits.split_of(split, 1, *row, held_out=True) for row in rows} == {"held_out"}
+    drawn = collections.Counter(splits.split_of(split, 1, *row, held_out=False) for row in rows)
+    assert set(drawn) == {"train", "validation"}
+    assert abs(drawn["validation"] / 4000 - 0.1) < 5 * (0.09 / 4000) ** 0.5

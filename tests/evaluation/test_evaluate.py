@@ -75,6 +75,9 @@ def test_a_server_that_knows_everything_scores_as_the_ceiling_and_chance_is_what
     assert {one["cluster"]: one["right"]["of"] for one in table["by_cluster"]} == {0: 2, 1: 2, 2: 2}
     assert set(table["router"]["accuracy"]) == {"pooled", "none"}
     assert table["router"]["rows"] == 6
+    # Cluster 0 has seven training rows, more than the others; of the rows judged it has only 9-blue.
+    assert table["router"]["prior"]["share"] == pytest.approx(1 / 6)
+    assert len(table["router"]["accuracy"]["pooled"]) == len(table["router"]["t"]) == 6
     manifest = Folder(run.run_dir).read_json("eval/_manifest.json")
     assert manifest["counts"]["retrieval_top2"] == 1.0
     assert Folder(run.run_dir).read_json("events/evaluate.json")["state"] == "done"

@@ -1,8 +1,8 @@
-"""Where pictures and captions come from: a folder, Parquet files, tars, a Hugging Face dataset, or the embedded corpus."""
+"""Where pictures and captions come from: a folder, Parquet files, tars, a Hugging Face dataset, or the embedded corpora."""
 
 from __future__ import annotations
 
-from paris_ray.config import DataConfig, FolderSource, HfDatasetSource, ParquetSource, WebdatasetSource
+from paris_ray.config import DataConfig, FolderSource, HfDatasetSource, ParquetSource, ScenesSource, WebdatasetSource
 from paris_ray.data.sources.base import Source
 
 
@@ -25,6 +25,10 @@ def open_source(data: DataConfig) -> Source:
         from paris_ray.data.sources.hf_dataset import HfDataset
 
         return HfDataset(source, score)
+    if isinstance(source, ScenesSource):
+        from paris_ray.data.scenes import Scenes
+
+        return Scenes(source, data.image_size)
     from paris_ray.data.openmoji import OpenMoji
 
     return OpenMoji(source, data.image_size)

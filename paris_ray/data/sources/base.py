@@ -59,6 +59,7 @@ class Sample:
         key: what identifies the row, instead of image and caption.
         group: rows that the source says belong together; ``None``: those that look alike.
         score: as found.
+        held_out: whether the source holds the row out, where it says so of all its rows; ``None``: that is drawn.
     """
 
     image: bytes | Image.Image
@@ -67,6 +68,7 @@ class Sample:
     key: str | None = None
     group: str | None = None
     score: Any = None
+    held_out: bool | None = None
 
 
 class Source(Protocol):
