@@ -356,6 +356,31 @@ def cache_folder() -> str:
     return path
 
 
+def link_all(source: Folder, target: Folder, last: str) -> None:
+    """Have all files of a folder in another one as well: the same bytes on a local disk, else copies. Files there already are left as they are.
+
+    Nothing here changes a file in place, so neither folder notices what is later written in the other.
+
+    Args:
+        source: from where; locks (``_lock.json``) stay.
+        target: to where.
+        last: the file that says that the folder is whole; it comes after all others.
+    """
+    names = [entry.name for entry in source.files(recursive=True) if posixpath.basename(entry.name) != "_lock.json"]
+    for name in sorted(names, key=lambda name: name == last):
+        if target.exists(name):
+            continue
+        if not (source.is_local and target.is_local):
+            copy_file(source, name, target)
+            continue
+        there = target._at(name)
+        os.makedirs(posixpath.dirname(there), exist_ok=True)
+        try:
+            os.link(source._at(name), there)
+        except OSError:  # another disk, or one without links
+            copy_file(source, name, target)
+
+
 def copy_file(source: Folder, name: str, target: Folder, new_name: str | None = None) -> None:
     """Copy one file between two folders, atomically at the target."""
     with source.open(name) as reader, target.writer(new_name or name) as sink:
