@@ -14,8 +14,9 @@ from paris_ray.training.budget import MFU, gpu_hours
 COLUMNS = ("row", "experts × width × depth", "images", "training PFLOP", "of it router", "batch", "steps", "average's half-life", "GFLOP a picture")
 
 MEANING = (
-    "Matched: the rows' images (each of the same corpus as often as every other), training FLOPs with the router's, batch of all experts together, "
-    "and the half-life of the averaged weights as a share of the training; monolith-inference, and the monolith with more steps, also in FLOPs a picture. "
+    "Matched: training FLOPs with the router's, the corpus (every row of it is seen as often as every other), the batch of all experts together, and "
+    "the half-life of the averaged weights as a share of the training; for monolith-inference, and the monolith with more steps, also FLOPs a "
+    "picture. Images are what the FLOPs allow, so a wider model sees fewer. "
     "A FLOP is a multiplication or an addition of a matrix product, convolution or attention; training is three forward passes an image."
 )
 
@@ -70,7 +71,6 @@ def text(compare: CompareConfig) -> str:
         lines.append(f"At base.expert.resources.price_per_hour {price:g}: {costs}.")
     tries, seeds = len(compare.learning_rates), len(compare.seeds)
     faults = sum(ROWS[name].fault is not None for name in compare.rows)
-    lines.append(
-        f"{len(compare.rows) - faults} rows × ({tries} learning rates + {seeds - 1} more seeds), {faults} planted faults; equal trainings are made once."
-    )
+    rows = f"{len(compare.rows) - faults} rows × ({tries} learning rates + {seeds - 1} more seeds)"
+    lines.append(f"{rows}, {faults} planted faults; equal trainings are made once.")
     return "\n".join(lines)

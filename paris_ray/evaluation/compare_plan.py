@@ -174,7 +174,7 @@ class Plan:
         return Drawing("held_out", compare_rows.routing(self.compare, row), guidance, steps, self.compare.held_out_captions)
 
     def variants(self, row: str, guidance: float, seed: int) -> list[Drawing]:
-        """Other ways to draw with the same weights: routings of the main row; of the monolith as many steps as cost what the main row's pictures do."""
+        """Other ways to draw with the same weights: routings of the main row; of the monolith steps that cost what the main row's pictures do."""
         compare, own = self.compare, self.drawing(row, guidance)
         if row == MAIN:
             singles = [f"expert-{k}" for k in range(compare.base.num_experts)] if seed == compare.seeds[0] else []
