@@ -83,6 +83,7 @@ class Plan:
         self.compare, self.folder = compare, Folder(compare.folder)
         self.inputs = matching.inputs_of(compare.base)
         self._configs: dict[Run, RunConfig] = {}
+        self._signatures: dict[tuple[Run, str], str] = {}
         self._done: set[str] = set()
         self._chosen: dict[tuple[str, str], float] = {}
 
@@ -251,8 +252,11 @@ class Plan:
 
     def _signature(self, run: Run, config: RunConfig, stage: str) -> str:
         """Stages with equal ones come to the same weights."""
-        start = None if stage == "router" else config.experts[int(stage.removeprefix("expert-"))].init_from
-        return fingerprint([stages.config_part(config, stage), compare_rows.partition_name(self.compare, run.row), start])
+        if (run, stage) not in self._signatures:
+            start = None if stage == "router" else config.experts[int(stage.removeprefix("expert-"))].init_from
+            found = [stages.config_part(config, stage), compare_rows.partition_name(self.compare, run.row), start]
+            self._signatures[run, stage] = fingerprint(found)
+        return self._signatures[run, stage]
 
     def _stages(self, run: Run) -> tuple[str, ...]:
         return (*(self._key(run, f"experts/{k}") for k in range(self.config(run).num_experts)), self._key(run, "router"))

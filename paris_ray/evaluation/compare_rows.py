@@ -139,7 +139,8 @@ def run_config(compare: CompareConfig, run: Run, sizes: Sequence[int] | None = N
     """A row as a run.
 
     The batch counts images of all experts together: of K experts each has a K-th, and as many steps as a monolith. Warm-up and half-life of the
-    average are the same share of every training. Images are shared out as the training rows are, so that every row is seen equally often, whoever learns it.
+    average are the same share of every training. Images are shared out as the training rows are, so that every row is seen equally often, whoever
+    learns it.
 
     Args:
         compare: the comparison.
@@ -184,10 +185,14 @@ def _in_proportion(compare: CompareConfig, images: float) -> dict[str, Any]:
 
 
 def images(compare: CompareConfig, run: RunConfig) -> int:
-    """Images that a row's experts are trained on, all together, so that its training costs what that of the main row does, routers included."""
+    """Images that a row's experts are trained on, all together, so that its training costs what that of the main row does, routers included.
+
+    Of several experts the main row's: their routers differ by a head, or by the caption's projection.
+    """
+    if run.num_experts > 1:
+        return compare.images
     inputs = matching.inputs_of(compare.base)
-    of_router = 0.0 if run.num_experts == 1 else matching.router_training_flops(run, inputs)
-    return round((training_flops(compare, inputs) - of_router) / matching.expert_training_flops(run.expert.model, inputs))
+    return round(training_flops(compare, inputs) / matching.expert_training_flops(run.expert.model, inputs))
 
 
 def training_flops(compare: CompareConfig, inputs: Inputs) -> float:
