@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+import time
 from collections.abc import Sequence
 
 from jobs import cli
@@ -36,6 +37,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     from paris_ray.evaluation import compare, compare_cost
 
+    began = time.monotonic()
     try:
         config = load(args.config, args.sets)
         if args.dry_run:
@@ -47,7 +49,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         with Lock(folder, "the comparison"):
             compare.settle(config)
             cut(config)
-            done = compare.run(config, args.minutes)
+            done = compare.run(config, None if args.minutes is None else 60 * args.minutes - (time.monotonic() - began))
             report(config)
         return 0 if done else cli.STOPPED
     except compare.UnitError as error:

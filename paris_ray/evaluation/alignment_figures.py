@@ -43,7 +43,7 @@ class Alignment:
         matrix: mean losses (K, K).
         failing: clusters whose own expert is not the best: (cluster, who is, by which share of the own one's loss).
         known: clusters that have rows.
-        advantage: loss of those not asked minus loss of those asked.
+        advantage: loss of those not asked minus loss of those asked; ``None`` where all are asked.
         nearness: mean rank by chance minus the mean rank of those asked; above zero they are nearer. ``None`` without centroids.
         correlations: of each training.
         share: (T, K).
@@ -52,7 +52,7 @@ class Alignment:
     matrix: NDArray[np.float64]
     failing: list[tuple[int, int, float]]
     known: int
-    advantage: Interval
+    advantage: Interval | None
     nearness: Interval | None
     correlations: list[float]
     share: NDArray[np.float64]
@@ -92,7 +92,8 @@ def together(parts: Sequence[Part], seed: int) -> Alignment:
     nearness = None
     if all(len(part.rank) for part in parts):
         nearness = bootstrap(np.stack([(k - 1) / 2 - part.rank for part in parts], 1), seed)
-    advantage = bootstrap(np.stack([part.others - part.asked for part in parts], 1), seed)
+    gain = np.stack([part.others - part.asked for part in parts], 1)
+    advantage = None if np.isnan(gain).any() else bootstrap(gain, seed)
     known = int((~np.isnan(matrix).any(0)).sum())
     return Alignment(matrix, failing(matrix), known, advantage, nearness, [part.correlation for part in parts], np.mean([p.share for p in parts], 0))
 

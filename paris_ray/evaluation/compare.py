@@ -67,12 +67,12 @@ def count_workers(compare: CompareConfig) -> tuple[int, int]:
     return compare.workers or gpus or len(os.sched_getaffinity(0)), gpus
 
 
-def run(compare: CompareConfig, minutes: float | None = None) -> bool:
+def run(compare: CompareConfig, seconds: float | None = None) -> bool:
     """Do units until all are done, or time is up.
 
     Args:
         compare: the comparison.
-        minutes: after which to stop in order; what is half done goes on next time.
+        seconds: after which to stop in order; what is half done goes on next time.
 
     Returns:
         whether all are done.
@@ -81,7 +81,7 @@ def run(compare: CompareConfig, minutes: float | None = None) -> bool:
         UnitError: a unit failed.
         KeyboardInterrupt: as it came; the processes have gone in order.
     """
-    plan, end = Plan(compare), None if minutes is None else time.monotonic() + 60 * minutes
+    plan, end = Plan(compare), None if seconds is None else time.monotonic() + seconds
     count, gpus = count_workers(compare)
     units = plan.units()
     if all(plan.done(unit.key) for unit in units):
@@ -95,9 +95,9 @@ def run(compare: CompareConfig, minutes: float | None = None) -> bool:
                 line.say(units, [], force=True)
                 return True
             if end is not None and time.monotonic() > end:
-                print(f"compare: {minutes:g} minutes are up; the same command goes on", file=sys.stderr, flush=True)
+                print("compare: time is up; the same command goes on", file=sys.stderr, flush=True)
                 return False
-            for unit in possible(plan, units, set(workers.busy.values()))[: len(workers.idle)]:
+            for unit in possible(plan, units, set(workers.busy.values()))[: len(workers.idle)] if workers.idle else []:
                 assert unit.arguments is not None
                 workers.give(workers.idle[0], unit.key, unit.kind, unit.arguments)
             if not workers.busy:

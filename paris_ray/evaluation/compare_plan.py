@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from paris_ray import stages
-from paris_ray.config import RunConfig
+from paris_ray.config import ConfigError, RunConfig
 from paris_ray.evaluation import compare_rows, matching
 from paris_ray.evaluation.arrays import load
 from paris_ray.evaluation.compare_config import CompareConfig
@@ -59,11 +59,11 @@ def choose_rate(losses: Mapping[float, float]) -> float:
     """The learning rate with the least loss on validation rows; of equal ones the lower. A rate that diverged has the loss infinity.
 
     Raises:
-        ValueError: all diverged.
+        ConfigError: all diverged.
     """
     finite = {rate: loss for rate, loss in losses.items() if np.isfinite(loss)}
     if not finite:
-        raise ValueError(f"learning_rates: training diverged at all of {sorted(losses)}; give lower ones")
+        raise ConfigError(f"learning_rates: training diverged at all of {sorted(losses)}; give lower ones")
     return min(finite, key=lambda rate: (finite[rate], rate))
 
 
@@ -213,6 +213,8 @@ class Plan:
         for seed in compare.seeds:
             known = rate is not None
             run = Run(row, seed, compare.learning_rates[0] if rate is None else rate)
+            if known and self.failed(run):
+                continue  # the row has a seed less
             if seed != first or fault:
                 yield from self._training(run, makers, 2, known)
             yield self._losses(run, "held_out", 3, known)

@@ -121,9 +121,10 @@ def protocol(results: Results) -> str:
         f"along their first axes, to all held-out originals as the codec gives them back. Intervals: bootstrap over captions and seeds.",
     ]
     if made is not None:
-        floor = results.floor(compare.held_out_captions)
+        floor = results.floor(compare.routing_captions)
         said.append(
-            f"{made['counts']['rows']} originals; so many of them as captions have the distance {floor} to the others."
+            f"{made['counts']['rows']} originals; {compare.routing_captions} of them, as many as pictures are measured by the distance in the first "
+            f"table, have {floor} to the others."
             if floor is not None
             else f"{made['counts']['rows']} originals."
         )

@@ -128,9 +128,9 @@ class Results:
         return None if found is None else bootstrap(found, self.compare.base.seed)
 
     def distance(self, way: Way) -> float | None:
-        """Fréchet distance to the originals, lower is better."""
+        """Fréchet distance to the originals, lower is better: of as many captions for every way, as it falls with their number."""
         found = self.features(way, sorted(way.folders))
-        return None if found is None else self._distance(found)
+        return None if found is None else self._distance(found[: self.compare.routing_captions])
 
     def floor(self, count: int) -> Interval | None:
         """What so many of the originals themselves get."""

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import time
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -233,7 +234,7 @@ def draw(compare: CompareConfig, run: Run, drawing: compare_rows.Drawing) -> Non
     if stage.begin().state == "valid":
         return
     asked = asked_captions(compare, run.row, drawing.split, drawing.count)
-    engine = Engine(model, experts, max_queue=max(1, len(asked)))
+    engine = Engine(model, experts, max_rows=64 if device().type == "cpu" else 256, max_queue=max(1, len(asked)))
     requests = [
         ImageRequest(
             one.caption,
@@ -319,4 +320,4 @@ def _scorer(base: str) -> SceneScorer | None:
     return SceneScorer(Scenes(data.source, data.image_size).names) if isinstance(data.source, ScenesSource) else None
 
 
-WORK = {"train": train, "losses": measure_losses, "draw": draw, "reference": draw_reference}
+WORK: dict[str, Callable[..., None]] = {"train": train, "losses": measure_losses, "draw": draw, "reference": draw_reference}

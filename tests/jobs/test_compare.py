@@ -19,7 +19,7 @@ from paris_ray.storage import Folder
 
 pytestmark = pytest.mark.timeout(600)
 
-ROWS = ["experts", "monolith", "random", "blind", "fault-router", "fault-swapped", "fault-raw"]
+ROWS = ["experts", "monolith", "random", "blind", "shared-init", "fault-router", "fault-swapped", "fault-raw"]
 
 
 def settings(folder):
