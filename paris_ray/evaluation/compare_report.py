@@ -292,12 +292,12 @@ def _faults(results: Results) -> str:
     if not found:
         return blocks.absent("None asked for: rows fault-router, fault-swapped, fault-raw.")
     rows = [[row, ROWS[row].title, signed(quality), verdict_of_fault(quality), signed(loss), verdict_of_fault(loss)] for row, quality, loss in found]
-    return blocks.table(["fault", "what", "quality lost (95 %)", "seen", "loss gained (95 %)", "seen"], rows)
+    return blocks.table(["fault", "what", "quality lost (95 %)", "shown", "loss gained (95 %)", "shown"], rows)
 
 
 def verdict_of_fault(interval: Interval | None) -> str:
-    """Whether a measurement would have shown the fault."""
-    return "yes" if interval is not None and interval.low > 0 else "no"
+    """Whether a measurement shows the fault: it moves by more than its interval, in whatever direction."""
+    return "no" if interval is None or interval.low <= 0 <= interval.high else "yes"
 
 
 def _software(compare: CompareConfig) -> str:

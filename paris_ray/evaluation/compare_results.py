@@ -224,10 +224,8 @@ class Results:
         """Experts and data of a row, over its seeds."""
         parts = []
         for seed in self.compare.seeds:
-            names = ("experts", "router", "disagreement", "clusters")
-            arrays = [self.losses(row, name, seed) for name in names]
-            if any(one is None for one in arrays):
-                continue
-            routed, ranks = self.losses(row, "routed", seed), self.losses(row, "ranks", seed)
-            parts.append(alignment_figures.measure(*(one for one in arrays if one is not None), routed, ranks))  # type: ignore[arg-type]
+            names = ("experts", "router", "disagreement", "clusters", "routed")
+            arrays = {name: one for name in names if (one := self.losses(row, name, seed)) is not None}
+            if len(arrays) == len(names):
+                parts.append(alignment_figures.measure(**arrays, ranks=self.losses(row, "ranks", seed)))
         return alignment_figures.together(parts, self.compare.base.seed) if parts else None

@@ -31,7 +31,7 @@ from paris_ray.inference.request import ImageRequest
 from paris_ray.inference.weights import ParisModel, load_model
 from paris_ray.layout import EXPERT_FILE
 from paris_ray.manifest import MANIFEST, Stage, require
-from paris_ray.storage import Folder, link_all
+from paris_ray.storage import Folder, link_all, link_file
 from paris_ray.training import checkpoint, worker
 from paris_ray.training.loop import NonFiniteError, Place
 
@@ -191,6 +191,7 @@ def measure_losses(compare: CompareConfig, run: Run, split: str) -> None:
 
     config, began = run_config(compare, run), time.monotonic()
     assemble(config)
+    _share_encoders(Folder(config.run_dir))
     model, experts, print_ = _opened(config)
     stage = unit(Folder(config.run_dir), f"losses/{split}", {"rows": compare.loss_rows, "times": list(losses.TIMES)}, {"model": print_})
     if stage.begin().state == "valid":
@@ -212,6 +213,13 @@ def measure_losses(compare: CompareConfig, run: Run, split: str) -> None:
         if ROWS[run.row].partition == "kmeans":
             save(stage.folder, "ranks", cluster_ranks(source, [row.id for row in rows]))
     stage.publish({"rows": len(rows)}, time.monotonic() - began)
+
+
+def _share_encoders(run: Folder) -> None:
+    """An assembled model has copies of codec and text encoder, the same in all runs: keep one."""
+    for entry in (run / "encoders").files(recursive=True):
+        if (run / "model").size(entry.name) == entry.size and "/" in entry.name:
+            link_file(run / "encoders", entry.name, run / "model")
 
 
 # -- pictures -----------------------------------------------------------------------------------------------------------
