@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import os
 import re
+import signal
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -58,23 +61,42 @@ def settings(folder):
     }
 
 
+def interrupt(arguments):
+    """Ctrl-C, to all of its processes as a terminal does, once something is trained; returns what it said."""
+    command = [sys.executable, "-m", "jobs.compare", *arguments]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True, start_new_session=True)
+    said = []
+    for line in process.stderr:
+        said.append(line)
+        if "runs/" in line and " done" in line and "stopped" not in said[-1]:
+            os.killpg(process.pid, signal.SIGINT)
+            break
+    said += process.stderr.readlines()
+    assert process.wait(120) == cli.INTERRUPTED, said
+    with pytest.raises(ProcessLookupError):  # nobody is left
+        os.killpg(process.pid, 0)
+    return said
+
+
 @pytest.fixture(scope="module")
 def ran(tmp_path_factory):
-    """A comparison that was cut off at once, and then came to its end."""
+    """A comparison that was cut off twice, and then came to its end."""
     folder = tmp_path_factory.mktemp("compare")
     (folder / "minute.yaml").write_text(yaml.safe_dump(settings(folder)))
     arguments = ["--config", str(folder / "minute.yaml")]
-    assert job.main([*arguments, "--minutes", "0.001"]) == cli.STOPPED
+    assert interrupt(arguments)[-1] == "compare: stopped; the same command goes on\n"
+    compare = job.load(str(folder / "minute.yaml"), [])
+    before = stamps(Folder(compare.folder) / "runs", "_manifest.json")
+    assert before
+    assert job.main([*arguments, "--minutes", "0"]) == cli.STOPPED
     assert job.main(arguments) == 0
-    return arguments, job.load(str(folder / "minute.yaml"), [])
+    after = stamps(Folder(compare.folder) / "runs", "_manifest.json")
+    assert {name: after[name] for name in before} == before
+    return arguments, compare
 
 
-def stamps(folder):
-    return {
-        e.name: os.stat(f"{folder.path}/{e.name}").st_mtime_ns
-        for e in folder.files(recursive=True)
-        if "report" not in e.name and "table" not in e.name
-    }
+def stamps(folder, ending=""):
+    return {e.name: os.stat(f"{folder.path}/{e.name}").st_mtime_ns for e in folder.files(recursive=True) if e.name.endswith(ending)}
 
 
 def test_again_it_has_nothing_to_do(ran):
