@@ -139,7 +139,7 @@ def _overlaid(base: dict[str, Any], overlay: dict[str, Any]) -> dict[str, Any]:
 def compare_tiny() -> dict[str, Any]:
     """Four rows on scenes of 32 pixels, three paired seeds, in an hour and a half on two CPU cores."""
     base = demo()
-    train = {**base["expert"]["train"], "passes": 100.0, "min_images": 1, "warmup_images": 1600, "ema_half_life_images": 1600, "sample_images": None}
+    train = {**base["expert"]["train"], "passes": 100.0, "min_images": 1, "warmup_images": 800, "ema_half_life_images": 1600, "sample_images": None}
     return {
         "folder": "runs/compare_tiny",
         "base": {
@@ -148,7 +148,7 @@ def compare_tiny() -> dict[str, Any]:
             "run_dir": "runs/compare_tiny/base",
             "data": {
                 **base["data"],
-                "source": {"kind": "scenes", "seen": 14_000, "unseen": 900, "objects": 16},
+                "source": {"kind": "scenes", "seen": 14_000, "unseen": 900, "objects": 8},
                 "embedding": {"kind": "efficientnet_lite0", "image_size": 96},
                 "codec": {"kind": "patch_pca", "downsampling": 4, "channels": 16},
                 "text": {"kind": "minilm", "max_length": 40},
@@ -156,10 +156,11 @@ def compare_tiny() -> dict[str, Any]:
             },
             "partition": {"fine": 64, "max_share": 1.2},
             "expert": {**base["expert"], "train": train},
-            "router": {**base["router"], "train": {**train, "images": 19_200, "learning_rate": 2e-3, "timesteps": "uniform"}},
+            "router": {**base["router"], "train": {**train, "images": 16_000, "learning_rate": 2e-3, "timesteps": "uniform"}},
             "sampling": {"steps": 25, "guidance_scale": 2.0},
         },
-        "images": 96_000,
+        "images": 81_920,
+        "held_out_captions": 320,
         "learning_rates": [2e-3, 4e-3, 8e-3],
         "guidance_scales": [1.0, 1.5, 2.0, 3.0, 4.0, 6.0],
     }

@@ -135,7 +135,7 @@ def test_a_pair_that_differs_is_told_and_one_that_does_not_is_not(tmp_path):
 def test_other_settings_in_the_same_folder_are_refused(tmp_path):
     compare.settle(config(tmp_path))
     compare.settle(config(tmp_path, "rows=[experts, blind]", "workers=7"))
-    with pytest.raises(StaleError, match=r"images: 96000 → 50000\nPut back what changed, or choose another folder"):
+    with pytest.raises(StaleError, match=r"images: 81920 → 50000\nPut back what changed, or choose another folder"):
         compare.settle(config(tmp_path, "images=50000"))
 
 

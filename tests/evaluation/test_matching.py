@@ -61,24 +61,24 @@ def test_every_row_costs_what_the_main_row_does(compare):
     x, t = torch.randn(N, inputs.channels, inputs.side, inputs.side), torch.rand(N)
     text = torch.randn(N, inputs.text_tokens, inputs.text_width)
     forward, routed = counted(lambda: expert(x, t, text)) / N, counted(lambda: router(x, t, text[:, 0])) / N
-    total = 3 * (96_000 * forward + 19_200 * routed)
+    total = 3 * (81_920 * forward + 16_000 * routed)
     found = {name: matching.matched(compare_rows.run_config(compare, Run(name, 0, 1e-3)), compare_rows.routing(compare, name)) for name in ROWS}
     assert found["experts"].training_flops == total
-    assert found["experts"].images == 96_000
+    assert found["experts"].images == 81_920
     assert found["monolith"].images == pytest.approx(total / 3 / forward, abs=64)
     for name, one in found.items():
         assert one.training_flops == pytest.approx(total, rel=0.005), name
         assert one.batch == (16 if name == "monolith-steps" else 128)
-        assert one.ema_share == pytest.approx(1600 * 8 / 96_000, rel=0.01), name
+        assert one.ema_share == pytest.approx(1600 * 8 / 81_920, rel=0.01), name
     wide, main_picture = found["monolith-inference"].picture_flops, found["experts"].picture_flops
     assert wide == pytest.approx(main_picture, rel=0.03)
     assert found["monolith"].picture_flops < 0.5 * main_picture
-    assert found["experts-4"].steps == found["experts"].steps == 750
+    assert found["experts-4"].steps == found["experts"].steps == 640
 
 
 def test_images_are_shared_as_rows_are(compare):
     run = compare_rows.run_config(compare, Run("experts-4", 0, 1e-3), sizes=(400, 300, 200, 100))
-    assert [spec.train.images for spec in run.experts] == [38_400, 28_800, 19_200, 9600]
+    assert [spec.train.images for spec in run.experts] == [32_768, 24_576, 16_384, 8192]
     assert [spec.train.batch_size for spec in run.experts] == [32] * 4
     mixed = compare_rows.run_config(compare, Run("mixed", 0, 1e-3))
     assert [spec.objective for spec in mixed.experts] == ["ddpm"] * 2 + ["flow"] * 6
@@ -107,7 +107,7 @@ def test_presets_can_be_written_and_read(preset, tmp_path):
         ("seeds=[1, 1]", "seeds: [1, 1] names something twice"),
         ("base.experts=[{}, {objective: ddpm}]", "at least two experts, all alike"),
         ("base.expert.train.batch_size=1", "experts-16 has 16 experts, which must divide the batch of all experts together, 8"),
-        ("routing_captions=1000", "routing_captions 1000 is above held_out_captions 384"),
+        ("routing_captions=1000", "routing_captions 1000 is above held_out_captions 320"),
         ("base={preset: dmo}", "base.preset: 'dmo' does not exist. Did you mean 'demo'?"),
     ],
 )
