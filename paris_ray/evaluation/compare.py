@@ -28,7 +28,7 @@ FREE = ("rows", "routings", "workers", "folder")
 
 SAY_SECONDS = 15.0
 
-FLOPS_PER_SECOND = {"train": 2.5e10, "draw": 1.2e10, "losses": 1.0e10, "reference": 2e10}
+FLOPS_PER_SECOND = {"train": 3e10, "draw": 1.5e10, "losses": 1e10, "reference": 2e10}
 """Of one process on one CPU core, until something has been measured."""
 
 

@@ -139,7 +139,7 @@ def _overlaid(base: dict[str, Any], overlay: dict[str, Any]) -> dict[str, Any]:
 def compare_tiny() -> dict[str, Any]:
     """Four rows on scenes of 32 pixels, three paired seeds, in an hour and a half on two CPU cores."""
     base = demo()
-    train = {**base["expert"]["train"], "passes": 100.0, "min_images": 1, "warmup_images": 800, "ema_half_life_images": 1600, "sample_images": None}
+    train = {**base["expert"]["train"], "passes": 100.0, "min_images": 1, "warmup_images": 800, "ema_half_life_images": 1600, "keep_checkpoints": 1}
     return {
         "folder": "runs/compare_tiny",
         "base": {
@@ -154,7 +154,7 @@ def compare_tiny() -> dict[str, Any]:
                 "text": {"kind": "minilm", "max_length": 40},
                 "rows_per_part": 500,
             },
-            "partition": {"fine": 64, "max_share": 1.2},
+            "partition": {"fine": 64, "max_share": 1.3},
             "expert": {**base["expert"], "train": train},
             "router": {**base["router"], "train": {**train, "images": 16_000, "learning_rate": 2e-3, "timesteps": "uniform"}},
             "sampling": {"steps": 25, "guidance_scale": 2.0},

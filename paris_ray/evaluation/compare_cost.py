@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import os
 from collections import defaultdict
 
 from paris_ray.data.report.cost import DEVICES, time_text
 from paris_ray.evaluation import compare_rows, matching
+from paris_ray.evaluation.compare import Line
 from paris_ray.evaluation.compare_config import CompareConfig
 from paris_ray.evaluation.compare_plan import Plan
 from paris_ray.evaluation.compare_rows import ROWS, Run
+from paris_ray.progress import clock
 from paris_ray.training.budget import MFU, gpu_hours
 
 COLUMNS = ("row", "experts × width × depth", "images", "training PFLOP", "of it router", "batch", "steps", "average's half-life", "GFLOP a picture")
@@ -69,6 +72,10 @@ def text(compare: CompareConfig) -> str:
     if price is not None:
         costs = ", ".join(f"{price * gpu_hours(total, peak):,.0f} on {device}" for device, peak in DEVICES.items())
         lines.append(f"At base.expert.resources.price_per_hour {price:g}: {costs}.")
+    if not compare.base.expert.resources.gpus:
+        workers = compare.workers or len(os.sched_getaffinity(0))
+        left = Line(plan, workers).seconds(plan.units())[1]
+        lines.append(f"Left to do with {workers} processes on this machine's cores: about {clock(left / workers)}.")
     tries, seeds = len(compare.learning_rates), len(compare.seeds)
     faults = sum(ROWS[name].fault is not None for name in compare.rows)
     rows = f"{len(compare.rows) - faults} rows × ({tries} learning rates + {seeds - 1} more seeds)"
