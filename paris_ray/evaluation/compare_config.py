@@ -130,7 +130,8 @@ def dump(config: CompareConfig) -> str:
 
 def _overlaid(base: dict[str, Any], overlay: dict[str, Any]) -> dict[str, Any]:
     merged: dict[str, Any] = configs.merge({**base, "base": None}, {**overlay, "base": None})
-    return {**merged, "base": configs.overlay(base.get("base", {}), overlay.get("base") or {})}
+    mine = overlay.get("base") or {}
+    return {**merged, "base": mine if "preset" in mine else configs.overlay(base.get("base", {}), mine)}
 
 
 # -- presets ------------------------------------------------------------------------------------------------------------

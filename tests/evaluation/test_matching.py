@@ -97,6 +97,13 @@ def test_presets_can_be_written_and_read(preset, tmp_path):
     assert compare_config.load(str(tmp_path / "config.yaml")) == config
 
 
+def test_a_base_can_be_another_preset():
+    changed = compare_config.load("compare_tiny", ["base={preset: paris_b2, router: {train: {images: 100, passes: 1}}}", "learning_rates=[0.001]"])
+    assert changed.base.expert.model.size == "B/2"
+    assert changed.base.data.source.kind == "folder"
+    assert changed.images == 81_920
+
+
 @pytest.mark.parametrize(
     ("setting", "said"),
     [
