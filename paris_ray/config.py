@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import argparse
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Annotated, Any, Literal, TypeVar
 
 import pydantic
@@ -104,8 +104,8 @@ class RunConfig(Strict):
     partition: PartitionConfig = PartitionConfig()
     # Defaults of the experts below.
     expert: ExpertConfig
-    # One spec per expert; each says only where it differs from `expert`. A number makes that many alike.
-    experts: Annotated[tuple[ExpertConfig, ...], Field(min_length=2)]
+    # One spec per expert; each says only where it differs from `expert`. A number makes that many alike. One alone is a monolith.
+    experts: Annotated[tuple[ExpertConfig, ...], Field(min_length=1)]
     router: RouterConfig
     sampling: SamplingConfig = SamplingConfig()
     serve: ServeConfig = ServeConfig()
@@ -142,7 +142,12 @@ class RunConfig(Strict):
     def _consistent(self) -> RunConfig:
         if self.partition.fine < self.num_clusters:
             raise ValueError(f"partition.fine is {self.partition.fine}, below the {self.num_clusters} experts that have clusters; raise it")
-        if self.num_clusters < 2:
+        if self.num_experts == 1 and self.partition.method != "random":
+            raise ValueError(
+                f"experts: there must be at least 2, and there are 1; raise it, or set partition.method=random (now {self.partition.method}): one "
+                "expert, the whole corpus"
+            )
+        if self.num_clusters < min(2, self.num_experts):
             raise ValueError(f"partition.added is {self.partition.added} of {self.num_experts} experts; at least two have clusters: lower it")
         codec = self.data.codec
         if self.serve.min_experts > self.num_experts:
@@ -269,14 +274,34 @@ def load(source: str, sets: Iterable[str] = ()) -> RunConfig:
     Raises:
         ConfigError: with the key, the value, the rule and the remedy.
     """
-    if source in PRESETS:
-        tree = PRESETS[source]()
+    return build(tree(source, sets, PRESETS, overlay))
+
+
+def tree(
+    source: str,
+    sets: Iterable[str],
+    presets: Mapping[str, Callable[[], dict[str, Any]]],
+    overlaid: Callable[[dict[str, Any], dict[str, Any]], dict[str, Any]],
+) -> dict[str, Any]:
+    """What :func:`load` validates, of any schema that has presets.
+
+    Args:
+        source: a preset's name, or a path or URI of a YAML file, which may say ``preset``.
+        sets: settings ``a.b=c``.
+        presets: by name.
+        overlaid: (base, overlay) → both as one.
+
+    Raises:
+        ConfigError: nothing is there, or it cannot be read.
+    """
+    if source in presets:
+        found = presets[source]()
     else:
-        tree = _read_yaml(source)
-        if (preset := tree.pop("preset", None)) is not None:
-            if preset not in PRESETS:
-                raise ConfigError(f"{source}: preset {preset!r} does not exist.{nearest(str(preset), PRESETS)} Known: {', '.join(PRESETS)}")
-            tree = _overlay(PRESETS[preset](), tree)
+        found = _read_yaml(source, presets)
+        if (preset := found.pop("preset", None)) is not None:
+            if preset not in presets:
+                raise ConfigError(f"{source}: preset {preset!r} does not exist.{nearest(str(preset), presets)} Known: {', '.join(presets)}")
+            found = overlaid(presets[preset](), found)
     for text in sets:
         key, equals, value = text.partition("=")
         if not equals:
@@ -287,8 +312,8 @@ def load(source: str, sets: Iterable[str] = ()) -> RunConfig:
             raise ConfigError(f"--set {text!r}: the value is not valid YAML ({str(error).splitlines()[0]}); quote it as YAML does") from None
         for part in reversed(key.strip().split(".")):
             leaf = {part: leaf}
-        tree = _overlay(tree, leaf)
-    return build(tree)
+        found = overlaid(found, leaf)
+    return found
 
 
 def build(tree: dict[str, Any]) -> RunConfig:
@@ -329,7 +354,7 @@ def _difference(default: dict[str, Any], spec: dict[str, Any]) -> dict[str, Any]
     }
 
 
-def _overlay(base: dict[str, Any], overlay: dict[str, Any]) -> dict[str, Any]:
+def overlay(base: dict[str, Any], overlay: dict[str, Any]) -> dict[str, Any]:
     """Overlay a whole run: a changed default shape (size or numbers) follows the same rule as an expert's spec."""
     for section in ("expert", "router"):
         if isinstance(overlay.get(section), dict):
@@ -347,15 +372,15 @@ def _overlay(base: dict[str, Any], overlay: dict[str, Any]) -> dict[str, Any]:
     return merged
 
 
-def _read_yaml(source: str) -> dict[str, Any]:
+def _read_yaml(source: str, presets: Iterable[str] = PRESETS) -> dict[str, Any]:
     from paris_ray.storage import Folder
 
     parent, name = os.path.split(source)
     try:
         text = Folder(parent or ".").read_bytes(name)
     except (FileNotFoundError, IsADirectoryError, OSError) as error:
-        hint = nearest(source, PRESETS) if not parent else ""
-        raise ConfigError(f"config: {source!r} is neither a preset ({', '.join(PRESETS)}) nor a readable file.{hint}") from error
+        hint = nearest(source, presets) if not parent else ""
+        raise ConfigError(f"config: {source!r} is neither a preset ({', '.join(presets)}) nor a readable file.{hint}") from error
     try:
         tree = yaml.safe_load(text)
     except yaml.YAMLError as error:

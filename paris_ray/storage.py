@@ -356,6 +356,40 @@ def cache_folder() -> str:
     return path
 
 
+def link_all(source: Folder, target: Folder, last: str) -> None:
+    """Have all files of a folder in another one as well: the same bytes on a local disk, else copies. Files there already are left as they are.
+
+    Nothing here changes a file in place, so neither folder notices what is later written in the other.
+
+    Args:
+        source: from where; locks (``_lock.json``) stay.
+        target: to where.
+        last: the file that says that the folder is whole; it comes after all others.
+    """
+    names = [entry.name for entry in source.files(recursive=True) if posixpath.basename(entry.name) != "_lock.json"]
+    for name in sorted(names, key=lambda name: name == last):
+        if not target.exists(name):
+            link_file(source, name, target)
+
+
+def link_file(source: Folder, name: str, target: Folder) -> None:
+    """Have a file of one folder in another one as well, in place of one of that name: the same bytes on a local disk, else a copy."""
+    if not (source.is_local and target.is_local):
+        copy_file(source, name, target)
+        return
+    here, there = source._at(name), target._at(name)
+    os.makedirs(posixpath.dirname(there), exist_ok=True)
+    if os.path.exists(there) and os.path.samefile(here, there):
+        return
+    partial = posixpath.join(posixpath.dirname(there), f".tmp-{uuid.uuid4().hex}")
+    try:
+        os.link(here, partial)
+    except OSError:  # another disk, or one without links
+        copy_file(source, name, target)
+    else:
+        os.replace(partial, there)
+
+
 def copy_file(source: Folder, name: str, target: Folder, new_name: str | None = None) -> None:
     """Copy one file between two folders, atomically at the target."""
     with source.open(name) as reader, target.writer(new_name or name) as sink:

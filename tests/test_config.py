@@ -62,6 +62,10 @@ def test_one_expert_can_differ_in_anything() -> None:
     assert one.experts[4] == one.experts[0] == one.expert
 
 
+def test_one_expert_alone_learns_the_whole_corpus() -> None:
+    assert config.load("demo", ["experts=1", "partition.method=random"]).num_experts == 1
+
+
 def test_naming_another_source_drops_the_old_ones_keys() -> None:
     one = config.load("demo", ["data.source={kind: folder, uri: /pictures}", "data.codec={kind: vae}"])
     assert one.data.source.kind == "folder"

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from paris_ray.storage import Entry, Folder, cache_folder, copy_file
+from paris_ray.storage import Entry, Folder, cache_folder, copy_file, link_all, link_file
 
 
 def test_a_file_appears_only_when_its_writer_ends_well(tmp_path: Path) -> None:
@@ -153,3 +153,22 @@ def test_the_cache_is_this_users_alone(tmp_path: Path, monkeypatch: pytest.Monke
     path.chmod(0o777)
     with pytest.raises(PermissionError, match="only this user"):
         cache_folder()
+
+
+def test_linked_folders_share_bytes_and_no_later_change(tmp_path: Path) -> None:
+    source, target = Folder(tmp_path / "a"), Folder(tmp_path / "b")
+    for name, content in {"x/y": b"1", "done.json": b"{}", "_lock.json": b"me"}.items():
+        source.write_bytes(name, content)
+    link_all(source, target, "done.json")
+    assert {entry.name for entry in target.files(recursive=True)} == {"x/y", "done.json"}
+    assert (tmp_path / "a/x/y").samefile(tmp_path / "b/x/y")
+    link_all(source, target, "done.json")
+    source.write_bytes("x/y", b"2")
+    assert target.read_bytes("x/y") == b"1"
+    link_file(source, "x/y", target)
+    link_file(source, "x/y", target)
+    assert target.read_bytes("x/y") == b"2"
+    assert [path.name for path in tmp_path.rglob(".tmp-*")] == []
+    memory = Folder("memory://paris-ray-link")
+    link_all(source, memory, "done.json")
+    assert memory.read_bytes("x/y") == b"2"

@@ -165,6 +165,10 @@ class SceneScores:
     all: NDArray[np.float64]
 
 
+SCORES = tuple(field.name for field in fields(SceneScores))
+"""Names of the scores, in order."""
+
+
 def score(asked: Sequence[Scene], seen: Sequence[Reading]) -> SceneScores:
     """Compare what captions say with what is seen, picture by picture.
 
@@ -181,7 +185,7 @@ def chance(asked: Sequence[Scene], seen: Sequence[Reading]) -> dict[str, float]:
     one, other = _encode(asked, seen)
     columns = [column[None] for column in other]
     total = np.sum([_compare([column[i : i + 1, None] for column in one], columns).sum((1, 2)) for i in range(len(asked))], 0)
-    return dict(zip((field.name for field in fields(SceneScores)), (total / len(asked) / len(seen)).tolist(), strict=True))
+    return dict(zip(SCORES, (total / len(asked) / len(seen)).tolist(), strict=True))
 
 
 def _encode(asked: Sequence[Scene], seen: Sequence[Reading]) -> tuple[list[NDArray[np.int64]], list[NDArray[np.int64]]]:

@@ -139,6 +139,64 @@ def line_chart(
     return drawn + (legend((s.name, s.colour) for s, _ in cleaned) if len(cleaned) > 1 else "")
 
 
+@dataclass(frozen=True)
+class Point:
+    """One point of a chart with its interval; ``colour`` is a CSS colour."""
+
+    name: str
+    x: float
+    y: float
+    low: float
+    high: float
+    colour: str
+
+
+def scatter_chart(points: Sequence[Point], x_label: str, y_label: str, title: str) -> str:
+    """Named points with whiskers, x > 0 on a logarithmic scale."""
+    if not points:
+        return NOTHING
+    xs = [math.log10(point.x) for point in points]
+    low_x, high_x = min(xs) - 0.05, max(xs) + 0.05
+    y_ticks = ticks(min(point.low for point in points), max(point.high for point in points))
+    top, inner = 20, 240
+    px = lambda x: 84 * (math.log10(x) - low_x) / (high_x - low_x) + 2  # noqa: E731, room for names at the right
+    py = lambda y: top + (y_ticks[-1] - y) / (y_ticks[-1] - y_ticks[0]) * inner  # noqa: E731
+    parts = [text("-44", 10, y_label)]
+    for value in y_ticks:
+        parts.append(f'<line x1="0" x2="100%" y1="{py(value):.1f}" y2="{py(value):.1f}" class="grid"/>')
+        parts.append(text("-6", f"{py(value) + 4:.1f}", number(value), "end"))
+    parts += [text(f"{px(value):.1f}%", top + inner + 17, number(value), "middle") for value in _log_ticks(low_x, high_x)]
+    parts.append(text("100%", top + inner + 33, x_label, "end"))
+    for point in points:
+        x, y = f"{px(point.x):.2f}%", f"{py(point.y):.1f}"
+        whisker = f'y1="{py(point.low):.1f}" y2="{py(point.high):.1f}"'
+        parts.append(f'<line x1="{x}" x2="{x}" {whisker} style="stroke:{point.colour};stroke-width:2;opacity:.6"/>')
+        said = f"{point.name}: {number(point.y)} ({number(point.low)} … {number(point.high)}) at {number(point.x)}"
+        parts.append(f'<circle cx="{x}" cy="{y}" r="5" style="fill:{point.colour}"><title>{escape(said)}</title></circle>')
+        parts.append(f'<svg x="{x}" y="{float(y) - 14:.1f}" overflow="visible">{text("8", 18, point.name)}</svg>')
+    return svg(top + inner + 38, "".join(parts), title, "lines")
+
+
+def matrix_table(values: NDArray[np.floating], row: str, column: str, title: str) -> str:
+    """Numbers as a table, shaded within each column from its least (darkest) to its greatest; the least is bold."""
+    n, m = values.shape
+    head = "".join(f"<th class=n>{escape(column)} {c}</th>" for c in range(m))
+    body = []
+    for r in range(n):
+        cells = []
+        for c in range(m):
+            own = values[:, c]
+            if not np.isfinite(own).all():
+                cells.append("<td class=n>–</td>")
+                continue
+            share = 1 - (values[r, c] - own.min()) / ((own.max() - own.min()) or 1.0)
+            shown = f"<b>{values[r, c]:.4f}</b>" if r == own.argmin() else f"{values[r, c]:.4f}"
+            cells.append(f'<td class=n style="background:color-mix(in srgb,var(--e0) {45 * share:.0f}%,transparent)">{shown}</td>')
+        body.append(f"<tr><td>{escape(row)} {r}</td>{''.join(cells)}</tr>")
+    table = f'<table class="wide" aria-label="{escape(title)}"><thead><tr><th></th>{head}</tr></thead><tbody>{"".join(body)}</tbody></table>'
+    return f'<div class="scroll">{table}</div>'
+
+
 def _log_ticks(low: float, high: float) -> list[float]:
     """At most five values 1, 2 or 5 times a power of ten, between two powers of ten."""
     decades = [10.0**p for p in range(math.floor(low), math.ceil(high) + 1)]

@@ -56,11 +56,17 @@ def expert_flops(model: ModelConfig, inputs: Inputs) -> int:
     Norms, activations and softmax are left out, as is usual.
     """
     tokens = (inputs.side // model.patch_size) ** 2
-    d, s = model.hidden_size, inputs.text_tokens
+    d = model.hidden_size
     block = _self_attention(tokens, d) + _mlp(tokens, model)
-    block += 2 * tokens * d * d + s * d * 2 * d + 2 * tokens * s * d  # cross-attention: queries and output, keys and values, attention itself
-    once = s * inputs.text_width * d + _time(d) + 6 * d * d  # text_proj, time_embed, t_block
-    return 2 * (2 * _patches(tokens, model, inputs) + once + model.num_layers * block)
+    block += 2 * tokens * d * d + 2 * tokens * inputs.text_tokens * d  # cross-attention: queries and output, attention itself
+    once = _time(d) + 6 * d * d  # time_embed, t_block
+    return 2 * (2 * _patches(tokens, model, inputs) + once + model.num_layers * block) + text_flops(model, inputs)
+
+
+def text_flops(model: ModelConfig, inputs: Inputs) -> int:
+    """What of :func:`expert_flops` depends on the caption alone, and is done once a picture where its result is kept: ``text_proj``, keys, values."""
+    d, s = model.hidden_size, inputs.text_tokens
+    return 2 * (s * inputs.text_width * d + model.num_layers * s * d * 2 * d)
 
 
 def router_flops(model: ModelConfig, inputs: Inputs, num_experts: int) -> int:

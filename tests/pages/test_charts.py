@@ -116,3 +116,18 @@ def test_eight_colours_differ_to_every_kind_of_eye(ground):
     for matrix in [np.eye(3), *map(np.array, MACHADO.values())]:
         seen = [lab(np.clip(matrix @ one, 0, 1)) for one in linear]
         assert min(np.linalg.norm(a - b) for a, b in itertools.combinations(seen, 2)) > 20
+
+
+def test_points_lie_where_their_numbers_say():
+    points = [charts.Point(name, x, y, y - 0.1, y + 0.1, "red") for name, x, y in (("a", 1, 0.2), ("b", 10, 0.4), ("c", 100, 0.8))]
+    drawn = charts.scatter_chart(points, "x", "y", "t")
+    found = [(float(x), float(y)) for x, y in re.findall(r'<circle cx="([\d.]+)%" cy="([\d.]+)"', drawn)]
+    assert found[1][0] - found[0][0] == pytest.approx(found[2][0] - found[1][0], abs=0.02)  # decades are evenly apart
+    assert (found[0][1] - found[2][1]) / (found[0][1] - found[1][1]) == pytest.approx(3, abs=0.02)
+    assert charts.scatter_chart([], "x", "y", "t") == charts.NOTHING
+
+
+def test_a_matrix_marks_the_least_of_each_column():
+    drawn = charts.matrix_table(np.array([[1.0, 3.0, np.nan], [2.0, 0.5, np.nan]]), "expert", "cluster", "t")
+    assert re.findall(r"<b>([\d.]+)</b>", drawn) == ["1.0000", "0.5000"]
+    assert drawn.count("–") == 2

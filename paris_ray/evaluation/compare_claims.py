@@ -1,0 +1,79 @@
+"""What papers say of experts and monoliths, and when a measurement says the same. No torch.
+
+Published numbers are FID, lower is better. A claim is a difference between two ways to make pictures; what decides is the interval of that difference
+here, the same captions and seeds on both sides: above zero the claim is reproduced, below zero it is not, and across zero nobody can tell.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from paris_ray.evaluation.compare_rows import MAIN
+from paris_ray.evaluation.intervals import Interval
+
+REPRODUCED, NOT, UNTOLD = "reproduced", "not reproduced", "cannot be told here"
+
+
+@dataclass(frozen=True)
+class Claim:
+    """One side is better than the other.
+
+    Attributes:
+        source: who says so.
+        text: in words.
+        published: their numbers.
+        better: a row, or ``experts/ROUTING``.
+        worse: the other one.
+    """
+
+    source: str
+    text: str
+    published: str
+    better: str
+    worse: str
+
+
+PARIS, DDM, HETEROGENEOUS = "Paris (2510.03434)", "DDM (2501.05450)", "Heterogeneous DDM (2603.06741)"
+
+TOP2, TOP1, FULL, ORACLE = (f"{MAIN}/{routing}" for routing in ("top-2", "top-1", "full", "oracle"))
+
+CLAIMS = (
+    Claim(PARIS, "top-2 is better than a monolith", "22.60 against 29.64", TOP2, "monolith"),
+    Claim(PARIS, "top-1 is no better than a monolith", "30.60 against 29.64", "monolith", TOP1),
+    Claim(PARIS, "asking all experts is worse than a monolith", "47.89 against 29.64", "monolith", FULL),
+    Claim(PARIS, "top-2 is better than top-1", "22.60 against 30.60", TOP2, TOP1),
+    Claim(PARIS, "top-2 is better than all experts", "22.60 against 47.89", TOP2, FULL),
+    Claim(DDM, "top-1 is better than a monolith", "9.84 against 12.81", TOP1, "monolith"),
+    Claim(DDM, "asking all experts is better than a monolith", "10.52 against 12.81", FULL, "monolith"),
+    Claim(DDM, "top-1 is better than top-2", "9.84 against 10.31", TOP1, TOP2),
+    Claim(DDM, "top-1 is better than the oracle", "9.84 against 10.46", TOP1, ORACLE),
+    Claim(DDM, "semantic clusters are better than random parts", "far better", TOP2, "random"),
+    Claim(DDM, "8 experts are better than 4", "in a figure", TOP2, "experts-4"),
+    Claim(DDM, "8 experts are better than 16", "in a figure", TOP2, "experts-16"),
+    Claim(DDM, "distilled to one student, it is no worse than a monolith", "7.76 against 7.82", "distilled", "monolith"),
+    Claim(HETEROGENEOUS, "2 DDPM experts among 8 are better than none", "11.88 against 12.45", "mixed", TOP2),
+    Claim(HETEROGENEOUS, "mixed objectives are worse than flow alone", "32.67 against 20.23 (another table)", TOP2, "mixed"),
+)
+"""In words as here, so that "better" is always the first side; of the claims that say "worse" or "no better" the sides are exchanged."""
+
+QUESTIONS = (
+    Claim("critics", "better than a monolith of equal training and inference FLOPs (wider)?", "–", TOP2, "monolith-inference"),
+    Claim("critics", "better than the monolith with as many FLOPs a picture (more steps)?", "–", TOP2, "monolith/more-steps"),
+    Claim("critics", "better than a monolith with an expert's batch, so of more steps?", "–", TOP2, "monolith-steps"),
+    Claim("ours", "does it help the router to read the caption?", "–", TOP2, "blind"),
+    Claim("ours", "is top-2 better than one expert by the caption?", "–", TOP2, f"{MAIN}/caption"),
+    Claim("ours", "do experts with initial weights of their own mix as well as those that share them?", "–", TOP2, "shared-init"),
+    Claim("ours", "8 experts against 2", "–", TOP2, "experts-2"),
+)
+
+
+def verdict(interval: Interval | None) -> str:
+    """Of a claim, by the 95 % interval of (better − worse) in a quality that is higher for the better; ``None``: not measured."""
+    if interval is None or interval.low <= 0 <= interval.high:
+        return UNTOLD
+    return REPRODUCED if interval.low > 0 else NOT
+
+
+def answer(interval: Interval | None) -> str:
+    """Of a question."""
+    return {REPRODUCED: "yes", NOT: "no", UNTOLD: UNTOLD}[verdict(interval)]

@@ -1,0 +1,331 @@
+"""What a comparison's processes do, unit by unit: train a stage, assemble and measure losses, draw and judge pictures. Imports torch, not Ray.
+
+Every unit is a folder with a manifest: done, it is skipped; cut off, it is made anew, or, of a training, goes on from its last checkpoint.
+"""
+
+from __future__ import annotations
+
+import functools
+import time
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+
+from paris_ray import stages
+from paris_ray.config import RunConfig, ScenesSource
+from paris_ray.data.scenes import Scene, Scenes
+from paris_ray.evaluation import compare_rows, losses
+from paris_ray.evaluation.alignment import cluster_ranks, look
+from paris_ray.evaluation.arrays import save
+from paris_ray.evaluation.compare_captions import Caption, choose
+from paris_ray.evaluation.compare_config import CompareConfig, InceptionJudge
+from paris_ray.evaluation.compare_plan import FAILED
+from paris_ray.evaluation.compare_rows import MAIN, ROWS, Run
+from paris_ray.evaluation.protocol import read_latents
+from paris_ray.evaluation.scene_scorer import SCORES, SceneScorer, score
+from paris_ray.inference.engine import Engine
+from paris_ray.inference.experts import LocalExperts
+from paris_ray.inference.request import ImageRequest
+from paris_ray.inference.weights import ParisModel, load_model
+from paris_ray.layout import EXPERT_FILE
+from paris_ray.manifest import MANIFEST, Stage, require
+from paris_ray.storage import Folder, link_all, link_file
+from paris_ray.training import checkpoint, worker
+from paris_ray.training.loop import NonFiniteError, Place
+
+SWAPPED = {0: 1, 1: 0}
+"""Who answers for whom under the planted fault ``swapped``."""
+
+SHOWN = 16
+"""Originals that are kept to be looked at."""
+
+_AT_ONCE = 256
+"""Rows whose captions are kept encoded."""
+
+
+def device() -> torch.device:
+    """Where this process computes."""
+    return torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
+
+
+# -- training -----------------------------------------------------------------------------------------------------------
+
+
+def partition_folder(compare: CompareConfig, name: str) -> Folder:
+    """The run in which a row's corpus is cut."""
+    return Folder(compare_rows.partition_config(compare, name).run_dir)
+
+
+@functools.lru_cache(maxsize=64)
+def sizes_of(partition: Folder) -> tuple[int, ...]:
+    """Training rows of each expert."""
+    return tuple(require(partition / "clusters", "partition")["counts"]["sizes"])
+
+
+def run_config(compare: CompareConfig, run: Run) -> RunConfig:
+    """The config of a training, once its corpus is cut."""
+    return compare_rows.run_config(compare, run, sizes_of(partition_folder(compare, run.row)))
+
+
+def prepare(compare: CompareConfig, run: Run, config: RunConfig) -> None:
+    """Have encoders, clusters and shards in the run's folder: the very files of the partition, which all seeds share."""
+    _link_parents(partition_folder(compare, run.row), Folder(config.run_dir), config.num_experts)
+    if ROWS[run.row].shared_init:
+        _initial_weights(compare, run, config)
+
+
+def _link_parents(source: Folder, target: Folder, experts: int) -> None:
+    for name in ("encoders", *(f"shards/expert={k}" for k in range(experts)), "clusters"):
+        link_all(source / name, target / name, MANIFEST)
+
+
+def _initial_weights(compare: CompareConfig, run: Run, config: RunConfig) -> None:
+    """What expert 0 would have started from, for all."""
+    from paris_ray.training.checkpoint import tensor_bytes
+    from paris_ray.training.expert_task import ExpertTask
+
+    folder = Folder(str(config.experts[0].init_from))
+    if not folder.exists(EXPERT_FILE):
+        own = config.experts[0].model_copy(update={"init_from": None})
+        task = ExpertTask(config.model_copy(update={"experts": (own, *config.experts[1:])}), 0, torch.device("cpu"))
+        folder.write_json("config.json", task.export_config())
+        folder.write_bytes(EXPERT_FILE, tensor_bytes(task.model.state_dict()))
+
+
+def train(compare: CompareConfig, run: Run, stage: str, source: Run | None = None) -> None:
+    """Train a stage of a run, or take it from another run that made it from the same inputs.
+
+    Args:
+        compare: the comparison.
+        run: of which run.
+        stage: ``expert-K`` or ``router``.
+        source: the other run.
+    """
+    config, fault = run_config(compare, run), ROWS[run.row].fault
+    prepare(compare, run, config)
+    if fault == "router" and stage == "router":
+        _train_on_shuffled_labels(compare, config)
+    elif source is not None:
+        _take(compare, source, stage, config, fault)
+    else:
+        _train(config, stage)
+
+
+def _train(config: RunConfig, name: str) -> None:
+    began, stage = time.monotonic(), stages.stage(config, name)
+    if stage.begin().state != "valid":
+        try:
+            counts = worker.run(config, name, Place(device()))
+        except NonFiniteError as error:  # at this rate there is no such run
+            Folder(config.run_dir).write_json(FAILED, {"stage": name, "why": str(error)})
+            return
+        stage.publish(counts, time.monotonic() - began, result="export/")
+
+
+def _take(compare: CompareConfig, source: Run, name: str, config: RunConfig, fault: str | None) -> None:
+    began, k = time.monotonic(), None if name == "router" else int(name.removeprefix("expert-"))
+    theirs = stages.expert_name(SWAPPED.get(k, k)) if fault == "swapped" and k is not None else name
+    if fault == "raw" and k is not None:
+        stage = stages.stage(config, name)
+        if stage.begin().state != "valid":
+            made = stages.folder(run_config(compare, source), name)
+            found = checkpoint.latest(made)
+            assert found is not None
+            stage.folder.write_bytes(f"export/{EXPERT_FILE}", checkpoint.tensor_bytes(found.tensors("model")))
+            stage.folder.write_bytes("export/config.json", made.read_bytes("export/config.json"))
+            stage.publish(require(made, name)["counts"], time.monotonic() - began, result="export/")
+        return
+    link_all(stages.folder(run_config(compare, source), theirs), stages.folder(config, name), MANIFEST)
+
+
+def _train_on_shuffled_labels(compare: CompareConfig, config: RunConfig) -> None:
+    """A router for whom every row has the expert that a hash gives it: it trains on the random partition."""
+    aside = config.model_copy(update={"run_dir": f"{config.run_dir}/shuffled"})
+    _link_parents(partition_folder(compare, "random"), Folder(aside.run_dir), config.num_experts)
+    _train(aside, "router")
+    link_all(stages.folder(aside, "router"), stages.folder(config, "router"), MANIFEST)
+
+
+# -- measuring ----------------------------------------------------------------------------------------------------------
+
+
+def unit(run: Folder, name: str, parts: dict[str, Any], parents: dict[str, str]) -> Stage:
+    """A unit of measurement in its run's folder."""
+    return Stage(name, run / name, parts, parents)
+
+
+def asked_captions(compare: CompareConfig, name: str, split: str, count: int) -> list[Caption]:
+    """The captions of a row of the table; see :func:`paris_ray.evaluation.compare_captions.choose`."""
+    return _chosen(compare.model_dump_json(), compare_rows.partition_name(compare, name), split)[:count]
+
+
+@functools.lru_cache(maxsize=16)
+def _chosen(compare: str, partition: str, split: str) -> list[Caption]:
+    config = CompareConfig.model_validate_json(compare)
+    most = max(config.validation_captions, config.held_out_captions, config.loss_rows)
+    return choose(config, Folder(config.folder) / "partitions" / partition, split, most)
+
+
+@functools.lru_cache(maxsize=1)
+def _model(folder: str, fingerprint: str) -> tuple[ParisModel, LocalExperts]:
+    model = load_model(folder, str(device()))
+    return model, LocalExperts(model, threads=1 if device().type == "cpu" else None)
+
+
+def _opened(config: RunConfig) -> tuple[ParisModel, LocalExperts, str]:
+    """The assembled model of a run, and the fingerprint of its manifest."""
+    folder = stages.folder(config, "assemble")
+    print_ = str(require(folder, "assemble")["fingerprint"])
+    return (*_model(folder.uri, print_), print_)
+
+
+def measure_losses(compare: CompareConfig, run: Run, split: str) -> None:
+    """Assemble the run, and measure the loss of its mixture on rows that training did not see; on the held-out ones also that of each expert.
+
+    Writes ``routed.npy`` (T, N), and of experts on held-out rows what :func:`paris_ray.evaluation.alignment.look` gives, ``clusters.npy`` (N,), and
+    where there are centroids ``ranks.npy`` (N, K).
+    """
+    from paris_ray.inference.assemble import assemble
+
+    config, began = run_config(compare, run), time.monotonic()
+    assemble(config)
+    _share_encoders(Folder(config.run_dir))
+    model, experts, print_ = _opened(config)
+    stage = unit(Folder(config.run_dir), f"losses/{split}", {"rows": compare.loss_rows, "times": list(losses.TIMES)}, {"model": print_})
+    if stage.begin().state == "valid":
+        return
+    rows = asked_captions(compare, run.row, split, compare.loss_rows)
+    source = partition_folder(compare, run.row)
+    latents = read_latents(source / "corpus", [row.id for row in rows])
+    captions, noises = [row.caption for row in rows], [row.noise(compare, run.seed) for row in rows]
+    routing, found = compare_rows.routing(compare, run.row), []
+    for start in range(0, len(rows), _AT_ONCE):
+        own = slice(start, start + _AT_ONCE)
+        found.append(losses.flow_losses(losses.routed_velocity(model, experts, captions[own], routing), latents[own], noises[own]))
+    save(stage.folder, "routed", np.concatenate(found, 1))
+    if split == "held_out" and config.num_experts > 1:
+        clusters = np.array([row.cluster for row in rows])
+        looked = look(model, experts, captions, latents, noises, clusters)
+        for name, array in {"clusters": clusters, **looked}.items():
+            save(stage.folder, name, array)
+        if ROWS[run.row].partition == "kmeans":
+            save(stage.folder, "ranks", cluster_ranks(source, [row.id for row in rows]))
+    stage.publish({"rows": len(rows)}, time.monotonic() - began)
+
+
+def _share_encoders(run: Folder) -> None:
+    """An assembled model has copies of codec and text encoder, the same in all runs: keep one."""
+    for entry in (run / "encoders").files(recursive=True):
+        if (run / "model").size(entry.name) == entry.size and "/" in entry.name:
+            link_file(run / "encoders", entry.name, run / "model")
+
+
+# -- pictures -----------------------------------------------------------------------------------------------------------
+
+
+def drawing_stage(compare: CompareConfig, config: RunConfig, drawing: compare_rows.Drawing, model: str) -> Stage:
+    """Where pictures are."""
+    return unit(Folder(config.run_dir), drawing.folder, {**drawing.as_json(), "judge": judge_name(compare)}, {"model": model})
+
+
+def draw(compare: CompareConfig, run: Run, drawing: compare_rows.Drawing) -> None:
+    """Draw and judge pictures.
+
+    Writes ``pictures.npy`` (N, H, W, 3), ``weights.npy`` (N, S, K), ``features.npy`` (N, D) of the judge, and of scenes ``scores.npy`` (N, 6) in the
+    order of :data:`paris_ray.evaluation.scene_scorer.SCORES`.
+    """
+    config, began = run_config(compare, run), time.monotonic()
+    model, experts, print_ = _opened(config)
+    stage = drawing_stage(compare, config, drawing, print_)
+    if stage.begin().state == "valid":
+        return
+    asked = asked_captions(compare, run.row, drawing.split, drawing.count)
+    engine = Engine(model, experts, max_rows=64 if device().type == "cpu" else 256, max_queue=max(1, len(asked)))
+    requests = [
+        ImageRequest(
+            one.caption,
+            seed=one.noise(compare, run.seed),
+            steps=drawing.steps,
+            guidance_scale=drawing.guidance,
+            routing=f"expert-{one.cluster}" if drawing.routing == "oracle" else drawing.routing,
+        )
+        for one in asked
+    ]
+    futures = [engine.submit(request) for request in requests]
+    engine.run_until_idle()
+    results = [future.result() for future in futures]
+    pictures = np.stack([result.image for result in results])
+    weights = np.array([[step["weights"] for step in result.routing] for result in results], np.float32)
+    save(stage.folder, "pictures", pictures)
+    save(stage.folder, "weights", weights)
+    scorer = _scorer(compare.base.model_dump_json())
+    if drawing.split == "held_out" or scorer is None:
+        save(stage.folder, "features", judge(compare)(pictures).astype(np.float32))
+    if scorer is not None:
+        found = score([Scene.parse(one.caption) for one in asked], scorer.read(pictures))
+        save(stage.folder, "scores", np.stack([getattr(found, name) for name in SCORES], 1))
+    chosen = weights > 0
+    counts = {"pictures": len(pictures), "asked": float(chosen.sum(2).mean()), "visited": float(chosen.any(1).sum(1).mean())}
+    stage.publish(counts, time.monotonic() - began)
+
+
+def draw_reference(compare: CompareConfig) -> None:
+    """Features of the originals of all held-out and all validation rows, as the codec gives them back: what distances are measured to.
+
+    Writes ``held_out.npy`` and ``validation.npy`` (M, D), and ``pictures.npy``, the first of the held-out ones, in the order of the captions.
+    """
+    from paris_ray.data.codec import load_codec
+
+    began, source = time.monotonic(), partition_folder(compare, MAIN)
+    corpus = str(require(source / "corpus", "embed")["fingerprint"])
+    stage = Stage("reference", Folder(compare.folder) / "reference", {"judge": judge_name(compare)}, {"corpus": corpus})
+    if stage.begin().state == "valid":
+        return
+    codec = load_codec((source / "encoders").uri, (source / "encoders").read_json("encoders.json")["codec"], str(device()))
+    for split in ("validation", "held_out"):
+        rows, features = choose(compare, source, split, 2**62), []
+        for start in range(0, len(rows), 512):
+            latents = read_latents(source / "corpus", [row.id for row in rows[start : start + 512]])
+            pictures = np.asarray(codec.decode(torch.from_numpy(latents).to(device())))
+            features.append(judge(compare)(pictures).astype(np.float32))
+            if start == 0 and split == "held_out":
+                save(stage.folder, "pictures", pictures[:SHOWN])
+        save(stage.folder, split, np.concatenate(features))
+    encoder = (source / "encoders").read_json("encoders.json")["embedding"]["fingerprint"]
+    independent = judge(compare).fingerprint != encoder
+    stage.publish({"rows": len(rows), "independent": independent}, time.monotonic() - began)
+
+
+def judge_name(compare: CompareConfig) -> str:
+    """The encoder in whose features distances are measured."""
+    chosen = compare.judge or compare.base.data.embedding
+    return "-".join(str(part) for part in (chosen.kind, getattr(chosen, "model", None), getattr(chosen, "image_size", None)) if part)
+
+
+def judge(compare: CompareConfig) -> Any:
+    """That encoder: pictures (N, H, W, 3) uint8 → features (N, D)."""
+    return _judge(compare.model_dump_json())
+
+
+@functools.lru_cache(maxsize=1)
+def _judge(compare: str) -> Any:
+    config = CompareConfig.model_validate_json(compare)
+    chosen = config.judge or config.base.data.embedding
+    if isinstance(chosen, InceptionJudge):
+        from paris_ray.evaluation.judges import Inception
+
+        return Inception(chosen.weights, str(device()))
+    from paris_ray.data.embedding import build_embedder
+
+    return build_embedder(chosen, str(device()))
+
+
+@functools.lru_cache(maxsize=1)
+def _scorer(base: str) -> SceneScorer | None:
+    data = RunConfig.model_validate_json(base).data
+    return SceneScorer(Scenes(data.source, data.image_size).names) if isinstance(data.source, ScenesSource) else None
+
+
+WORK: dict[str, Callable[..., None]] = {"train": train, "losses": measure_losses, "draw": draw, "reference": draw_reference}
