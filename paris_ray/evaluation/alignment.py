@@ -20,7 +20,7 @@ from paris_ray.diffusion.ensemble import Experts, ensemble_velocity, routing_wei
 from paris_ray.diffusion.path import interpolate
 from paris_ray.diffusion.routing import Routing
 from paris_ray.diffusion.sampler import initial_noise
-from paris_ray.evaluation.losses import TIMES, _conditioning
+from paris_ray.evaluation.losses import TIMES, conditioning
 from paris_ray.evaluation.metrics import unit
 from paris_ray.inference.prompts import Prompts
 from paris_ray.inference.weighing import Weigher
@@ -58,7 +58,7 @@ def look(
         rows = slice(start, min(start + _ROWS, n))
         clean = torch.from_numpy(np.asarray(latents[rows], np.float32))
         noise = torch.stack([initial_noise(seed, 0, tuple(clean.shape[1:])) for seed in noises[rows]])
-        cond, target = _conditioning(model, prompts, captions[rows]), (noise - clean).to(model.device)
+        cond, target = conditioning(model, prompts, captions[rows]), (noise - clean).to(model.device)
         for i, time in enumerate(TIMES):
             t = torch.full((len(clean),), time)
             x, t = interpolate(clean, noise, t).to(model.device), t.to(model.device)

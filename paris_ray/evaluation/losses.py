@@ -69,7 +69,7 @@ def expert_velocity(model: ParisModel, experts: Experts, captions: Sequence[str]
 
     def velocity(x: Tensor, t: Tensor, rows: Sequence[int]) -> Tensor:
         x, t = x.to(model.device), t.to(model.device)
-        return ensemble_velocity(x, t, _conditioning(model, prompts, [captions[row] for row in rows]), experts, weights[list(rows)])
+        return ensemble_velocity(x, t, conditioning(model, prompts, [captions[row] for row in rows]), experts, weights[list(rows)])
 
     return velocity
 
@@ -95,14 +95,15 @@ def routed_velocity(model: ParisModel, experts: Experts, captions: Sequence[str]
 
     def velocity(x: Tensor, t: Tensor, rows: Sequence[int]) -> Tensor:
         x, t = x.to(model.device), t.to(model.device)
-        cond = _conditioning(model, prompts, [captions[row] for row in rows])
+        cond = conditioning(model, prompts, [captions[row] for row in rows])
         logits = weigher.logits(x, t, list(cond.pooled))
         return ensemble_velocity(x, t, cond, experts, routing_weights(logits, strategy, available))
 
     return velocity
 
 
-def _conditioning(model: ParisModel, prompts: Prompts, captions: Sequence[str]) -> Conditioning:
+def conditioning(model: ParisModel, prompts: Prompts, captions: Sequence[str]) -> Conditioning:
+    """Of captions, one a row, without guidance."""
     prompts.prepare(captions)
     texts = [prompts(caption) for caption in captions]
     null, n = prompts(""), len(texts)

@@ -100,7 +100,7 @@ def test_scores_fall_with_blur_and_noise(scorer, rows):
 
 
 def test_a_ground_that_is_darker_than_meant_is_read_as_it_is(scorer, rows):
-    """A codec shifts tones. Twenty of 255 darker all over, half of the pictures are still right in everything; against the nominal ground a quarter."""
+    """A codec shifts tones. Twenty of 255 darker all over, half of the pictures are wholly right; against the nominal ground a quarter."""
     scenes, pictures = rows
     darker = np.clip(pictures.astype(int) - 20, 0, 255).astype(np.uint8)
     assert scene_scorer.score(scenes, scorer.read(darker)).all.mean() > 0.4

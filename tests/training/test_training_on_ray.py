@@ -64,6 +64,7 @@ class Killer(threading.Thread):
         self.left_at = max(self.checkpoints())
 
 
+@pytest.mark.chaos  # test_killed_on_ray.py has a shorter form
 @pytest.mark.usefixtures("ray_local")
 def test_killed_and_alone_are_bit_equal(tmp_path):
     whole = fake.make_run(tmp_path / "whole", **SETTINGS)
