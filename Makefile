@@ -7,7 +7,7 @@ STAMP := $(VENV)/.installed
 
 export RAY_USAGE_STATS_ENABLED := 0
 
-.PHONY: help setup demo serve stop test chaos lint format
+.PHONY: help setup demo serve stop doctor test chaos lint format
 .DEFAULT_GOAL := help
 
 help:
@@ -15,6 +15,7 @@ help:
 	@echo "make demo    eight experts, router, serving and the measured table, on this machine; continues where it was cut off"
 	@echo "make serve   the demo's model behind http://127.0.0.1:8000, in the background"
 	@echo "make stop    ends what make demo or make serve left running"
+	@echo "make doctor  whether this machine is as it should be, and what to do where it is not"
 	@echo "make test    all tests"
 	@echo "make chaos   trainings killed in every way at random moments, and what else takes many minutes to show"
 	@echo "make lint    ruff and mypy"
@@ -44,6 +45,10 @@ serve: $(STAMP)
 # No environment, nothing of ours can be running.
 stop:
 	@test ! -x $(BIN)/python || exec $(BIN)/python -m jobs.serve --stop
+
+# A cluster, or a run: make doctor ARGS="--config runs/mine/config.yaml --address http://head:8265"
+doctor: $(STAMP)
+	@exec $(BIN)/python -m jobs.doctor $(ARGS)
 
 test: $(STAMP)
 	@exec $(BIN)/python -m pytest
