@@ -4,6 +4,7 @@ PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3; do command 
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+MOTO := $(VENV)/moto/.installed
 
 export RAY_USAGE_STATS_ENABLED := 0
 
@@ -33,6 +34,12 @@ $(STAMP): pyproject.toml constraints.txt
 	$(BIN)/uv pip install --quiet --compile-bytecode --python $(BIN)/python -c constraints.txt -e '.[demo,dev]'
 	@touch $@
 
+# The tests' S3 server wants an older dateutil than the pins, so it has an environment of its own.
+$(MOTO): $(STAMP) tests/stores/moto.txt
+	$(BIN)/uv venv --quiet --clear --python $(BIN)/python $(VENV)/moto
+	$(BIN)/uv pip install --quiet --python $(VENV)/moto/bin/python -r tests/stores/moto.txt
+	@touch $@
+
 setup: $(STAMP)
 
 # exec: the demo's parent is then make itself, and it notices when make is killed.
@@ -50,11 +57,11 @@ stop:
 doctor: $(STAMP)
 	@exec $(BIN)/python -m jobs.doctor $(ARGS)
 
-test: $(STAMP)
+test: $(STAMP) $(MOTO)
 	@exec $(BIN)/python -m pytest
 
 # Each test prints the seed of its moments; CHAOS_SEED=N brings them back.
-chaos: $(STAMP)
+chaos: $(STAMP) $(MOTO)
 	@exec $(BIN)/python -m pytest -s -m chaos
 
 lint: $(STAMP)

@@ -12,9 +12,12 @@ import hashlib
 import json
 import os
 import posixpath
+import random
+import re
 import shutil
 import stat
 import tempfile
+import time
 import uuid
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -25,6 +28,10 @@ import pyarrow as pa
 import pyarrow.fs as pafs
 
 _CHUNK = 1 << 22
+_ATTEMPTS = 10
+"""How often a store is asked that is busy, fails, or breaks the connection: with pauses that double up to 20 s, for about a minute and a half."""
+_UPLOADS = 3
+_REFUSED = re.compile("ACCESS_DENIED|NO_SUCH_BUCKET|INVALID_ACCESS_KEY|SIGNATURE_DOES_NOT_MATCH|HTTP status (40[134])")
 _PIECE, _PIECES = 1 << 16, 16  # what Folder.sketch reads of a file
 
 
@@ -44,12 +51,19 @@ def _resolve(uri: str) -> tuple[pafs.FileSystem, str]:
     if "://" not in uri:
         return pafs.LocalFileSystem(), str(Path(uri).expanduser().absolute())
     try:
-        return pafs.FileSystem.from_uri(uri)
+        fs, path = pafs.FileSystem.from_uri(uri)
+        return (_patient(fs) if isinstance(fs, pafs.S3FileSystem) else fs), path
     except (pa.ArrowInvalid, NotImplementedError):
         import fsspec
 
         fs, path = fsspec.core.url_to_fs(uri)
         return pafs.PyFileSystem(pafs.FSSpecHandler(fs)), path
+
+
+def _patient(fs: pafs.S3FileSystem) -> pafs.S3FileSystem:
+    """The same, which asks oftener than three times, and sends a small file in one request, which happens or does not."""
+    options: dict[str, Any] = fs.__reduce__()[1][0]
+    return pafs.S3FileSystem(**{**options, "allow_delayed_open": True, "retry_strategy": pafs.AwsStandardS3RetryStrategy(max_attempts=_ATTEMPTS)})
 
 
 def _local_files(root: str, below: str, recursive: bool, above: tuple[str, ...]) -> Iterator[Entry]:
@@ -328,9 +342,7 @@ class _AtomicWriter:
         if not self.folder.is_local:
             with self.file:
                 if kind is None:
-                    self.file.seek(0)
-                    with self.folder.fs.open_output_stream(self.target) as sink:
-                        shutil.copyfileobj(self.file, sink, _CHUNK)
+                    self._upload()
             return
         if kind is not None:
             self.file.close()
@@ -340,6 +352,21 @@ class _AtomicWriter:
         os.fsync(self.file.fileno())
         self.file.close()
         os.replace(self.partial, self.target)
+
+    def _upload(self) -> None:
+        """Send the whole file; again from its beginning where its end was lost: a store that has it may refuse to be told so a second time."""
+        for attempt in range(1, _UPLOADS + 1):
+            self.file.seek(0)
+            try:
+                with self.folder.fs.open_output_stream(self.target) as sink:
+                    shutil.copyfileobj(self.file, sink, _CHUNK)
+                return
+            except (FileNotFoundError, PermissionError):
+                raise
+            except OSError as error:
+                if attempt == _UPLOADS or _REFUSED.search(str(error)):
+                    raise
+                time.sleep(2.0**attempt * random.random())
 
 
 def cache_folder() -> str:
