@@ -172,3 +172,28 @@ def test_linked_folders_share_bytes_and_no_later_change(tmp_path: Path) -> None:
     memory = Folder("memory://paris-ray-link")
     link_all(source, memory, "done.json")
     assert memory.read_bytes("x/y") == b"2"
+
+
+@pytest.mark.parametrize(("message", "times", "sent"), [("connection reset", 1, 2), ("connection reset", 9, 3), ("AWS Error ACCESS_DENIED", 9, 1)])
+def test_an_upload_whose_end_is_lost_is_sent_again(monkeypatch: pytest.MonkeyPatch, message: str, times: int, sent: int) -> None:
+    """Whole, from its beginning; not for ever, and not when it is refused."""
+    monkeypatch.setattr("time.sleep", lambda seconds: None)
+    folder, real, asked = Folder("memory://paris-ray-upload"), Folder("memory://paris-ray-upload").fs, []
+
+    class Losing:
+        def open_output_stream(self, target: str) -> object:
+            asked.append(target)
+            stream = real.open_output_stream(target)
+            if len(asked) > times:
+                return stream
+            stream.close()
+            raise OSError(message)
+
+    monkeypatch.setattr(folder, "fs", Losing())
+    if sent > times:
+        folder.write_bytes("x", b"whole")
+        assert Folder(folder.uri).read_bytes("x") == b"whole"
+    else:
+        with pytest.raises(OSError, match=message):
+            folder.write_bytes("x", b"whole")
+    assert len(asked) == sent
