@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import hashlib
+import io
 import json
 import os
 import posixpath
@@ -160,7 +161,8 @@ class Folder:
     def open(self, name: str) -> IO[bytes]:
         """A random-access binary file for reading. Raises FileNotFoundError."""
         try:
-            return self.fs.open_input_file(self._at(name))
+            file: Any = self.fs.open_input_file(self._at(name))
+            return file if self.is_local else _PatientReader(file)  # type: ignore[return-value]
         except UnicodeEncodeError:  # a local name that is no Unicode
             return open(self._at(name), "rb")
 
@@ -321,6 +323,50 @@ class Folder:
             self.fs.delete_dir(self.path)
         except FileNotFoundError:
             pass
+
+
+class _PatientReader(io.RawIOBase):
+    """A file of a store, of which a piece is asked for again when its answer was cut short: pyarrow passes that on as an error."""
+
+    def __init__(self, file: Any):
+        self._file, self._at = file, 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self._at
+
+    def size(self) -> int:
+        return int(self._file.size())
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        self._at = offset + (0, self._at, self.size() if whence == os.SEEK_END else 0)[whence]
+        return self._at
+
+    def read(self, size: int | None = -1) -> bytes:
+        for attempt in range(1, _ATTEMPTS + 1):
+            try:
+                self._file.seek(self._at)
+                data = bytes(self._file.read() if size is None or size < 0 else self._file.read(size))
+            except (FileNotFoundError, PermissionError):
+                raise
+            except OSError as error:
+                if attempt == _ATTEMPTS or "response stream" not in str(error):  # what else is worth it has been asked again below
+                    raise
+                time.sleep(0.1 * 2.0**attempt * random.random())
+            else:
+                self._at += len(data)
+                return data
+        raise AssertionError
+
+    def close(self) -> None:
+        if not self.closed:
+            self._file.close()
+        super().close()
 
 
 class _AtomicWriter:

@@ -6,7 +6,10 @@ import hashlib
 import multiprocessing
 import pickle
 from pathlib import Path
+from types import SimpleNamespace
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from paris_ray.storage import Entry, Folder, cache_folder, copy_file, link_all, link_file
@@ -197,3 +200,34 @@ def test_an_upload_whose_end_is_lost_is_sent_again(monkeypatch: pytest.MonkeyPat
         with pytest.raises(OSError, match=message):
             folder.write_bytes("x", b"whole")
     assert len(asked) == sent
+
+
+def test_an_answer_that_is_cut_short_is_asked_for_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the bytes of the place where it was; Parquet reads through it, too."""
+    monkeypatch.setattr("time.sleep", lambda seconds: None)
+    folder = Folder("memory://paris-ray-cut")
+    table = pa.table({"a": list(range(1000))})
+    with folder.writer("t.parquet") as file:
+        pq.write_table(table, file)
+    whole = folder.read_bytes("t.parquet")
+    fails = iter([True, True, False] * 1000)
+
+    class Cut:
+        def __init__(self, file: object):
+            self.file = file
+
+        def __getattr__(self, name: str) -> object:
+            return getattr(self.file, name)
+
+        def read(self, *size: int) -> bytes:
+            data = self.file.read(*size)  # type: ignore[attr-defined]
+            if next(fails):
+                raise OSError("AWS Error INTERNAL_FAILURE during GetObject operation: Failed to flush response stream (eof: 0, bad: 1)")
+            return data
+
+    real = folder.fs
+    monkeypatch.setattr(folder, "fs", SimpleNamespace(open_input_file=lambda path: Cut(real.open_input_file(path))))
+    assert folder.read_bytes("t.parquet") == whole
+    with folder.open("t.parquet") as file:
+        assert (file.seek(-4, 2), file.read(2), file.read()) == (len(whole) - 4, whole[-4:-2], whole[-2:])
+        assert pq.ParquetFile(file).read().equals(table)
