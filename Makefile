@@ -4,10 +4,11 @@ PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3; do command 
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+MOTO := $(VENV)/moto/.installed
 
 export RAY_USAGE_STATS_ENABLED := 0
 
-.PHONY: help setup demo serve stop test chaos lint format
+.PHONY: help setup demo serve stop doctor test chaos lint format
 .DEFAULT_GOAL := help
 
 help:
@@ -15,6 +16,7 @@ help:
 	@echo "make demo    eight experts, router, serving and the measured table, on this machine; continues where it was cut off"
 	@echo "make serve   the demo's model behind http://127.0.0.1:8000, in the background"
 	@echo "make stop    ends what make demo or make serve left running"
+	@echo "make doctor  whether this machine is as it should be, and what to do where it is not"
 	@echo "make test    all tests"
 	@echo "make chaos   trainings killed in every way at random moments, and what else takes many minutes to show"
 	@echo "make lint    ruff and mypy"
@@ -32,6 +34,12 @@ $(STAMP): pyproject.toml constraints.txt
 	$(BIN)/uv pip install --quiet --compile-bytecode --python $(BIN)/python -c constraints.txt -e '.[demo,dev]'
 	@touch $@
 
+# The tests' S3 server wants an older dateutil than the pins, so it has an environment of its own.
+$(MOTO): $(STAMP) tests/stores/moto.txt
+	$(BIN)/uv venv --quiet --clear --python $(BIN)/python $(VENV)/moto
+	$(BIN)/uv pip install --quiet --python $(VENV)/moto/bin/python -r tests/stores/moto.txt
+	@touch $@
+
 setup: $(STAMP)
 
 # exec: the demo's parent is then make itself, and it notices when make is killed.
@@ -45,11 +53,15 @@ serve: $(STAMP)
 stop:
 	@test ! -x $(BIN)/python || exec $(BIN)/python -m jobs.serve --stop
 
-test: $(STAMP)
+# A cluster, or a run: make doctor ARGS="--config runs/mine/config.yaml --address http://head:8265"
+doctor: $(STAMP)
+	@exec $(BIN)/python -m jobs.doctor $(ARGS)
+
+test: $(STAMP) $(MOTO)
 	@exec $(BIN)/python -m pytest
 
 # Each test prints the seed of its moments; CHAOS_SEED=N brings them back.
-chaos: $(STAMP)
+chaos: $(STAMP) $(MOTO)
 	@exec $(BIN)/python -m pytest -s -m chaos
 
 lint: $(STAMP)

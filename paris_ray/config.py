@@ -396,9 +396,11 @@ def _where(error: yaml.YAMLError) -> str:
     return f"line {mark.line + 1}, column {mark.column + 1}: {error.problem}" if mark else " ".join(str(error).split())  # type: ignore[attr-defined]
 
 
-def add_arguments(parser: argparse.ArgumentParser, works: bool = True) -> None:
+def add_arguments(parser: argparse.ArgumentParser, works: bool = True, required: bool = True) -> None:
     """The arguments that every job has; a job that only looks (``works`` off) deletes nothing and runs nothing."""
-    parser.add_argument("--config", required=True, metavar="YAML|PRESET", help="RUN/config.yaml, a YAML overlay, or a preset: " + ", ".join(PRESETS))
+    parser.add_argument(
+        "--config", required=required, metavar="YAML|PRESET", help="RUN/config.yaml, a YAML overlay, or a preset: " + ", ".join(PRESETS)
+    )
     parser.add_argument(
         "--set", action="append", default=[], dest="sets", metavar="KEY=VALUE", help="change one setting, e.g. expert.train.batch_size=32"
     )

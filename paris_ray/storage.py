@@ -9,12 +9,16 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import hashlib
+import io
 import json
 import os
 import posixpath
+import random
+import re
 import shutil
 import stat
 import tempfile
+import time
 import uuid
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -25,6 +29,10 @@ import pyarrow as pa
 import pyarrow.fs as pafs
 
 _CHUNK = 1 << 22
+_ATTEMPTS = 10
+"""How often a store is asked that is busy, fails, or breaks the connection: with pauses that double up to 20 s, for about a minute and a half."""
+_UPLOADS = 3
+_REFUSED = re.compile("ACCESS_DENIED|NO_SUCH_BUCKET|INVALID_ACCESS_KEY|SIGNATURE_DOES_NOT_MATCH|HTTP status (40[134])")
 _PIECE, _PIECES = 1 << 16, 16  # what Folder.sketch reads of a file
 
 
@@ -44,12 +52,19 @@ def _resolve(uri: str) -> tuple[pafs.FileSystem, str]:
     if "://" not in uri:
         return pafs.LocalFileSystem(), str(Path(uri).expanduser().absolute())
     try:
-        return pafs.FileSystem.from_uri(uri)
+        fs, path = pafs.FileSystem.from_uri(uri)
+        return (_patient(fs) if isinstance(fs, pafs.S3FileSystem) else fs), path
     except (pa.ArrowInvalid, NotImplementedError):
         import fsspec
 
         fs, path = fsspec.core.url_to_fs(uri)
         return pafs.PyFileSystem(pafs.FSSpecHandler(fs)), path
+
+
+def _patient(fs: pafs.S3FileSystem) -> pafs.S3FileSystem:
+    """The same, which asks oftener than three times, and sends a small file in one request, which happens or does not."""
+    options: dict[str, Any] = fs.__reduce__()[1][0]
+    return pafs.S3FileSystem(**{**options, "allow_delayed_open": True, "retry_strategy": pafs.AwsStandardS3RetryStrategy(max_attempts=_ATTEMPTS)})
 
 
 def _local_files(root: str, below: str, recursive: bool, above: tuple[str, ...]) -> Iterator[Entry]:
@@ -146,7 +161,8 @@ class Folder:
     def open(self, name: str) -> IO[bytes]:
         """A random-access binary file for reading. Raises FileNotFoundError."""
         try:
-            return self.fs.open_input_file(self._at(name))
+            file: Any = self.fs.open_input_file(self._at(name))
+            return file if self.is_local else _PatientReader(file)  # type: ignore[return-value]
         except UnicodeEncodeError:  # a local name that is no Unicode
             return open(self._at(name), "rb")
 
@@ -309,6 +325,50 @@ class Folder:
             pass
 
 
+class _PatientReader(io.RawIOBase):
+    """A file of a store, of which a piece is asked for again when its answer was cut short: pyarrow passes that on as an error."""
+
+    def __init__(self, file: Any):
+        self._file, self._at = file, 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self._at
+
+    def size(self) -> int:
+        return int(self._file.size())
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        self._at = offset + (0, self._at, self.size() if whence == os.SEEK_END else 0)[whence]
+        return self._at
+
+    def read(self, size: int | None = -1) -> bytes:
+        for attempt in range(1, _ATTEMPTS + 1):
+            try:
+                self._file.seek(self._at)
+                data = bytes(self._file.read() if size is None or size < 0 else self._file.read(size))
+            except (FileNotFoundError, PermissionError):
+                raise
+            except OSError as error:
+                if attempt == _ATTEMPTS or "response stream" not in str(error):  # what else is worth it has been asked again below
+                    raise
+                time.sleep(0.1 * 2.0**attempt * random.random())
+            else:
+                self._at += len(data)
+                return data
+        raise AssertionError
+
+    def close(self) -> None:
+        if not self.closed:
+            self._file.close()
+        super().close()
+
+
 class _AtomicWriter:
     def __init__(self, folder: Folder, name: str):
         self.folder, self.target = folder, folder._at(name)
@@ -328,9 +388,7 @@ class _AtomicWriter:
         if not self.folder.is_local:
             with self.file:
                 if kind is None:
-                    self.file.seek(0)
-                    with self.folder.fs.open_output_stream(self.target) as sink:
-                        shutil.copyfileobj(self.file, sink, _CHUNK)
+                    self._upload()
             return
         if kind is not None:
             self.file.close()
@@ -340,6 +398,21 @@ class _AtomicWriter:
         os.fsync(self.file.fileno())
         self.file.close()
         os.replace(self.partial, self.target)
+
+    def _upload(self) -> None:
+        """Send the whole file; again from its beginning where its end was lost: a store that has it may refuse to be told so a second time."""
+        for attempt in range(1, _UPLOADS + 1):
+            self.file.seek(0)
+            try:
+                with self.folder.fs.open_output_stream(self.target) as sink:
+                    shutil.copyfileobj(self.file, sink, _CHUNK)
+                return
+            except (FileNotFoundError, PermissionError):
+                raise
+            except OSError as error:
+                if attempt == _UPLOADS or _REFUSED.search(str(error)):
+                    raise
+                time.sleep(2.0**attempt * random.random())
 
 
 def cache_folder() -> str:

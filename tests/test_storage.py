@@ -6,7 +6,10 @@ import hashlib
 import multiprocessing
 import pickle
 from pathlib import Path
+from types import SimpleNamespace
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from paris_ray.storage import Entry, Folder, cache_folder, copy_file, link_all, link_file
@@ -172,3 +175,59 @@ def test_linked_folders_share_bytes_and_no_later_change(tmp_path: Path) -> None:
     memory = Folder("memory://paris-ray-link")
     link_all(source, memory, "done.json")
     assert memory.read_bytes("x/y") == b"2"
+
+
+@pytest.mark.parametrize(("message", "times", "sent"), [("connection reset", 1, 2), ("connection reset", 9, 3), ("AWS Error ACCESS_DENIED", 9, 1)])
+def test_an_upload_whose_end_is_lost_is_sent_again(monkeypatch: pytest.MonkeyPatch, message: str, times: int, sent: int) -> None:
+    """Whole, from its beginning; not for ever, and not when it is refused."""
+    monkeypatch.setattr("time.sleep", lambda seconds: None)
+    folder, real, asked = Folder("memory://paris-ray-upload"), Folder("memory://paris-ray-upload").fs, []
+
+    class Losing:
+        def open_output_stream(self, target: str) -> object:
+            asked.append(target)
+            stream = real.open_output_stream(target)
+            if len(asked) > times:
+                return stream
+            stream.close()
+            raise OSError(message)
+
+    monkeypatch.setattr(folder, "fs", Losing())
+    if sent > times:
+        folder.write_bytes("x", b"whole")
+        assert Folder(folder.uri).read_bytes("x") == b"whole"
+    else:
+        with pytest.raises(OSError, match=message):
+            folder.write_bytes("x", b"whole")
+    assert len(asked) == sent
+
+
+def test_an_answer_that_is_cut_short_is_asked_for_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the bytes of the place where it was; Parquet reads through it, too."""
+    monkeypatch.setattr("time.sleep", lambda seconds: None)
+    folder = Folder("memory://paris-ray-cut")
+    table = pa.table({"a": list(range(1000))})
+    with folder.writer("t.parquet") as file:
+        pq.write_table(table, file)
+    whole = folder.read_bytes("t.parquet")
+    fails = iter([True, True, False] * 1000)
+
+    class Cut:
+        def __init__(self, file: object):
+            self.file = file
+
+        def __getattr__(self, name: str) -> object:
+            return getattr(self.file, name)
+
+        def read(self, *size: int) -> bytes:
+            data = self.file.read(*size)  # type: ignore[attr-defined]
+            if next(fails):
+                raise OSError("AWS Error INTERNAL_FAILURE during GetObject operation: Failed to flush response stream (eof: 0, bad: 1)")
+            return data
+
+    real = folder.fs
+    monkeypatch.setattr(folder, "fs", SimpleNamespace(open_input_file=lambda path: Cut(real.open_input_file(path))))
+    assert folder.read_bytes("t.parquet") == whole
+    with folder.open("t.parquet") as file:
+        assert (file.seek(-4, 2), file.read(2), file.read()) == (len(whole) - 4, whole[-4:-2], whole[-2:])
+        assert pq.ParquetFile(file).read().equals(table)

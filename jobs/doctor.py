@@ -1,0 +1,142 @@
+"""Whether a machine, a cluster or a run's clusters are as training and serving need them.
+
+python -m jobs.doctor                                                            # this machine
+python -m jobs.doctor --config RUN/config.yaml                                   # and the run: its store, its other clusters, their tokens
+python -m jobs.doctor --config RUN/config.yaml --address http://head:8265        # and all nodes of this cluster
+
+Prints what was found: a fault with its value, the rule, and what to do about it. Nothing is changed; a file is written to the store and deleted.
+The exit code is 0 without a fault, 1 with one, 2 for a wrong command.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shlex
+import sys
+import time
+import uuid
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from jobs import access_checks, cli, clusters, facts, node_checks
+from jobs.clusters import ENDED, AwayError, Cluster
+from jobs.findings import Facts, Finding, clouds
+from paris_ray import config as configs
+from paris_ray.config import ConfigError, RunConfig
+from paris_ray.resources import HERE
+from paris_ray.storage import Folder
+
+JOB_SECONDS = 300.0
+"""How long a cluster may take to tell its facts."""
+RAY_PORTS = (6379, 8265, 10001)
+"""Where `ray start --head` listens, unless told otherwise."""
+
+CHECKS: tuple[Callable[[Facts], Iterator[Finding]], ...] = (
+    node_checks.reached, node_checks.versions, node_checks.gpus, access_checks.storage, access_checks.tokens, access_checks.ports, node_checks.room,
+    node_checks.limits, node_checks.clocks, node_checks.cloud_quotas,
+)  # fmt: skip
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Look; returns the exit code."""
+    parser = argparse.ArgumentParser(prog="python -m jobs.doctor", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    configs.add_arguments(parser, works=False, required=False)
+    parser.add_argument("--address", help="URL of a Ray dashboard, http://HOST:8265: all nodes of that cluster are asked too")
+    parser.add_argument("--json", action="store_true", help="one finding a line, for programs")
+    args = parser.parse_args(argv)
+    try:
+        if args.sets and not args.config:
+            raise ConfigError("--set: there is nothing to change without --config")
+        config = cli.load(args) if args.config else None
+        found = judge(gather(config, args.address))
+    except ConfigError as error:
+        return cli.complain(parser, error)
+    print("\n".join(json.dumps(asdict(one)) for one in found) if args.json else text(found))
+    return int(any(one.state == "fault" for one in found))
+
+
+def judge(found: Facts) -> list[Finding]:
+    """Ask every question of the facts."""
+    return [one for check in CHECKS for one in check(found)]
+
+
+def text(found: Sequence[Finding]) -> str:
+    """Findings for people, faults last, where they are seen."""
+    lines = []
+    for one in sorted(found, key=lambda one: one.state == "fault"):
+        lines.append(f"{one.state:<10} {one.what:<10} {f'{one.where}: ' if one.where else ''}{one.value}")
+        if one.state == "fault":
+            lines += [f"{'':<11}rule:   {one.rule}", f"{'':<11}remedy: {one.remedy}"]
+    faults = sum(one.state == "fault" for one in found)
+    return "\n".join([*lines, "", "No fault was found." if not faults else f"Faults found: {faults}"])
+
+
+def gather(config: RunConfig | None, address: str | None) -> Facts:
+    """The facts of this machine, of the store as it is seen here, and of each cluster as it is seen there.
+
+    Raises:
+        ConfigError: nobody answers at ``address``, or it refuses our token.
+    """
+    run_dir = Folder(config.run_dir).uri if config else None
+    found = Facts(config=config, address=address, here=facts.node())
+    found.token = None if (path := facts.token_file()) is None else facts.token_of_file(path)
+    if run_dir is not None:
+        found.stores["here"] = facts.store(run_dir)
+    if address is None:
+        serve = [config.serve.port] if config else []
+        found.ports = [facts.port(number) for number in dict.fromkeys([*RAY_PORTS, *serve])]
+    asked: list[tuple[Cluster, str, str | None, str | None]] = []
+    if address is not None:
+        one = clusters.here(config or configs.load("tiny"), address)
+        asked.append((one, address, run_dir, facts.token()))
+    for name, spec in (config.clusters if config else {}).items():
+        assert config is not None
+        if spec.token_file is not None:
+            found.token_files[name] = facts.token_of_file(Path(spec.token_file))
+        token = facts.read_token(spec.token_file) if spec.token_file else None
+        asked.append((clusters.other(config, name), spec.address, spec.storage or run_dir, token))
+    for cluster, url, storage, token in asked:
+        name = "the cluster" if cluster.name == HERE else cluster.name
+        found.dashboards[name] = facts.dashboard(url, token)
+        try:
+            told = ask(cluster, storage)
+        except (AwayError, ConfigError, RuntimeError, ValueError) as error:
+            found.silent[name] = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+            continue
+        found.nodes[name] = told["nodes"]
+        if told["store"] is not None:
+            found.stores[name] = told["store"]
+    for cloud in clouds(config):
+        found.quotas[cloud] = facts.quotas(cloud)
+    return found
+
+
+def ask(cluster: Cluster, storage: str | None) -> dict[str, Any]:
+    """Have a cluster tell its facts, by a job of :mod:`jobs.facts`.
+
+    Raises:
+        AwayError, ConfigError: it does not answer, or refuses our token.
+        RuntimeError: the job failed, or took too long; the message has the end of what it said.
+    """
+    job = f"doctor-{uuid.uuid4().hex[:12]}"
+    command = f"{cluster.python} -m jobs.facts" + (f" --store {shlex.quote(storage)}" if storage else "")
+    cluster.call("submit_job", entrypoint=command, submission_id=job, runtime_env=cluster.runtime_env, entrypoint_num_cpus=0)
+    deadline = time.monotonic() + JOB_SECONDS
+    while (state := cluster.status(job)) not in ENDED and time.monotonic() < deadline:
+        time.sleep(0.5)
+    said = str(cluster.call("get_job_logs", job))
+    if state not in ENDED:
+        cluster.end(job)
+    for line in said.splitlines():
+        if line.startswith(facts.MARK):
+            cluster.call("delete_job", job)
+            return dict(json.loads(line.removeprefix(facts.MARK)))
+    last = (said.strip().splitlines() or ["it said nothing"])[-1]
+    raise RuntimeError(f"the job that asks its nodes did not tell ({state}): {last}"[:400])
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,126 @@
+"""A run in an object store that throttles, fails and breaks connections: nothing is lost, and the bits are those of a local folder."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import pickle
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import fake_training_run as fake
+import pytest
+import torch
+from s3 import SERVER, Proxy, faulty, server
+
+from jobs import doctor, facts
+from jobs.findings import Facts
+from jobs.local_cluster import PROJECT
+from paris_ray.manifest import Lock, LockedError
+from paris_ray.storage import Folder, copy_file
+from paris_ray.training import checkpoint, worker
+from paris_ray.training.loop import Place
+
+pytestmark = pytest.mark.skipif(not SERVER.exists(), reason="no S3 server here; `make test` installs it")
+SEED = int(os.environ.get("CHAOS_SEED", "3"))
+ENV = {"AWS_ACCESS_KEY_ID": "x", "AWS_SECRET_ACCESS_KEY": "x", "AWS_REGION": "us-east-1", "AWS_EC2_METADATA_DISABLED": "true"}
+
+
+@pytest.fixture(scope="module")
+def upstream(tmp_path_factory):
+    with server(tmp_path_factory.mktemp("s3") / "log") as address:
+        yield address
+
+
+@pytest.fixture
+def store(upstream, monkeypatch):
+    """A proxy that fails every fifth request; the environment names it, as it would name a store of one's own."""
+    with faulty(upstream, 0.2, SEED) as proxy:
+        for name, value in {**ENV, "AWS_ENDPOINT_URL": proxy.url}.items():
+            monkeypatch.setenv(name, value)
+        yield proxy
+        print(f"CHAOS_SEED={SEED}: {dict(proxy.count)}")
+
+
+def test_operations(store: Proxy, tmp_path: Path) -> None:
+    """Against a dictionary that does the same."""
+    folder, kept = Folder("s3://bucket/operations"), {}
+    for i in range(8):
+        kept[f"d{i % 2}/f{i}"] = os.urandom(1000 if i else 11 << 20)  # the first in several parts
+        folder.write_bytes(f"d{i % 2}/f{i}", kept[f"d{i % 2}/f{i}"])
+    folder.rename("d1/f1", "d0/f2")
+    kept["d0/f2"] = kept.pop("d1/f1")
+    folder.delete("d1/f3")
+    folder.delete("d1/f3")
+    del kept["d1/f3"]
+    assert {one.name: one.size for one in folder.files(recursive=True)} == {name: len(data) for name, data in kept.items()}
+    assert folder.folders() == ["d0", "d1"]
+    for name, data in kept.items():
+        assert folder.sha256(name) == hashlib.sha256(data).hexdigest()
+    again = pickle.loads(pickle.dumps(folder))
+    assert Path(again.local_copy("d0/f0", cache=str(tmp_path))).read_bytes() == kept["d0/f0"]
+    assert not folder.exists("nothing")
+    with pytest.raises(FileNotFoundError):
+        folder.read_bytes("nothing")
+    with Lock(folder, "one"), pytest.raises(LockedError), Lock(folder, "another"):
+        pass
+    folder.delete_all()
+    assert not folder.files(recursive=True)
+    assert sum(store.count[name] for name in store.count if name != "passed") > 5
+
+
+def test_a_store_that_is_away_for_a_while(store: Proxy) -> None:
+    """For longer than the six seconds that pyarrow by itself asks five times a second; we ask ever less often."""
+    store.share = 0.0
+    folder = Folder("s3://bucket/away")
+    folder.write_bytes("a", b"1")
+    store.away_until = time.monotonic() + 9.0
+    assert folder.read_bytes("a") == b"1"
+    assert 1 < store.count["away"] < 10
+
+
+def test_a_bucket_that_does_not_exist_is_said_at_once(store: Proxy) -> None:
+    store.share = 0.0
+    found = facts.store("s3://nowhere/run", 1000)
+    assert sum(store.count.values()) < 6
+    (fault,) = [one for one in doctor.judge(Facts(stores={"here": found})) if one.state == "fault"]
+    assert "bucket" in fault.value
+    assert "make the bucket" in fault.remedy
+
+
+def test_a_training_has_the_bits_of_one_in_a_local_folder(store: Proxy, tmp_path: Path) -> None:
+    sets = {"expert__train__images": 24, "expert__train__sample_images": 16, "expert__train__checkpoint_images": 16}
+    local = fake.make_run(tmp_path / "run", experts=[0], **sets)
+    there = fake.make_config("s3://bucket/training", **sets)
+    here, run = Folder(tmp_path / "run"), Folder("s3://bucket/training")
+    for one in here.files(recursive=True):
+        copy_file(here, one.name, run)
+    weights = []
+    for config, folder in ((local, here), (there, run)):
+        worker.run(config, "expert-0", Place(torch.device("cpu")))
+        found = checkpoint.latest(folder / "experts/0")
+        assert found is not None
+        assert found.images == 24
+        weights.append(found.tensors("model"))
+    assert weights[0].keys() == weights[1].keys()
+    assert all(torch.equal(value, weights[1][name]) for name, value in weights[0].items())
+    assert sum(store.count[name] for name in store.count if name != "passed") > 5
+
+
+@pytest.mark.chaos
+def test_a_whole_run(store: Proxy, tmp_path: Path) -> None:
+    """Every stage of ``tiny``, by ``jobs.run_all``."""
+    runs = {"local": str(tmp_path / "run"), "store": "s3://bucket/whole"}
+    for name, run_dir in runs.items():
+        command = [sys.executable, "-m", "jobs.run_all", "--config", "tiny", "--set", f"run_dir={run_dir}", "--set", f"name={name}"]
+        subprocess.run(command, cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(PROJECT)}, check=True, timeout=1500)
+    results = [
+        {one.name: folder.sha256(one.name) for one in folder.files(recursive=True) if one.name.endswith((".parquet", ".safetensors"))}
+        for folder in map(Folder, runs.values())
+    ]
+    made = [{name: sha for name, sha in result.items() if name.startswith(("corpus/", "shards/", "model/"))} for result in results]
+    assert len(made[0]) > 8
+    assert made[0] == made[1]
+    assert sum(store.count[name] for name in store.count if name != "passed") > 100
