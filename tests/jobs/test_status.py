@@ -107,13 +107,8 @@ def test_experts_in_several_clusters(run, capsys):
 
 def test_who_waits_for_machines_says_for_what(run, capsys):
     events = Folder(run.run_dir) / "events"
-    waiting = {
-        "state": "starting",
-        "eta": None,
-        "rate": 0.0,
-        "message": "waits for machines for 25 s: a worker asks for 1 CPU",
-        "updated": time.time(),
-    }
+    said = "waits for machines for 25 s: a worker asks for 1 CPU"
+    waiting = {"state": "starting", "eta": None, "rate": 0.0, "message": said, "updated": time.time()}
     events.write_json("expert-2.json", {**events.read_json("expert-2.json"), **waiting})
     assert status.main(arguments(run)) == 0
     lines = capsys.readouterr().out.splitlines()
