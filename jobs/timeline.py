@@ -71,7 +71,7 @@ def read(config: RunConfig) -> Timeline:
     if not known:
         raise FileNotFoundError(f"{run.uri}: nothing has run there yet; jobs.run_all runs its stages")
     began, ended = min(one["from"] for one in known), max(one["until"] for one in known)
-    there = {}
+    there: dict[str, list[dict[str, Any]]] = {}
     for cluster in (HERE, *config.clusters):
         for one in nodes.read(run / "events" / "nodes", cluster).values():
             # Those of a cluster that is older than the run, or lives on, as far as they belong to it.
