@@ -25,8 +25,8 @@ from paris_ray.resources import HERE
 from paris_ray.storage import Folder
 from paris_ray.training.machines import bill
 
-EXPECTED = ("EXPECTED_TERMINATION", "AUTOSCALER_DRAIN", "Expected termination", "idle")
-"""How the state API speaks of nodes that were ended in order."""
+EXPECTED = ("Expected termination", "due to idle")
+"""How Ray's state API speaks of nodes that were ended in order."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:

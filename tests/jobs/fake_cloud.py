@@ -88,14 +88,16 @@ def main(argv: list[str]) -> int:
     (port,) = free_ports(1)
     types = {name: {"node_config": {}, "min_workers": 0, **one} for name, one in cloud["types"].items()}
     provider = {
-        "type": "external", "module": "fake_cloud.Cloud", "head_node_id": HEAD, "launch_multiple": True, "gcs_address": f"127.0.0.1:{port}",
-        "temp_dir": f"{folder}/ray", "logs": folder, "refuses": cloud["refuses"],
+        "type": "external", "module": "fake_cloud.Cloud", "head_node_id": HEAD, "launch_multiple": True, "disable_node_updaters": True,
+        "gcs_address": f"127.0.0.1:{port}", "temp_dir": f"{folder}/ray", "logs": folder, "refuses": cloud["refuses"],
     }  # fmt: skip
+    head = {"resources": {}, "node_config": {}, "max_workers": 0}
+    lists = ("setup_commands", "head_setup_commands", "worker_setup_commands", "initialization_commands", "head_start_ray_commands",
+             "worker_start_ray_commands", "cluster_synced_files")  # fmt: skip
     scaling = {
         "cluster_name": "fake", "provider": provider, "max_workers": 8, "idle_timeout_minutes": 1, "upscaling_speed": 1.0, "auth": {}, "docker": {},
-        "head_node_type": FAKE_HEAD_NODE_TYPE, "head_setup_commands": [], "worker_setup_commands": [], "setup_commands": [],
-        "initialization_commands": [], "head_start_ray_commands": [], "worker_start_ray_commands": [], "file_mounts": {},
-        "available_node_types": {FAKE_HEAD_NODE_TYPE: {"resources": {}, "node_config": {}, "max_workers": 0}, **types},
+        "file_mounts": {}, "head_node_type": FAKE_HEAD_NODE_TYPE, "available_node_types": {FAKE_HEAD_NODE_TYPE: head, **types},
+        **{name: [] for name in lists},
     }  # fmt: skip
     path = f"{folder}/autoscaling.yaml"
     with open(path, "w") as file:
