@@ -204,17 +204,17 @@ def scaler(state: Any, groups: list[str], since: float) -> str:
     """
     if state is None:
         return ""
-    said, starting, failed = [], Counter[str](), Counter[str]()
+    said, asked, failed, reasons = [], Counter[str](), Counter[str](), {}
     for request in state.pending_instance_requests:
-        starting[request.ray_node_type_name] += request.count
-    starting.update(one.ray_node_type_name for one in state.pending_instances)
-    reasons = {}
+        asked[request.ray_node_type_name] += request.count
     for request in sorted(state.failed_instance_requests, key=lambda one: one.failed_ts):
         if request.failed_ts >= since:
             failed[request.ray_node_type_name] += request.count
             reasons[request.ray_node_type_name] = request.reason
-    if starting:
-        said.append("is starting " + ", ".join(f"{count} × {name}" for name, count in sorted(starting.items())))
+    starting = Counter(one.ray_node_type_name for one in state.pending_instances)
+    for verb, counts in (("has asked for", asked), ("is starting", starting)):
+        if counts:
+            said.append(f"{verb} " + ", ".join(f"{count} × {name}" for name, count in sorted(counts.items())))
     for name, count in sorted(failed.items()):
         why = _REQUEST.sub("", reasons[name]).strip() or "the head's monitor.log has the cloud's answer"
         said.append(f"could not start {name}, {counted(count, 'time')} so far ({why})")

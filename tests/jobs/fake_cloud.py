@@ -46,18 +46,17 @@ class Cloud(FakeMultiNodeProvider):
         with self.lock:
             self.number += 1
             name = f"{kind}-{self.number}"
-            resources = dict(resources)
-            logs = self.provider_config["logs"]
+            resources, folder = dict(resources), self.provider_config["folder"]
             params = {
-                "gcs_address": self.provider_config["gcs_address"], "temp_dir": self.provider_config["temp_dir"], "node_ip_address": "127.0.0.1",
-                "node_name": name, "labels": dict(labels), "num_cpus": resources.pop("CPU", 0), "memory": resources.pop("memory", None),
-                "resources": resources, "object_store_memory": 80 << 20, "node_manager_port": 0, "min_worker_port": 0, "max_worker_port": 0,
+                "gcs_address": self.provider_config["gcs_address"], "node_ip_address": "127.0.0.1", "node_name": name, "labels": dict(labels),
+                "num_cpus": resources.pop("CPU", 0), "memory": resources.pop("memory", None), "resources": resources,
+                "object_store_memory": 80 << 20, "node_manager_port": 0, "min_worker_port": 0, "max_worker_port": 0,
                 "dashboard_agent_listen_port": None,
-                # Else two that start at once would take the same.
-                "plasma_store_socket_name": f"{logs}/{name}.plasma", "raylet_socket_name": f"{logs}/{name}.raylet",
+                # Of its own, as on another machine: what is logged there leaves it through its own log monitor alone.
+                "temp_dir": f"{folder}/n{self.number}",
             }  # fmt: skip
             env = {**os.environ, "RAY_CLOUD_INSTANCE_ID": name, "RAY_NODE_TYPE_NAME": kind}
-            with open(f"{logs}/{name}.log", "wb") as log:
+            with open(f"{folder}/{name}.log", "wb") as log:
                 node = subprocess.Popen([sys.executable, __file__, "--node", json.dumps(params)], env=env, stdout=log, stderr=log)
             own = {TAG_RAY_NODE_KIND: NODE_KIND_WORKER, TAG_RAY_USER_NODE_TYPE: kind, TAG_RAY_NODE_NAME: name, TAG_RAY_NODE_STATUS: STATUS_UP_TO_DATE}
             self._nodes[name] = {"tags": {**own, **tags}, "node": node}
@@ -89,7 +88,7 @@ def main(argv: list[str]) -> int:
     types = {name: {"node_config": {}, "min_workers": 0, **one} for name, one in cloud["types"].items()}
     provider = {
         "type": "external", "module": "fake_cloud.Cloud", "head_node_id": HEAD, "launch_multiple": True, "disable_node_updaters": True,
-        "gcs_address": f"127.0.0.1:{port}", "temp_dir": f"{folder}/ray", "logs": folder, "refuses": cloud["refuses"],
+        "gcs_address": f"127.0.0.1:{port}", "folder": folder, "refuses": cloud["refuses"],
     }  # fmt: skip
     head = {"resources": {}, "node_config": {}, "max_workers": 0}
     lists = ("setup_commands", "head_setup_commands", "worker_setup_commands", "initialization_commands", "head_start_ray_commands",

@@ -34,7 +34,7 @@ from served_model import write_model
 
 PROJECT = Path(__file__).parent.parent.parent
 
-LONG = {"images": 16_000, "checkpoint_images": 1600}
+LONG = {"images": 9600, "checkpoint_images": 1600}
 FALLBACK = {"accelerator_type": "A100", "labels": {"market": "on-demand"}}
 EXPERTS = [
     {"resources": {"labels": {"market": "spot"}, "accelerator_type": "A100"}, "train": LONG},
@@ -42,6 +42,7 @@ EXPERTS = [
     # Never to be had here.
     {"resources": {"accelerator_type": "H100", "wait_minutes": 0.5, "fallback": FALLBACK}},
 ]
+ROUTER = {"resources": {"labels": {"purpose": "data"}}}
 KINDS = {"expert-0": "a100-spot", "expert-1": "t4-lab", "expert-2": "a100-on-demand", "router": "cpu"}
 REFUSED = "h100"
 
@@ -90,7 +91,7 @@ def test_nodes_come_by_label_are_refused_and_go(tmp_path):
 
 
 def write_config(path: Path, run: Path) -> Path:
-    tree = {"preset": "tiny", "run_dir": str(run), "experts": EXPERTS, "evaluation": {"control_router": False}}
+    tree = {"preset": "tiny", "run_dir": str(run), "experts": EXPERTS, "router": ROUTER, "evaluation": {"control_router": False}}
     path.write_text(json.dumps(tree))
     return path
 
@@ -123,10 +124,8 @@ def test_a_run_brings_up_its_nodes_loses_one_and_lets_them_go(tmp_path, capsys):
         lines = capsys.readouterr().out.splitlines()
         at = next(i for i, line in enumerate(lines) if line.startswith("expert-2"))
         assert lines[at].split()[1] in ("starting", machines.QUEUED)
-        asks, report = (
-            r"(waits for machines|no room) for \d+ s: a worker asks for 1 CPU, H100; the cluster has",
-            r"could not start h100, \d+ times? so far",
-        )
+        asks = r"(waits for machines|no room) for \d+ s: a worker asks for 1 CPU, H100; the cluster has"
+        report = r"could not start h100, \d+ times? so far"
         assert re.match(f" +{asks} .*; the autoscaler .*{report}", lines[at + 1]), lines[at + 1]
 
         # The node of expert 0 dies in mid-training.
@@ -153,7 +152,7 @@ def test_a_run_brings_up_its_nodes_loses_one_and_lets_them_go(tmp_path, capsys):
         assert held[0] == [victim] != held[-1]
         assert json.loads((run / "experts/0/_manifest.json").read_text())["counts"]["restarts"] >= 1
         # What the dead node's worker had said is in the run, to the end of its steps.
-        spoken = [int(done) for done in re.findall(r"expert-0: (\d+) / 16000 images", (run / "events/logs/expert-0-a1.log").read_text())]
+        spoken = [int(done) for done in re.findall(r"expert-0: (\d+) / 9600 images", (run / "events/logs/expert-0-a1.log").read_text())]
         assert any(0 < done <= seen for done in spoken)
 
         # The cluster is a head again.
@@ -161,7 +160,7 @@ def test_a_run_brings_up_its_nodes_loses_one_and_lets_them_go(tmp_path, capsys):
         Nodes(Folder(str(run)) / "events").keep([clusters.here(config, cluster)])
     kept = read(Folder(str(run)) / "events" / "nodes", "here")
     assert all(one["until"] for one in kept.values() if not one["head"])
-    assert Counter(one["kind"] for one in kept.values())["a100-spot"] == 2
+    assert Counter(one["kind"] for one in kept.values())["a100-spot"] >= 2
     assert REFUSED not in {one["kind"] for one in kept.values()}
     assert [name for name, one in kept.items() if one["until"] and timeline.died(one["why"])] == [victim]
     picture = Path(os.environ.get("PARIS_TIMELINE", tmp_path / "timeline.svg"))

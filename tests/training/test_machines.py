@@ -149,11 +149,11 @@ def test_when_it_waited_and_what_it_held(tmp_path, monkeypatch):
 
 
 def scaling():
-    """An autoscaler that starts two nodes of a kind, has failed with another before and since, and knows nothing for one group."""
+    """An autoscaler that wants three nodes of a kind, has failed with another before and since, and knows nothing for one group."""
     from ray.core.generated.autoscaler_pb2 import AutoscalingState
 
     state = AutoscalingState()
-    state.pending_instance_requests.add(ray_node_type_name="t4", count=1)
+    state.pending_instance_requests.add(ray_node_type_name="t4", count=2)
     state.pending_instances.add(ray_node_type_name="t4")
     noise = "launch failed with Failed to launch 1 nodes of type a100 with request id 3f: "
     state.failed_instance_requests.add(ray_node_type_name="a100", count=3, reason="of long ago", failed_ts=100)
@@ -166,7 +166,7 @@ def scaling():
 
 def test_what_an_autoscaler_is_about():
     said = (
-        "the autoscaler is starting 2 × t4; it could not start a100, 2 times so far (no capacity in zone b); "
+        "the autoscaler has asked for 2 × t4; it is starting 1 × t4; it could not start a100, 2 times so far (no capacity in zone b); "
         "it could not start h100, 1 time so far (the head's monitor.log has the cloud's answer)"
     )
     assert machines.scaler(scaling(), ["88"], 1000.0) == said
@@ -180,7 +180,10 @@ def test_who_waits_says_what_the_autoscaler_does(tmp_path, monkeypatch):
     one.events.write_json("expert-0.json", EVENT)
     one.look(0, g_77=("PENDING", ""))
     one.look(20, scaling(), g_77=("PENDING", ""))
-    assert "free 3 of 20 CPU; the autoscaler is starting 2 × t4; it could not start a100, 2 times so far (" in one.event()["message"]
+    assert (
+        "free 3 of 20 CPU; the autoscaler has asked for 2 × t4; it is starting 1 × t4; it could not start a100, 2 times so far ("
+        in one.event()["message"]
+    )
     one.look(60, scaling(), g_77=("PENDING", ""))
     assert one.event()["state"] == QUEUED
 
