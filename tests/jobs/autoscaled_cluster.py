@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 from collections.abc import Sequence
@@ -63,5 +64,8 @@ class AutoscaledCluster(LocalCluster):
 
     def raylet(self, node_id: str) -> psutil.Process:
         """The process whose death is a node's."""
-        (found,) = (one for one in self.processes() if one.name() == "raylet" and node_id in " ".join(one.cmdline()))
-        return found
+        for one in self.processes():
+            with contextlib.suppress(psutil.NoSuchProcess):
+                if one.name() == "raylet" and node_id in " ".join(one.cmdline()):
+                    return one
+        raise AssertionError(f"no raylet of the node {node_id} runs")

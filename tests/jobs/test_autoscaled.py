@@ -106,10 +106,11 @@ def event(run: Path, stage: str) -> dict[str, Any]:
 @pytest.mark.timeout(1500)
 def test_a_run_brings_up_its_nodes_loses_one_and_lets_them_go(tmp_path, capsys):
     run, log = tmp_path / "run", tmp_path / "log"
-    with AutoscaledCluster(run, refuses=[REFUSED]) as cluster:
+    with AutoscaledCluster(run, refuses=[REFUSED]) as cluster, contextlib.ExitStack() as ended:
         config_file = write_config(tmp_path / "mine.yaml", run)
         with open(log, "wb") as sink:
             follower = subprocess.Popen([sys.executable, "-m", "jobs.run_all", "--config", str(config_file)], cwd=PROJECT, stdout=sink, stderr=sink)
+        ended.callback(follower.kill)
 
         def until(condition: Any) -> None:
             def going() -> Any:
