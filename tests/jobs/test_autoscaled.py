@@ -182,11 +182,14 @@ def test_a_busy_group_of_experts_gets_nodes_and_gives_them_back(tmp_path):
     write_model(tmp_path / "model")
     (port,) = free_ports(1)
     url = f"http://127.0.0.1:{port}"
-    busy = {"experts": [1], "replicas": [1, 2], "labels": {"market": "spot"}}
+    plain = {"purpose": "data"}
+    placement = [{"experts": [0, 2], "labels": plain}, {"experts": [1], "replicas": [1, 2], "labels": {"market": "spot"}}]
+    # The others are elsewhere, so that the spot nodes are the busy group's.
+    others = [{"name": name, "ray_actor_options": {"num_cpus": cpus, "label_selector": plain}} for name, cpus in (("Sampler", 0.5), ("Api", 0.1))]
     application = {
         "name": "paris", "route_prefix": "/", "import_path": "serve_app.app:build",
-        "args": {"model": str(tmp_path / "model"), "placement": [[0, 2], busy], "cpus": 1, "sampler_cpus": 0.5},
-        "deployments": [{"name": "ExpertGroup-1", "autoscaling_config": SCALE}],
+        "args": {"model": str(tmp_path / "model"), "placement": placement, "cpus": 1, "sampler_cpus": 0.5},
+        "deployments": [*others, {"name": "ExpertGroup-1", "autoscaling_config": SCALE}],
     }  # fmt: skip
     with AutoscaledCluster(tmp_path / "run") as cluster:
         body = {"proxy_location": "HeadOnly", "http_options": {"host": "127.0.0.1", "port": port}, "applications": [application]}
