@@ -25,6 +25,8 @@ class Nodes:
     def keep(self, clusters: Iterable[Cluster]) -> None:
         """Ask the clusters that answer, and write down what is new."""
         for cluster in clusters:
+            if not cluster.answers:  # it is others who find out whether it does again
+                continue
             with contextlib.suppress(AwayError, OSError):  # nothing depends on it; asked again
                 name = cluster.name
                 found = {one["node_id"]: describe(one) for one in cluster.call("list_nodes")}
