@@ -81,7 +81,7 @@ class Board:
             event = dict(self.events.read_json(f"{name}.json"))
         except (OSError, ValueError):
             return None
-        return event if event["updated"] >= since and event["state"] != "starting" else None
+        return event if event["updated"] >= since and (event["state"] != "starting" or event["message"]) else None
 
     def _wipe(self) -> None:
         if self._drawn:
@@ -109,7 +109,7 @@ def describe(name: str, event: Mapping[str, Any] | None, seconds: float) -> str:
     if event is None:
         why = " (Ray Train takes 15–30 s, once what the stage asks for is free)" if stages.trains(name) else ""
         return f"starting for {clock(seconds)}{why}"
-    if event["state"] == QUEUED:
+    if event["state"] in (QUEUED, "starting"):  # it waits for machines
         return str(event["message"])
     share = f" ({100 * event['done'] / event['total']:.0f} %)" if event["total"] else ""
     of = f"/{event['total']}" if event["total"] else ""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import re
@@ -258,8 +259,14 @@ def _client(address: str, headers: dict[str, Any] | None = None) -> Any:
             for name in QUIET:
                 logging.getLogger(name).setLevel(logging.ERROR)
 
+        def list_nodes(self) -> list[dict[str, Any]]:
+            """As Ray's state API has them, the dead ones too; none when it does not say, which is no reason to take the cluster for lost."""
+            with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+                return list(self._do_request("GET", "/api/v0/nodes?detail=1&limit=10000").json()["data"]["result"]["result"])
+            return []
+
         def _do_request(self, method: str, endpoint: str, **options: Any) -> Any:
-            status = method == "GET" and endpoint.startswith("/api/jobs/") and not endpoint.endswith("/logs")
+            status = method == "GET" and endpoint.startswith(("/api/jobs/", "/api/v0/")) and not endpoint.endswith("/logs")
             return super()._do_request(method, endpoint, timeout=STATUS_TIMEOUT_SECONDS if status else TIMEOUT_SECONDS, **options)
 
     return Client()

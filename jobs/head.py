@@ -14,10 +14,16 @@ import sys
 import threading
 import time
 from pathlib import Path
+from typing import Any
 
 
-def main(argv: list[str]) -> int:
-    """Start the node that ``argv[0]`` (a JSON file) describes, write its addresses beside it, and keep it up until SIGTERM."""
+def main(argv: list[str], **more: Any) -> int:
+    """Start the node that ``argv[0]`` (a JSON file) describes, write its addresses beside it, and keep it up until SIGTERM.
+
+    Args:
+        argv: arguments.
+        more: other parameters of the node, Ray's ``RayParams``.
+    """
     from ray._private.node import Node
     from ray._private.parameter import RayParams
     from ray._private.utils import write_ray_address
@@ -45,6 +51,7 @@ def main(argv: list[str]) -> int:
         # The autoscaler's monitor has nothing to do here.
         no_monitor=True,
     )
+    params.update(**more)
     threading.Thread(target=announce, args=(spec.parent / "ray", ports[0]), daemon=True).start()
     node = Node(params, head=True, shutdown_at_exit=True, spawn_reaper=True)
     # Where jobs learn it; without the file they would be told the address of any Ray on this machine.

@@ -50,6 +50,9 @@ class LocalCluster:
         port: of the dashboard; 0 takes a free one.
     """
 
+    head = ("-m", "jobs.head")
+    """What Python runs as the head."""
+
     def __init__(self, folder: str | os.PathLike[str], num_cpus: int | None = None, object_store_bytes: int = 512 << 20, port: int = 0):
         self.folder = Path(folder).absolute()
         self.num_cpus = num_cpus or max(2, os.cpu_count() or 2)
@@ -147,7 +150,7 @@ class LocalCluster:
         try:
             with open(self.temp_dir / "head.log", "wb") as log:
                 head = subprocess.Popen(
-                    [sys.executable, "-m", "jobs.head", str(self.temp_dir / "head.json")],
+                    [sys.executable, *self.head, str(self.temp_dir / "head.json")],
                     env=self._server_env(),
                     stdin=subprocess.DEVNULL,
                     stdout=log,

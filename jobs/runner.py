@@ -19,6 +19,7 @@ from jobs.board import Board
 from jobs.clusters import ENDED, LOST, AwayError, Cluster
 from jobs.departures import Departures, Leaving
 from jobs.forecast import training_to_go, work
+from jobs.nodes import Nodes
 from paris_ray import stages
 from paris_ray.config import RunConfig
 from paris_ray.manifest import fingerprint
@@ -87,6 +88,7 @@ class Runner:
         self._met: dict[str, int] = {}  # after which of its losses each cluster's jobs have been looked at
         self._looked = 0.0
         self._costs: dict[str, float] = {}  # of trainings, as last read
+        self._nodes = Nodes(self.events)
 
     def _say(self, text: str) -> None:
         self.board.say(text)
@@ -133,6 +135,7 @@ class Runner:
             running = {name: one.since for name, one in self.running.items()}
             self.board.show(len(done), len(every), running, lambda events: training_to_go(self.config, todo, events), self._notes())
             time.sleep(POLL_SECONDS)
+        self._nodes.keep(self.clusters.values())
         for name in failed:
             self.board.say(f"{name}: failed; its logs are in {self.logs.uri}/{name}-a*.log")
         if todo:
@@ -219,10 +222,11 @@ class Runner:
     # -- waiting, and money -------------------------------------------------------------------------------------
 
     def _look(self, todo: Sequence[str], arguments: Mapping[str, Sequence[str]]) -> None:
-        """See now and then which trainings have no room, and what all have cost."""
+        """See now and then which nodes there are, which trainings have no room, and what all have cost."""
         if time.monotonic() - self._looked < LOOK_SECONDS:
             return
         self._looked = time.monotonic()
+        self._nodes.keep(self.clusters.values())
         if self.max_cost is not None and any(map(stages.trains, todo)) and (spent := self.spent()) >= self.max_cost:
             self._stop_in_order(f"{spent:.2f} is spent, and --max-cost is {self.max_cost:g}")
         for name, attempt in list(self.running.items()):

@@ -53,7 +53,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("".join(f"{name:<{width}}" for name, width in widths.items()))
         for one, texts in zip(found, shown, strict=True):
             print("".join(f"{texts[name]:<{width}}" for name, width in widths.items()).rstrip())
-            if one["state"] in ("failed", "stopped", "silent", QUEUED) and one["message"]:
+            if one["state"] in ("failed", "stopped", "silent", "starting", QUEUED) and one["message"]:
                 print(f"    {one['message']}")
             print("".join(f"    {note}\n" for note in one["notes"]), end="")
     return 0
@@ -70,8 +70,8 @@ def look(config: RunConfig, name: str, now: float) -> dict[str, Any]:
     Returns:
         ``stage, state, cluster, node, done, total, unit, rate, loss, eta, restarts, goodput, cost, seen`` (seconds ago), ``message, notes`` (what is
         wrong with its files; its version if rows were appended); ``None`` for what is not known. The state is that of its files (``valid``,
-        ``stale``, ``damaged``, ``absent``, ``waiting``, ``partial``); of one that is not whole, ``running``, ``starting``, ``queued`` (no room for
-        its workers), ``failed``, ``stopped``, or ``silent`` by its last event.
+        ``stale``, ``damaged``, ``absent``, ``waiting``, ``partial``); of one that is not whole, ``running``, ``starting`` (also while it waits for
+        machines), ``queued`` (no room for its workers for as long as they may wait), ``failed``, ``stopped``, or ``silent`` by its last event.
     """
     status = cli.status(config, name)
     state = status.state

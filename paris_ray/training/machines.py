@@ -1,27 +1,33 @@
 """The machines of a training: waited for, held, paid. Imports no Ray until it looks.
 
-The driver looks at the placement group of its workers every few seconds. While that has no room for longer than ``resources.wait_minutes``, the
-stage's event says so, with what is asked for and what the cluster has; while it is there, hours and money are counted in ``RUN/events/machines/``.
+The driver looks at the placement group of its workers every few seconds. While that has no room, the stage's event says so, with what is asked for,
+what the cluster has and what its autoscaler is about, and after ``resources.wait_minutes`` that there is none; while it is there, hours and money are
+counted in ``RUN/events/machines/``. When it waited and when it held which nodes stands there, too.
 """
 
 from __future__ import annotations
 
+import re
 import threading
 import time
 from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
-from paris_ray.progress import clock
+from paris_ray.progress import clock, counted
 from paris_ray.resources import Resources
 from paris_ray.storage import Folder
 
 EVERY_S, EVERY_S_REMOTE = 3.0, 15.0
+WAIT_S = 10.0
+"""A training that has waited for so long says what for."""
 QUEUED = "queued"
-"""State of the event of a training that waits for machines."""
+"""State of the event of a training that has waited for machines for as long as it may; before that it is starting."""
 _KIND_LABELS = ("ray.io/node-group", "ray.io/accelerator-type")
 """Labels that name a kind of node: the group that an autoscaler or KubeRay starts it in, or its GPU."""
-_NOTHING: dict[str, Any] = {"hours": 0.0, "cost": None, "node": None}
+_REQUEST = re.compile(r"^launch failed with |Failed to launch \d+ nodes of type \S+ with request id \S*:")
+"""What Ray says of each launch that fails; what the cloud answered it says of some clouds only."""
+_NOTHING: dict[str, Any] = {"hours": 0.0, "cost": None, "node": None, "spans": []}
 
 
 def bill(events: Folder, stage: str) -> dict[str, Any]:
@@ -32,7 +38,8 @@ def bill(events: Folder, stage: str) -> dict[str, Any]:
         stage: which training.
 
     Returns:
-        ``hours`` (of workers), ``cost`` (``None`` when no price was known in any of them) and ``node`` (the kind of node of the last start).
+        ``hours`` (of workers), ``cost`` (``None`` when no price was known in any of them), ``node`` (the kind of node of the last start) and
+        ``spans``: when it waited and when it held what, ``{"from", "until", "node", "ids"}`` in unix time, node ``None`` and no ids while it waited.
     """
     try:
         return read_bill(events, stage)
@@ -63,8 +70,9 @@ class Machines:
         self._before: dict[str, Any] | None = None  # what earlier starts took, once it is known
         self._held = 0.0  # seconds of this start
         self._node: str | None = None
+        self._spans: list[dict[str, Any]] = []  # of this start
         self._waits_since: float | None = None
-        self._queued = False  # the event says so
+        self._told: str | None = None  # which state the event has by us
         self._failing = False
         self._looked = time.monotonic()
         self._end = threading.Event()
@@ -88,13 +96,14 @@ class Machines:
                     print(f"{self._stage}: what it waits for and costs is not written down for now ({type(error).__name__}: {error})", flush=True)
                 self._failing = True
 
-    def look(self, groups: Mapping[str, tuple[str, list[str]]], nodes: list[dict[str, Any]], free: Mapping[str, float]) -> None:
+    def look(self, groups: Mapping[str, tuple[str, list[str]]], nodes: list[dict[str, Any]], free: Mapping[str, float], scaling: Any = None) -> None:
         """Account for the time since the last look.
 
         Args:
             groups: state and nodes of each placement group of this job.
             nodes: the cluster's, as ``ray.nodes()`` gives them.
             free: what nobody uses, as ``ray.available_resources()`` gives it.
+            scaling: the autoscaler's state, Ray's ``AutoscalingState``; ``None`` where there is none.
         """
         now = time.monotonic()
         passed, self._looked = now - self._looked, now
@@ -105,45 +114,64 @@ class Machines:
             held = {one for state, ids in groups.values() if state == "CREATED" for one in ids}
             self._node = ", ".join(sorted({kind(node) for node in alive if node["NodeID"] in held})) or self._node
             self._held += passed
+            self._span(passed, self._node, sorted(held))
             self._write_bill()
-            if self._queued:
+            if self._told:
                 self._came()
         elif states & {"PENDING", "PREPARED", "RESCHEDULING"}:
             self._waits_since = self._waits_since or now
-            waited = now - self._waits_since
-            if waited >= 60 * self._asked.wait_minutes:
-                self._say(f"no room for {clock(waited)}: {wants(self._asked)}; {has(alive, free, self._asked)}")
+            waited, late = now - self._waits_since, now - self._waits_since >= 60 * self._asked.wait_minutes
+            self._span(passed, None, [])
+            self._write_bill()
+            if late or waited >= WAIT_S:
+                report = scaler(scaling, [one for one, (state, _) in groups.items() if state != "CREATED"], time.time() - waited)
+                what = "; ".join([wants(self._asked), has(alive, free, self._asked), *([report] if report else [])])
+                self._say(QUEUED if late else "starting", f"{'no room' if late else 'waits for machines'} for {clock(waited)}: {what}")
+
+    def _span(self, passed: float, node: str | None, ids: list[str]) -> None:
+        now = time.time()
+        if self._spans and (last := self._spans[-1])["ids"] == ids:
+            last.update({"until": now, "node": node})
+        else:
+            self._spans.append({"from": now - passed, "until": now, "node": node, "ids": ids})
 
     def _write_bill(self) -> None:
         if self._before is None:  # never taken for nothing because a store was away: what is written here replaces it
             self._before = read_bill(self._events, self._stage)
         hours, price = self._asked.num_workers * self._held / 3600, self._asked.price_per_hour
-        spent = self._before["cost"] if price is None else (self._before["cost"] or 0.0) + hours * price
-        self._events.write_json(f"machines/{self._stage}.json", {"hours": self._before["hours"] + hours, "cost": spent, "node": self._node})
+        spent = self._before["cost"] if price is None or not hours else (self._before["cost"] or 0.0) + hours * price
+        found = {"hours": self._before["hours"] + hours, "cost": spent, "node": self._node or self._before["node"]}
+        self._events.write_json(f"machines/{self._stage}.json", {**found, "spans": [*self._before.get("spans", []), *self._spans]})
 
-    def _say(self, message: str) -> None:
+    def _say(self, state: str, message: str) -> None:
         """In the event, whose figures are the workers'."""
         event = self._events.read_json(f"{self._stage}.json")
-        self._events.write_json(f"{self._stage}.json", {**event, "state": QUEUED, "eta": None, "message": message, "updated": time.time()})
-        if not self._queued:  # once; the event has the rest
+        now = {"state": state, "rate": 0.0, "eta": None, "message": message, "updated": time.time()}
+        self._events.write_json(f"{self._stage}.json", {**event, **now})
+        if self._told != state:  # once; the event has the rest
             print(f"{self._stage}: {message}", flush=True)
-        self._queued = True
+        self._told = state
 
     def _came(self) -> None:
         """The event no longer says that the training waits, be its worker's first word still to come."""
         event = self._events.read_json(f"{self._stage}.json")
-        if event["state"] == QUEUED:
+        if event["state"] == self._told:
             self._events.write_json(f"{self._stage}.json", {**event, "state": "starting", "message": "", "updated": time.time()})
-        self._queued = False
+        self._told = None
 
 
-def _see() -> tuple[dict[str, tuple[str, list[str]]], list[dict[str, Any]], dict[str, float]]:
+def _see() -> tuple[dict[str, tuple[str, list[str]]], list[dict[str, Any]], dict[str, float], Any]:
     import ray
+    from ray.core.generated.autoscaler_pb2 import GetClusterStatusReply
 
     # The last bytes of a placement group's id are its job's.
-    job, groups = ray.get_runtime_context().get_job_id(), ray.util.placement_group_table()
+    context, groups = ray.get_runtime_context(), ray.util.placement_group_table()
+    job = context.get_job_id()
     own = {one: (group["state"], list(group["bundles_to_node_id"].values())) for one, group in groups.items() if one.endswith(job)}
-    return own, ray.nodes(), ray.available_resources()
+    reply = GetClusterStatusReply()
+    if any(state != "CREATED" for state, _ in own.values()):
+        reply.ParseFromString(ray._raylet.GcsClient(address=context.gcs_address).get_cluster_status(timeout_s=10))
+    return own, ray.nodes(), ray.available_resources(), reply.autoscaling_state
 
 
 def kind(node: Mapping[str, Any]) -> str:
@@ -164,6 +192,35 @@ def wants(asked: Resources) -> str:
     parts += [f"label {key}={value}" for key, value in asked.labels.items()]
     workers = "a worker asks" if asked.num_workers == 1 else f"each of {asked.num_workers} workers asks"
     return f"{workers} for {', '.join(parts)}"
+
+
+def scaler(state: Any, groups: list[str], since: float) -> str:
+    """What an autoscaler is about, in words; empty when it says nothing.
+
+    Args:
+        state: its state, Ray's ``AutoscalingState``.
+        groups: ids of the placement groups that wait.
+        since: unix time from which on failures count.
+    """
+    if state is None:
+        return ""
+    said, asked, failed, reasons = [], Counter[str](), Counter[str](), {}
+    for request in state.pending_instance_requests:
+        asked[request.ray_node_type_name] += request.count
+    for request in sorted(state.failed_instance_requests, key=lambda one: one.failed_ts):
+        if request.failed_ts >= since:
+            failed[request.ray_node_type_name] += request.count
+            reasons[request.ray_node_type_name] = request.reason
+    starting = Counter(one.ray_node_type_name for one in state.pending_instances)
+    for verb, counts in (("has asked for", asked), ("is starting", starting)):
+        if counts:
+            said.append(f"{verb} " + ", ".join(f"{count} × {name}" for name, count in sorted(counts.items())))
+    for name, count in sorted(failed.items()):
+        why = _REQUEST.sub("", reasons[name]).strip() or "the head's monitor.log has the cloud's answer"
+        said.append(f"could not start {name}, {counted(count, 'time')} so far ({why})")
+    if any(group in request.details for request in state.infeasible_gang_resource_requests for group in groups):
+        said.append("knows no kind of node that would do, or may start no more of it")
+    return "the autoscaler " + "; it ".join(said) if said else ""
 
 
 def has(alive: list[dict[str, Any]], free: Mapping[str, float], asked: Resources) -> str:

@@ -89,6 +89,9 @@ class FakeClient:
     def list_jobs(self) -> list[SimpleNamespace]:
         return list(self.jobs.values())
 
+    def list_nodes(self) -> list[dict[str, Any]]:
+        return []
+
     def stop_job(self, submission_id: str) -> bool:
         job = self._job(submission_id)
         if job.status == "RUNNING":

@@ -36,6 +36,14 @@ def test_a_start_says_for_how_long_and_why():
     assert describe("partition", None, 3.0) == "starting for 3 s"
 
 
+def test_who_waits_for_machines_says_so_and_who_only_starts_does_not(tmp_path):
+    folder, one = Folder(tmp_path), Board(Folder(tmp_path))
+    folder.write_json("expert-0.json", event(0, 100, 0.0, state="starting", updated=time.time()))
+    assert one.event("expert-0", 0.0) is None
+    folder.write_json("expert-0.json", event(0, 100, 0.0, state="starting", message="waits for machines for 25 s", updated=time.time()))
+    assert describe("expert-0", one.event("expert-0", 0.0), 30.0) == "waits for machines for 25 s"
+
+
 def test_the_table_on_a_terminal_rewrites_itself_whole(tmp_path, monkeypatch, capsys):
     folder = Folder(tmp_path)
     folder.write_json("expert-0.json", event(50, 100, 5.0, updated=time.time(), message="a note that is much too long for a line of forty letters"))

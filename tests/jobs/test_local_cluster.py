@@ -48,9 +48,16 @@ def test_life_of_a_cluster(tmp_path):
         assert stat.S_IMODE((temp_dir / "token").stat().st_mode) == 0o600
         assert stat.S_IMODE(temp_dir.stat().st_mode) == 0o700
 
-        with pytest.raises(urllib.error.HTTPError) as refused:
-            urllib.request.urlopen(f"{cluster.address}/api/jobs/", timeout=10)
-        assert refused.value.code in (401, 403)
+        # Nobody without the token lists jobs, submits one, sends code or deploys.
+        job = json.dumps({"entrypoint": "true"}).encode()
+        for method, path, body in (
+            ("GET", "jobs/", None), ("POST", "jobs/", job), ("PUT", "packages/gcs/one.zip", b"code"), ("PUT", "serve/applications/", b"{}"),
+            ("GET", "v0/nodes", None), ("GET", "v0/logs", None),
+        ):  # fmt: skip
+            for headers in ({}, {"Authorization": "Bearer wrong"}):
+                with pytest.raises(urllib.error.HTTPError) as refused:
+                    urllib.request.urlopen(urllib.request.Request(f"{cluster.address}/api/{path}", body, headers, method=method), timeout=10)
+                assert refused.value.code in (401, 403), path
         assert cluster.request("/api/jobs/") == []
 
         again = LocalCluster.find(tmp_path)

@@ -105,6 +105,18 @@ def test_experts_in_several_clusters(run, capsys):
     assert lines[lines.index(next(line for line in lines if line.startswith("expert-2"))) + 1] == "    no room for 20 min"
 
 
+def test_who_waits_for_machines_says_for_what(run, capsys):
+    events = Folder(run.run_dir) / "events"
+    said = "waits for machines for 25 s: a worker asks for 1 CPU"
+    waiting = {"state": "starting", "eta": None, "rate": 0.0, "message": said, "updated": time.time()}
+    events.write_json("expert-2.json", {**events.read_json("expert-2.json"), **waiting})
+    assert status.main(arguments(run)) == 0
+    lines = capsys.readouterr().out.splitlines()
+    at = next(i for i, line in enumerate(lines) if line.startswith("expert-2"))
+    assert lines[at].split()[1] == "starting"
+    assert lines[at + 1] == f"    {said}"
+
+
 def test_who_only_looks_is_not_asked_to_delete(run, capsys):
     for option in (["--rebuild", "embed"], ["--dry-run"]):
         with pytest.raises(SystemExit):

@@ -33,16 +33,25 @@ class Watch:
         self.events = Folder(folder)
         self.one = Machines(self.events, "expert-0", Resources(**asked))
 
-    def look(self, passed, **groups):
+    def look(self, passed, scaling=None, **groups):
         self.now += passed
-        self.one.look({name: (state, nodes) for name, (state, *nodes) in groups.items()}, NODES, FREE)
+        self.one.look({name: (state, nodes) for name, (state, *nodes) in groups.items()}, NODES, FREE, scaling)
+
+    def event(self):
+        return self.events.read_json("expert-0.json")
+
+
+def figures(events):
+    """A bill without its history."""
+    return {key: value for key, value in bill(events, "expert-0").items() if key != "spans"}
 
 
 def test_hours_and_money_count_while_machines_are_held(tmp_path, monkeypatch):
     one = Watch(tmp_path, monkeypatch, num_workers=2, price_per_hour=3.0)
+    one.events.write_json("expert-0.json", EVENT)
     one.look(100, g=("PENDING", "", ""))
     one.look(100, g=("PENDING", "", ""))
-    assert bill(one.events, "expert-0") == {"hours": 0.0, "cost": None, "node": None}
+    assert figures(one.events) == {"hours": 0.0, "cost": None, "node": None}
     for _ in range(6):
         one.look(60, g=("CREATED", "a", "c"))
     found = bill(one.events, "expert-0")
@@ -94,15 +103,17 @@ def test_what_has_no_room_for_long_says_so(tmp_path, monkeypatch, capsys):
     one = Watch(tmp_path, monkeypatch, cpus=16, labels={"market": "spot"}, wait_minutes=10)
     one.events.write_json("expert-0.json", EVENT)
     one.look(0, g=("PENDING", ""))
-    one.look(599, g=("PENDING", ""))
-    assert one.events.read_json("expert-0.json") == EVENT
+    one.look(9, g=("PENDING", ""))
+    assert one.event() == EVENT  # it may be there in a moment
+    one.look(590, g=("PENDING", ""))
+    what = "a worker asks for 16 CPU, label market=spot; the cluster has 1 × (4 CPU), 2 × (8 CPU, market=spot), free 3 of 20 CPU"
+    event = one.event()
+    assert (event["state"], event["message"], event["done"], event["rate"]) == ("starting", f"waits for machines for 9 min 59 s: {what}", 80, 0.0)
+    capsys.readouterr()
     one.look(0)  # between two groups there is none
     one.look(1, g=("RESCHEDULING", ""))
-    event = one.events.read_json("expert-0.json")
-    said = (
-        "no room for 10 min 00 s: a worker asks for 16 CPU, label market=spot; "
-        "the cluster has 1 × (4 CPU), 2 × (8 CPU, market=spot), free 3 of 20 CPU"
-    )
+    event = one.event()
+    said = f"no room for 10 min 00 s: {what}"
     assert (event["state"], event["message"], event["done"], event["eta"]) == (QUEUED, said, 80, None)
     assert time.time() - event["updated"] < 60
     assert f"expert-0: {said}" in capsys.readouterr().out
@@ -115,8 +126,66 @@ def test_what_has_no_room_for_long_says_so(tmp_path, monkeypatch, capsys):
     assert (event["state"], event["message"], event["done"]) == ("starting", "", 80)
     one.look(599, g=("PENDING", ""))
     one.events.write_json("expert-0.json", EVENT)
-    one.look(599, g=("PENDING", ""))
-    assert one.events.read_json("expert-0.json") == EVENT  # it counts anew
+    one.look(9, g=("PENDING", ""))
+    assert one.event() == EVENT  # it counts anew
+
+
+def test_when_it_waited_and_what_it_held(tmp_path, monkeypatch):
+    one = Watch(tmp_path, monkeypatch)
+    one.events.write_json("expert-0.json", EVENT)
+    monkeypatch.setattr(machines.time, "time", lambda: one.now + 5000)
+    for passed, group in ((3, ("PENDING", "")), (3, ("PENDING", "")), (3, ("CREATED", "c")), (60, ("CREATED", "c")), (3, ("RESCHEDULING", "")),
+                          (30, ("RESCHEDULING", "")), (3, ("CREATED", "a"))):  # fmt: skip
+        one.look(passed, g=group)
+    again = Watch(tmp_path, monkeypatch)  # another driver
+    again.now = one.now + 100
+    monkeypatch.setattr(machines.time, "time", lambda: again.now + 5000)
+    again.one = Machines(again.events, "expert-0", Resources())
+    again.look(3, g=("CREATED", "a"))
+    spans = [(span["from"] - 6000, span["until"] - 6000, span["node"], span["ids"]) for span in bill(one.events, "expert-0")["spans"]]
+    assert spans == [
+        (0, 6, None, []), (6, 69, "4 CPU", ["c"]), (69, 102, None, []), (102, 105, "8 CPU", ["a"]), (205, 208, "8 CPU", ["a"])
+    ]  # fmt: skip
+
+
+def scaling():
+    """An autoscaler that wants three nodes of a kind, has failed with another before and since, and knows nothing for one group."""
+    from ray.core.generated.autoscaler_pb2 import AutoscalingState
+
+    state = AutoscalingState()
+    state.pending_instance_requests.add(ray_node_type_name="t4", count=2)
+    state.pending_instances.add(ray_node_type_name="t4")
+    noise = "launch failed with Failed to launch 1 nodes of type a100 with request id 3f: "
+    state.failed_instance_requests.add(ray_node_type_name="a100", count=3, reason="of long ago", failed_ts=100)
+    state.failed_instance_requests.add(ray_node_type_name="a100", count=1, reason=f"{noise}no capacity in zone b", failed_ts=2000)
+    state.failed_instance_requests.add(ray_node_type_name="a100", count=1, reason=f"{noise}no capacity in zone a", failed_ts=1900)
+    state.failed_instance_requests.add(ray_node_type_name="h100", count=1, reason=noise, failed_ts=1900)
+    state.infeasible_gang_resource_requests.add(details="77:PACK|PENDING")
+    return state
+
+
+def test_what_an_autoscaler_is_about():
+    said = (
+        "the autoscaler has asked for 2 × t4; it is starting 1 × t4; it could not start a100, 2 times so far (no capacity in zone b); "
+        "it could not start h100, 1 time so far (the head's monitor.log has the cloud's answer)"
+    )
+    assert machines.scaler(scaling(), ["88"], 1000.0) == said
+    assert machines.scaler(scaling(), ["77"], 1000.0) == f"{said}; it knows no kind of node that would do, or may start no more of it"
+    assert machines.scaler(type(scaling())(), ["77"], 0.0) == machines.scaler(None, ["77"], 0.0) == ""
+
+
+def test_who_waits_says_what_the_autoscaler_does(tmp_path, monkeypatch):
+    one = Watch(tmp_path, monkeypatch, wait_minutes=1)
+    monkeypatch.setattr(machines.time, "time", lambda: one.now)
+    one.events.write_json("expert-0.json", EVENT)
+    one.look(0, g_77=("PENDING", ""))
+    one.look(20, scaling(), g_77=("PENDING", ""))
+    assert (
+        "free 3 of 20 CPU; the autoscaler has asked for 2 × t4; it is starting 1 × t4; it could not start a100, 2 times so far ("
+        in one.event()["message"]
+    )
+    one.look(60, scaling(), g_77=("PENDING", ""))
+    assert one.event()["state"] == QUEUED
 
 
 @pytest.mark.parametrize(
