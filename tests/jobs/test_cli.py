@@ -164,7 +164,7 @@ def test_what_changed_is_said_once(capsys, tmp_path):
     [
         ("/pictures", "--source: '/pictures' does not say of which kind it is; write it as data.source of a config, '{kind: folder, uri:"),
         ("{kind", "--source: '{kind' is not valid YAML; write it as '{kind: folder, uri:"),
-        ("{kind: zip, uri: /pictures}", "data.source.kind: 'zip' is none of openmoji, folder"),
+        ("{kind: zip, uri: /pictures}", "data.source.kind: 'zip' is none of openmoji, scenes, folder"),
         ("{kind: folder, uri: /no/such}", "data.source.uri: /no/such does not exist; name what holds the images and captions, --source=…"),
     ],
 )

@@ -65,7 +65,9 @@ def settings(folder):
 def interrupt(arguments):
     """Ctrl-C, to all of its processes as a terminal does, once something is trained; returns what it said."""
     command = [sys.executable, "-m", "jobs.compare", *arguments]
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # tests in the background of a shell ignore it, and so would what they start
     process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True, start_new_session=True)
+    signal.signal(signal.SIGINT, before)
     said = []
     for line in process.stderr:
         said.append(line)
