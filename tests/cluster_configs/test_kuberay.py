@@ -116,7 +116,7 @@ def test_a_training_has_the_first_group_that_fits_and_all_its_workers():
         ([f"name={'a' * 40}"], {}, "at most 32"),
         (["expert.resources.preemption=aws"], {}, "whose notice no pod sees"),
         (["expert.resources.fallback={labels: {market: on-demand}}"], {}, "a second kind of machine"),
-        (["expert.resources.num_workers=16", "expert.train.micro_batch=16"], {}, "takes 16 pods of a100, whose maxReplicas is 8"),
+        (["expert.resources.num_workers=32", "expert.train.micro_batch=8"], {}, "takes 32 pods of l4, whose maxReplicas is 16"),
         ([], {"image": "paris-ray:0.1.0"}, "names no registry"),
         ([], {"annotation": "a.b/role"}, "is not KEY=VALUE"),
         ([], {"annotation": "a.b/role={expert}"}, "no other braces"),
