@@ -15,7 +15,7 @@ import pytest
 import torch
 from s3 import SERVER, Proxy, faulty, server
 
-from jobs import doctor, facts
+from jobs import doctor, store_facts
 from jobs.findings import Facts
 from jobs.local_cluster import PROJECT
 from paris_ray.manifest import Lock, LockedError
@@ -83,7 +83,7 @@ def test_a_store_that_is_away_for_a_while(store: Proxy) -> None:
 
 def test_a_bucket_that_does_not_exist_is_said_at_once(store: Proxy) -> None:
     store.share = 0.0
-    found = facts.store("s3://nowhere/run", 1000)
+    found = store_facts.store("s3://nowhere/run", 1000)
     assert sum(store.count.values()) < 6
     (fault,) = [one for one in doctor.judge(Facts(stores={"here": found})) if one.state == "fault"]
     assert "bucket" in fault.value
