@@ -104,7 +104,7 @@ def test_a_training_has_the_first_group_that_fits_and_all_its_workers():
     assert all(one["template"]["spec"]["containers"][0]["image"] == "r/p:1" for one in groups)
     assert job[1]["metadata"]["annotations"] == {"a.b/role": "arn:x/expert-1"}
     none = configs.build({**tree, "run_dir": "s3://bucket/run", "experts": [{}, {"resources": {"gpus": 1, "accelerator_type": "TPU"}}]})
-    with pytest.raises(ConfigError, match="accelerator_type TPU, which no group"):
+    with pytest.raises(ConfigError, match="TPU, which no group"):
         list(rayjobs.manifests(none, ["expert-1"], "r/p:1"))
 
 
