@@ -146,7 +146,7 @@ def ask(cluster: Cluster, storage: str | None, part: str = "", seen: str | None 
     said = str(cluster.call("get_job_logs", job))
     if state not in ENDED:
         cluster.end(job)
-    with contextlib.suppress(RuntimeError):  # one that does not end stays in the cluster's list
+    with contextlib.suppress(AwayError, RuntimeError):  # one that does not end stays in the cluster's list
         cluster.call("delete_job", job)
     for line in said.splitlines():
         if line.startswith(facts.MARK):

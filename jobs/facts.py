@@ -50,7 +50,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--mark", metavar="NAME", help="a file that must be there")
     args = parser.parse_args(argv)
     probe = (args.store, args.within, args.mark) if args.store else None
-    found = cluster(probe) if os.environ.get("RAY_ADDRESS") else {"nodes": [node()], "scales": False}
+    if os.environ.get("RAY_ADDRESS"):
+        found = cluster(probe)
+    else:
+        seen = store_facts.store(args.store, folder=args.within, mark=args.mark) if args.store else None
+        found = {"nodes": [{**node(), "store": seen}], "scales": False}
     print(f"{MARK}{json.dumps(found)}", flush=True)
     return 0
 

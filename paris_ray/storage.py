@@ -88,11 +88,11 @@ class Folder:
         self.fs, self.path = _resolve(text)
         self.is_local = isinstance(self.fs, pafs.LocalFileSystem)
         self.uri = self.path if self.is_local else text.rstrip("/")
-        self.uploads = UPLOADS
+        self.patient = True
 
     def __truediv__(self, name: str) -> Folder:
         child = object.__new__(Folder)
-        child.fs, child.is_local, child.uploads = self.fs, self.is_local, self.uploads
+        child.fs, child.is_local, child.patient = self.fs, self.is_local, self.patient
         child.path = self._at(name)
         child.uri = posixpath.join(self.uri, name)
         return child
@@ -101,7 +101,7 @@ class Folder:
         """The same folder, whose store is asked once and fails after so long a silence: for what had better not be done than late."""
         folder = object.__new__(Folder)
         folder.fs, folder.path, folder.is_local, folder.uri = asked(self.fs, 1, seconds), self.path, self.is_local, self.uri
-        folder.uploads = 1
+        folder.patient = False
         return folder
 
     def __repr__(self) -> str:
@@ -157,7 +157,7 @@ class Folder:
         """A random-access binary file for reading. Raises FileNotFoundError."""
         try:
             file: Any = self.fs.open_input_file(self._at(name))
-            return file if self.is_local else PatientReader(file)  # type: ignore[return-value]
+            return PatientReader(file) if self.patient and not self.is_local else file  # type: ignore[return-value]
         except UnicodeEncodeError:  # a local name that is no Unicode
             return open(self._at(name), "rb")
 
@@ -235,7 +235,7 @@ class Folder:
 
     def writer(self, name: str) -> AtomicWriter:
         """A context manager that yields a binary file which appears under its name only when closed without error."""
-        return AtomicWriter(self.fs, self._at(name), self.uploads)
+        return AtomicWriter(self.fs, self._at(name), UPLOADS if self.patient else 1)
 
     def write_bytes(self, name: str, data: bytes) -> None:
         """Write a whole file; readers see the old content or the new, never a part."""

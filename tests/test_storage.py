@@ -316,3 +316,26 @@ def test_s3s_own_settings_stay_when_it_is_asked_oftener() -> None:
     assert wanted.items() <= often.items()
     assert (often["request_timeout"], quick["request_timeout"], quick["connect_timeout"]) == (7, 15, 15)
     assert wanted.items() <= quick.items()
+
+
+def test_an_impatient_folder_asks_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A lock's renewal had better fail than come late."""
+    monkeypatch.setattr("time.sleep", lambda seconds: pytest.fail("it waits"))
+    folder = Folder("memory://paris-ray-impatient").impatient(1.0)
+    asked: list[str] = []
+
+    def fail(path: str) -> None:
+        asked.append(path)
+        raise OSError("AWS Error SLOW_DOWN: Failed to flush response stream")
+
+    class Broken(io.BytesIO):
+        def read(self, size: int | None = -1) -> bytes:
+            fail("y")
+            raise AssertionError
+
+    monkeypatch.setattr(folder, "fs", SimpleNamespace(open_output_stream=fail, open_input_file=lambda path: Broken()))
+    with pytest.raises(OSError, match="SLOW_DOWN"):
+        folder.write_bytes("x", b"1")
+    with pytest.raises(OSError, match="SLOW_DOWN"), (folder / "deep").open("y") as file:
+        file.read()
+    assert [path.rpartition("/")[2] for path in asked] == ["x", "y"]
