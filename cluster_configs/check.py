@@ -94,8 +94,8 @@ def read(path: Path) -> dict[str, Any]:
     return tree
 
 
-PLACEHOLDER = re.compile(r"[\w-]+-0{6,}[\da-f]+|my-project|192\.0\.2\.\d+|\b0{12}\b")
-"""What stands in these files for accounts, networks and addresses that are yours."""
+PLACEHOLDER = re.compile(r"[\w-]+-0{6,}[\da-f]+|my-project|192\.0\.2\.\d+|\b0{12}\b|registry\.example|(?:s3|gs)://bucket\b")
+"""What stands in these files for accounts, networks, addresses, registries and buckets that are yours."""
 
 
 def placeholders(tree: dict[str, Any]) -> list[str]:

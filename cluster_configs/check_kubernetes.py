@@ -22,17 +22,18 @@ import yaml
 
 from cluster_configs.check import HEAD_GB
 from cluster_configs.check_serve import serve_problems
+from cluster_configs.check_together import CLUSTER_SPEC, cluster_of, names, together, unfilled
 from cluster_configs.providers import SCHEMAS, WORLD, schema_problems
 from paris_ray.config import ConfigError
 
 KUBERNETES = "1.33"
 """Of the schemas: old enough for what clouds offer."""
-CLUSTER_SPEC = {"RayCluster": (), "RayJob": ("rayClusterSpec",), "RayService": ("rayClusterConfig",)}
-"""Where a cluster is in the ``spec`` of a kind."""
 LONGEST = {"RayCluster": 53, "RayJob": 47, "RayService": 47}
 """Letters of a name, to which KubeRay adds some."""
-CPU_S = 20
+GRACE_S = 20
 """Seconds between the end of a preStop and the end of the pod."""
+SERVING_HEAD_GB = 8
+"""Memory of a head that only serves: no training's driver runs there."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -48,7 +49,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"{parser.prog}: {error}", file=sys.stderr)
         return 2
     found = list(problems(documents))
-    print("".join(f"{one}\n" for one in found) or f"{len(documents)} objects, nothing found\n", end="")
+    left = unfilled(documents)
+    ready = f"nothing found, once your own stands for {', '.join(left)}" if left else "nothing found"
+    print("".join(f"{one}\n" for one in found) or f"{len(documents)} objects, {ready}\n", end="")
     return 1 if found else 0
 
 
@@ -63,9 +66,9 @@ def read(file: str) -> list[dict[str, Any]]:
 
 def problems(documents: list[dict[str, Any]]) -> Iterator[str]:
     """What is wrong with manifests that are applied together."""
-    names = [(one.get("kind"), (one.get("metadata") or {}).get("name")) for one in documents]
-    accounts = {str(name) for kind, name in names if kind == "ServiceAccount"}
-    for (kind, name), one in zip(names, documents, strict=True):
+    called = [(one.get("kind"), (one.get("metadata") or {}).get("name")) for one in documents]
+    accounts = {str(name) for kind, name in called if kind == "ServiceAccount"}
+    for (kind, name), one in zip(called, documents, strict=True):
         if not kind or not name:
             yield f"{kind}/{name}: an object needs kind and metadata.name"
             continue
@@ -75,22 +78,12 @@ def problems(documents: list[dict[str, Any]]) -> Iterator[str]:
         elif kind != "Kustomization":
             yield from (f"{where}: {text}" for text in kubernetes_problems(one))
             yield from (f"{where}: {text}" for text in _exposed(one))
-    for twice in sorted({f"{kind}/{name}" for kind, name in names if names.count((kind, name)) > 1}):
+    for twice in sorted({f"{kind}/{name}" for kind, name in called if called.count((kind, name)) > 1}):
         yield f"{twice} is there twice"
+    yield from names(documents)
     clusters = [one for one in documents if one.get("kind") in CLUSTER_SPEC]
     if any(one["kind"] != "RayJob" for one in clusters):  # jobs are applied to a namespace that has these
-        yield from _together(documents)
-
-
-def _together(documents: list[dict[str, Any]]) -> Iterator[str]:
-    specs = [one.get("spec") or {} for one in documents if one.get("kind") == "NetworkPolicy"]
-    closed = [spec for spec in specs if spec.get("podSelector") == {} and not spec.get("ingress") and "Ingress" in spec.get("policyTypes", [])]
-    if not closed:
-        yield "no NetworkPolicy forbids what the others do not allow: one with `podSelector: {}`, policyTypes Ingress and Egress, and no rules"
-    budgets = [one["spec"] for one in documents if one.get("kind") == "PodDisruptionBudget"]
-    heads = {"matchLabels": {"ray.io/node-type": "head"}}
-    if not any(one.get("selector") == heads and one.get("maxUnavailable") == 0 for one in budgets):
-        yield "no PodDisruptionBudget keeps the heads (maxUnavailable: 0), whose end is that of all their jobs"
+        yield from together(documents)
 
 
 def _exposed(one: dict[str, Any]) -> Iterator[str]:
@@ -141,11 +134,8 @@ def _ray_problems(one: dict[str, Any], accounts: set[str]) -> Iterator[str]:
     yield from said
     if said:
         return
-    cluster = spec
-    for key in CLUSTER_SPEC[kind]:
-        cluster = cluster.get(key) or {}
-    if cluster:
-        yield from _cluster(cluster, accounts)
+    if cluster := cluster_of(one):
+        yield from _cluster(cluster, accounts, HEAD_GB if kind != "RayService" else SERVING_HEAD_GB)
     if kind == "RayJob":
         yield from _job(spec)
     if kind == "RayService":
@@ -155,27 +145,33 @@ def _ray_problems(one: dict[str, Any], accounts: set[str]) -> Iterator[str]:
             yield "spec.upgradeStrategy: NewClusterWithIncrementalUpgrade and clusterUpgradeOptions go together"
 
 
-def _cluster(cluster: dict[str, Any], accounts: set[str]) -> Iterator[str]:
+def _cluster(cluster: dict[str, Any], accounts: set[str], head_gb: int) -> Iterator[str]:
     import ray
 
     if (cluster.get("authOptions") or {}).get("mode") != "token":
         yield "authOptions.mode is not token; without it whoever reaches Ray's ports runs what he likes"
     if cluster.get("rayVersion") != ray.__version__:
         yield f"rayVersion is {cluster.get('rayVersion')}, and the pinned Ray is {ray.__version__}"
-    if not cluster.get("enableInTreeAutoscaling") or (cluster.get("autoscalerOptions") or {}).get("version") != "v2":
-        yield "enableInTreeAutoscaling and autoscalerOptions.version v2 are needed: the first autoscaler knows no labels"
     head, workers = cluster["headGroupSpec"], cluster.get("workerGroupSpecs") or []
-    yield from (f"headGroupSpec: {text}" for text in _head(head))
-    names = [one["groupName"] for one in workers]
+    fixed = workers and all(one["minReplicas"] == one.get("replicas") == one["maxReplicas"] > 0 for one in workers)
+    if cluster.get("enableInTreeAutoscaling"):
+        if (cluster.get("autoscalerOptions") or {}).get("version") != "v2":
+            yield "autoscalerOptions.version must be v2: the first autoscaler knows no labels"
+    elif not fixed:
+        yield "enableInTreeAutoscaling (autoscalerOptions.version v2) is needed where minReplicas, replicas and maxReplicas of a group differ"
+    elif head["template"]["spec"].get("automountServiceAccountToken") is not False:
+        yield "headGroupSpec: automountServiceAccountToken is not false; a head without an autoscaler asks nothing of Kubernetes"
+    yield from (f"headGroupSpec: {text}" for text in _head(head, head_gb))
+    groups = [one["groupName"] for one in workers]
     for group in workers:
         yield from (f"{group['groupName']}: {text}" for text in _group(group))
-    if len(set(names)) < len(names):
-        yield f"two groups have one name: {', '.join(names)}"
-    for where, group in [("headGroupSpec", head), *zip(names, workers, strict=True)]:
+    if len(set(groups)) < len(groups):
+        yield f"two groups have one name: {', '.join(groups)}"
+    for where, group in [("headGroupSpec", head), *zip(groups, workers, strict=True)]:
         yield from (f"{where}: {text}" for text in _pod(group["template"], accounts))
 
 
-def _head(head: dict[str, Any]) -> Iterator[str]:
+def _head(head: dict[str, Any], least_gb: int) -> Iterator[str]:
     pod = head["template"]["spec"]
     if head.get("resources", {}).get("CPU") != "0":
         yield 'resources.CPU must be "0", so that no task takes the head\'s memory'
@@ -184,8 +180,8 @@ def _head(head: dict[str, Any]) -> Iterator[str]:
     if head.get("serviceType", "ClusterIP") != "ClusterIP" or head.get("enableIngress"):
         yield "the dashboard can be reached from outside; serviceType ClusterIP, no ingress, and `kubectl port-forward`"
     memory = pod["containers"][0].get("resources", {}).get("requests", {}).get("memory", "0")
-    if _gib(memory) < HEAD_GB:
-        yield f"requests.memory is {memory}, and needs {HEAD_GB}Gi"
+    if _gib(memory) < least_gb:
+        yield f"requests.memory is {memory}, and needs {least_gb}Gi"
 
 
 def _group(group: dict[str, Any]) -> Iterator[str]:
@@ -207,8 +203,8 @@ def _group(group: dict[str, Any]) -> Iterator[str]:
     grace = pod.get("terminationGracePeriodSeconds", 30)
     if hook[:3] != ["python", "-m", "cluster_configs.drain"]:
         yield "no preStop drains the node (python -m cluster_configs.drain --seconds N)"
-    elif int(hook[-1]) + CPU_S > grace:
-        yield f"preStop takes up to {hook[-1]} s, and the pod is killed after {grace}; terminationGracePeriodSeconds must be {CPU_S} more"
+    elif int(hook[-1]) + GRACE_S > grace:
+        yield f"preStop takes up to {hook[-1]} s, and the pod is killed after {grace}; terminationGracePeriodSeconds must be {GRACE_S} more"
 
 
 def _pod(template: dict[str, Any], accounts: set[str]) -> Iterator[str]:
@@ -236,6 +232,8 @@ def _job(spec: dict[str, Any]) -> Iterator[str]:
     root = Path(__file__).parents[1]
     if found is None or not (root / f"{found[1].replace('.', '/')}.py").is_file():
         yield f"spec.entrypoint {spec['entrypoint']!r} runs no module of this project"
+    if spec.get("backoffLimit"):
+        yield f"spec.backoffLimit is {spec['backoffLimit']}: what was stopped, or cannot succeed, would start again on machines that cost"
     if not spec.get("shutdownAfterJobFinishes"):
         yield "spec.shutdownAfterJobFinishes is not true; the cluster would stay, and cost"
 

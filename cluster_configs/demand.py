@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from paris_ray.config import RunConfig
-from paris_ray.resources import HERE, Machine
+from paris_ray.resources import HERE, Machine, in_words
 
 
 @dataclass(frozen=True)
@@ -28,10 +28,9 @@ class Demand:
     workers: int = 1
 
     def __str__(self) -> str:
-        parts = [f"{amount:g} {name}" for name, amount in self.resources.items() if amount and not name.startswith("accelerator_type:")]
-        parts += [f"accelerator_type {name.partition(':')[2]}" for name in self.resources if name.startswith("accelerator_type:")]
-        parts += [f"label {key}={value}" for key, value in self.labels.items()]
-        return ", ".join(parts)
+        types = [name.partition(":")[2] for name in self.resources if name.startswith("accelerator_type:")]
+        amounts = {name: amount for name, amount in self.resources.items() if not name.startswith("accelerator_type:")}
+        return in_words(amounts, next(iter(types), None), self.labels)
 
 
 def demands(config: RunConfig, cluster: str = HERE) -> Iterator[Demand]:

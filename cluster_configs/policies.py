@@ -91,6 +91,10 @@ def own(where: Place, access: Access) -> list[str]:
     return [f"{where.run}{one}".rstrip("/") for one in access.write if f"{where.run}{one}".endswith("/")]
 
 
+CLUSTER = "paris"
+"""The cluster_name of aws.yaml, with which Ray tags its machines."""
+
+
 # -- AWS ----------------------------------------------------------------------------------------------------------------
 
 
@@ -122,20 +126,26 @@ def aws(where: Place, access: Access, source: Place | None = None) -> dict[str, 
     return {"Version": "2012-10-17", "Statement": statements}
 
 
-def aws_head(workers: str, account: str = "*") -> dict[str, Any]:
-    """What a head needs to start and end machines whose role is ``workers``, and no other."""
+def aws_head(workers: str, cluster: str = CLUSTER, account: str = "*") -> dict[str, Any]:
+    """What a head needs to start machines of its cluster whose role is ``workers``, to name them, and to end them, and no others."""
     describe = ["ec2:DescribeInstances", "ec2:DescribeInstanceTypes", "ec2:DescribeInstanceStatus", "ec2:DescribeImages", "ec2:DescribeSubnets"]
-    started = ["instance/*", "volume/*", "network-interface/*", "subnet/*", "security-group/*", "key-pair/*"]
-    ours = {"StringLike": {"ec2:ResourceTag/ray-cluster-name": "*"}}
+    # A request for spot machines makes the last of these.
+    used = ["volume/*", "network-interface/*", "subnet/*", "security-group/*", "key-pair/*", "spot-instances-request/*"]
+    instances = [f"arn:aws:ec2:*:{account}:instance/*"]
+    ours = {"StringEquals": {"ec2:ResourceTag/ray-cluster-name": cluster}}
     return {
         "Version": "2012-10-17",
         "Statement": [
             _statement("Look", describe, ["*"]),
-            _statement("Start", ["ec2:RunInstances"], [f"arn:aws:ec2:*:{account}:{one}" for one in started] + ["arn:aws:ec2:*::image/*"]),
-            _statement("Name", ["ec2:CreateTags"], [f"arn:aws:ec2:*:{account}:instance/*"]),
-            _statement("End", ["ec2:TerminateInstances"], [f"arn:aws:ec2:*:{account}:instance/*"], ours),
+            _statement("Start", ["ec2:RunInstances"], instances, {"StringEquals": {"aws:RequestTag/ray-cluster-name": cluster}}),
+            _statement("StartWith", ["ec2:RunInstances"], [f"arn:aws:ec2:*:{account}:{one}" for one in used] + ["arn:aws:ec2:*::image/*"]),
+            # What it could name, it could end: only what it starts, or has started.
+            _statement("NameNew", ["ec2:CreateTags"], instances, {"StringEquals": {"ec2:CreateAction": "RunInstances"}}),
+            _statement("NameAndEnd", ["ec2:CreateTags", "ec2:TerminateInstances"], instances, ours),
             _statement("Image", ["ssm:GetParameters", "ssm:GetParameter"], ["arn:aws:ssm:*::parameter/aws/service/*"]),
-            _statement("Role", ["iam:PassRole"], [f"arn:aws:iam::{account}:role/{workers}"]),
+            _statement(
+                "Role", ["iam:PassRole"], [f"arn:aws:iam::{account}:role/{workers}"], {"StringEquals": {"iam:PassedToService": "ec2.amazonaws.com"}}
+            ),
         ],
     }
 
@@ -226,6 +236,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     what.add_argument("--head", action="store_true", help="start and end machines (aws)")
     parser.add_argument("--source", metavar="URI", help="where the pictures are, to be read")
     parser.add_argument("--workers", metavar="ROLE", help="with --head: the role of the machines that it starts")
+    parser.add_argument("--cluster-name", default=CLUSTER, metavar="NAME", help=f"with --head: cluster_name of its file (default {CLUSTER})")
     args = parser.parse_args(argv)
     try:
         print(json.dumps(_asked(args), indent=2))
@@ -239,7 +250,7 @@ def _asked(args: argparse.Namespace) -> Any:
     if args.head:
         if args.cloud != "aws" or not args.workers:
             raise ConfigError("--head is for aws, with --workers ROLE; on gcp and azure the README names the roles that are there for it")
-        return aws_head(args.workers)
+        return aws_head(args.workers, args.cluster_name)
     if args.run is None:
         raise ConfigError("name the run's folder in the store, such as s3://bucket/run")
     try:

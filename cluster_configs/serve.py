@@ -36,12 +36,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     try:
         given = yaml.safe_load(args.args.read_text()) if args.args else {}
+        if not isinstance(given, dict):
+            raise ConfigError(f"--args {args.args} holds no settings; write KEY: VALUE, a line each")
+        for one in args.words:
+            if "=" not in one:
+                raise ConfigError(f"{one!r} is not KEY=VALUE, such as model=s3://bucket/run/model")
         config = text(deploy_config({**given, **dict(one.split("=", 1) for one in args.words)}, args.experts))
         if args.service is None:
             print(config, end="")
         else:
             args.service.write_text(in_service(args.service.read_text(), config))
-    except (ConfigError, OSError) as error:
+    except (ConfigError, OSError, yaml.YAMLError) as error:
         print(f"{parser.prog}: {error}", file=sys.stderr)
         return 2
     return 0

@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Sets a node up: the pinned project in ~/env, from what was copied to ~/paris_ray. A repeat changes nothing.
-# Run by the set-up commands of the files beside it. Wants Ubuntu 24.04 or another system with Python 3.11 to 3.13.
+# It loads 7 GB, several minutes of a machine that costs, and of NAT's price by the gigabyte, at each start: an image of your own that has ~/env already
+# (run this on one machine, and make the image of its disk) spares both. Run by the set-up commands of the files beside it. Wants Ubuntu 24.04 or another system with Python 3.11 to 3.13.
 set -euo pipefail
 project="$HOME/paris_ray"
 
@@ -21,7 +22,7 @@ if ! "$HOME/env/bin/python" -m pip --version >/dev/null 2>&1; then
   }
 fi
 # Compiled once: Ray starts a process for each worker, and every one imports torch.
-"$HOME/env/bin/python" -m pip install --quiet --disable-pip-version-check uv
+"$HOME/env/bin/python" -m pip install --quiet --disable-pip-version-check uv==0.13.9
 "$HOME/env/bin/uv" pip install --quiet --compile-bytecode --python "$HOME/env/bin/python" -c "$project/constraints.txt" -e "$project[demo]"
 
 # Shells, and so `ray exec` and `ray attach`, have the environment, too.
@@ -29,4 +30,3 @@ line=". $project/node.env"
 grep -qxF "$line" "$HOME/.bashrc" 2>/dev/null || echo "$line" >>"$HOME/.bashrc"
 
 . "$project/node.env"
-mkdir -p "$PARIS_SPILL"

@@ -1,4 +1,7 @@
-"""What is wrong with a run's store, with tokens and with ports, from facts (:mod:`jobs.facts`) alone: a function for each question."""
+"""What is wrong with a run's store, with tokens and with ports, from facts alone: a function for each question.
+
+The facts are those of :mod:`jobs.store_facts` and :mod:`jobs.access_facts`.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +10,7 @@ import urllib.parse
 from collections.abc import Iterator
 from typing import Any
 
-from jobs.facts import is_public
+from jobs.access_facts import is_public
 from jobs.findings import Facts, Finding, clouds, fault
 from paris_ray.config import RunConfig
 from paris_ray.storage import Folder
@@ -18,6 +21,10 @@ WRITE_S = 300.0
 """How long a checkpoint may take where no notice of a preemption is heeded."""
 SLOWEST = 1.0
 """MB/s that a store must do at the least."""
+SHORT = 4
+"""A checkpoint goes up in many parts side by side, the file that is tried in two: so much faster it may be."""
+MEASURED_BYTES = 100_000
+"""What a smaller file takes says nothing of a rate."""
 TYPICAL = Inputs(4, 32, 77, 768)
 """What a network reads, where the run has no encoders yet; it hardly tells in the size of a checkpoint."""
 
@@ -51,15 +58,28 @@ def storage(facts: Facts) -> Iterator[Finding]:
                 "who may write may delete",
                 "give the role the right to delete, without which no checkpoint goes and the store fills",
             )
+        if one["sees"] is False:
+            yield fault(
+                "storage",
+                name,
+                "a file that was written here is not there",
+                "all nodes and this machine see one and the same folder",
+                "this is another folder than the one seen from here: mount a shared one under this path everywhere, or name an object store",
+            )
+        if one["bytes"] < MEASURED_BYTES:
+            yield Finding("storage", name, "a file can be written, read and deleted")
+            continue
         write, read = (one["bytes"] / 1e6 / max(one[key], 1e-6) for key in ("write_s", "read_s"))
         needs, why = _needed(facts.config)
-        value = f"writes {write:,.0f} MB/s, reads {read:,.0f}; {why}"
-        if min(write, read) < needs:
+        value = f"writes {write:,.0f} MB/s, reads {read:,.0f}, one file of {one['bytes'] / 1e6:,.0f} MB; {why}"
+        if where == "here" and facts.dashboards:
+            yield Finding("storage", name, f"writes {write:,.0f} MB/s, reads {read:,.0f}; nothing trains here")
+        elif min(write, read) < max(SLOWEST, needs / SHORT):
             yield fault(
                 "storage",
                 name,
                 value,
-                f"at least {needs:,.3g} MB/s",
+                f"at least {max(SLOWEST, needs / SHORT):,.3g} MB/s, a quarter of {needs:,.3g}, as checkpoints go up in many parts at once",
                 "use a store in the nodes' region, a faster disk, or larger machines (their network grows with them); or train smaller experts",
             )
         else:
@@ -228,6 +248,9 @@ def ports(facts: Facts) -> Iterator[Finding]:
             )
     for node in facts.all_nodes():
         public = node["public_addresses"]
+        if node["cloud"] and not public:
+            told = f"a machine of {node['cloud']}, whose public address, if it has one, cannot be seen on it; look in the cloud's console"
+            yield Finding("ports", node["node"], told, "not asked")
         wide = [one for one in node["open_ports"] if one["ip"] in ("0.0.0.0", "::", *public)]
         if public and wide:
             listed = ", ".join(f"{one['port']} ({one['process']})" for one in wide[:5])

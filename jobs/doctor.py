@@ -4,13 +4,15 @@ python -m jobs.doctor                                                           
 python -m jobs.doctor --config RUN/config.yaml                                   # and the run: its store, its other clusters, their tokens
 python -m jobs.doctor --config RUN/config.yaml --address http://head:8265        # and all nodes of this cluster
 
-Prints what was found: a fault with its value, the rule, and what to do about it. Nothing is changed; a file is written to the store and deleted.
+Prints what was found: a fault with its value, the rule, and what to do about it. Nothing is changed; files are written to the store, here and on
+every node, and deleted.
 The exit code is 0 without a fault, 1 with one, 2 for a wrong command.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import shlex
 import sys
@@ -21,7 +23,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from jobs import access_checks, cli, clusters, facts, node_checks
+from jobs import access_checks, access_facts, cli, clusters, facts, node_checks, store_facts
 from jobs.clusters import ENDED, AwayError, Cluster
 from jobs.findings import Facts, Finding, clouds
 from paris_ray import config as configs
@@ -29,7 +31,7 @@ from paris_ray.config import ConfigError, RunConfig
 from paris_ray.resources import HERE
 from paris_ray.storage import Folder
 
-JOB_SECONDS = 300.0
+JOB_SECONDS = 600.0
 """How long a cluster may take to tell its facts."""
 RAY_PORTS = (6379, 8265, 10001)
 """Where `ray start --head` listens, unless told otherwise."""
@@ -82,47 +84,61 @@ def gather(config: RunConfig | None, address: str | None) -> Facts:
     """
     run_dir = Folder(config.run_dir).uri if config else None
     found = Facts(config=config, address=address, here=facts.node())
-    found.token = None if (path := facts.token_file()) is None else facts.token_of_file(path)
+    found.token = None if (path := access_facts.token_file()) is None else access_facts.token_of_file(path)
     if run_dir is not None:
-        found.stores["here"] = facts.store(run_dir)
+        found.stores["here"] = store_facts.store(run_dir)
     if address is None:
         serve = [config.serve.port] if config else []
-        found.ports = [facts.port(number) for number in dict.fromkeys([*RAY_PORTS, *serve])]
+        found.ports = [access_facts.port(number) for number in dict.fromkeys([*RAY_PORTS, *serve])]
     asked: list[tuple[Cluster, str, str | None, str | None]] = []
     if address is not None:
         one = clusters.here(config or configs.load("tiny"), address)
-        asked.append((one, address, run_dir, facts.token()))
+        asked.append((one, address, run_dir, access_facts.token()))
     for name, spec in (config.clusters if config else {}).items():
         assert config is not None
         if spec.token_file is not None:
-            found.token_files[name] = facts.token_of_file(Path(spec.token_file))
-        token = facts.read_token(spec.token_file) if spec.token_file else None
+            found.token_files[name] = access_facts.token_of_file(Path(spec.token_file))
+        token = access_facts.read_token(spec.token_file) if spec.token_file else None
         asked.append((clusters.other(config, name), spec.address, spec.storage or run_dir, token))
     for cluster, url, storage, token in asked:
         name = "the cluster" if cluster.name == HERE else cluster.name
-        found.dashboards[name] = facts.dashboard(url, token)
+        if any(url.rstrip("/") == one["address"].rstrip("/") for one in found.dashboards.values()):
+            continue  # the same by another name
+        found.dashboards[name] = access_facts.dashboard(url, token)
+        writable = run_dir is not None and found.stores["here"]["error"] is None
         try:
-            told = ask(cluster, storage)
+            if config is not None and run_dir is not None and writable:
+                part = store_facts.within(config, cluster.name)
+                with store_facts.mark(run_dir, part) as seen:
+                    told = ask(cluster, storage, part, seen)
+            else:
+                told = ask(cluster, storage)
         except (AwayError, ConfigError, RuntimeError, ValueError) as error:
             found.silent[name] = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
             continue
-        found.nodes[name] = told["nodes"]
-        if told["store"] is not None:
-            found.stores[name] = told["store"]
+        found.nodes[name], found.scales[name] = told["nodes"], told["scales"]
+        found.stores |= {one["node"]: one["store"] for one in told["nodes"] if one.get("store")}
     for cloud in clouds(config):
-        found.quotas[cloud] = facts.quotas(cloud)
+        found.quotas[cloud] = access_facts.quotas(cloud)
     return found
 
 
-def ask(cluster: Cluster, storage: str | None) -> dict[str, Any]:
+def ask(cluster: Cluster, storage: str | None, part: str = "", seen: str | None = None) -> dict[str, Any]:
     """Have a cluster tell its facts, by a job of :mod:`jobs.facts`.
+
+    Args:
+        cluster: which.
+        storage: the run as it is seen there.
+        part: where in it the cluster may write.
+        seen: a file that must be there.
 
     Raises:
         AwayError, ConfigError: it does not answer, or refuses our token.
         RuntimeError: the job failed, or took too long; the message has the end of what it said.
     """
     job = f"doctor-{uuid.uuid4().hex[:12]}"
-    command = f"{cluster.python} -m jobs.facts" + (f" --store {shlex.quote(storage)}" if storage else "")
+    told = ["--store", storage, *(["--within", part] if part else []), *(["--mark", seen] if seen else [])] if storage else []
+    command = f"{cluster.python} -m jobs.facts {shlex.join(told)}".strip()
     cluster.call("submit_job", entrypoint=command, submission_id=job, runtime_env=cluster.runtime_env, entrypoint_num_cpus=0)
     deadline = time.monotonic() + JOB_SECONDS
     while (state := cluster.status(job)) not in ENDED and time.monotonic() < deadline:
@@ -130,9 +146,10 @@ def ask(cluster: Cluster, storage: str | None) -> dict[str, Any]:
     said = str(cluster.call("get_job_logs", job))
     if state not in ENDED:
         cluster.end(job)
+    with contextlib.suppress(AwayError, RuntimeError):  # one that does not end stays in the cluster's list
+        cluster.call("delete_job", job)
     for line in said.splitlines():
         if line.startswith(facts.MARK):
-            cluster.call("delete_job", job)
             return dict(json.loads(line.removeprefix(facts.MARK)))
     last = (said.strip().splitlines() or ["it said nothing"])[-1]
     raise RuntimeError(f"the job that asks its nodes did not tell ({state}): {last}"[:400])

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from paris_ray.config import RunConfig
+from paris_ray.resources import Resources
 
 
 @dataclass(frozen=True)
@@ -37,12 +38,17 @@ def fault(what: str, where: str, value: str, rule: str, remedy: str) -> Finding:
 
 @dataclass
 class Facts:
-    """All that is known. ``nodes``, ``dashboards``, ``stores`` and ``silent`` (why it told nothing) go by the name of a cluster."""
+    """All that is known.
+
+    ``nodes``, ``dashboards``, ``scales`` (whether an autoscaler brings more nodes) and ``silent`` (why it told nothing) go by the name of a cluster,
+    ``stores`` by who sees it: ``here`` or a node.
+    """
 
     config: RunConfig | None = None
     address: str | None = None
     here: dict[str, Any] = field(default_factory=dict)
     nodes: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
+    scales: dict[str, bool] = field(default_factory=dict)
     silent: dict[str, str] = field(default_factory=dict)
     stores: dict[str, dict[str, Any]] = field(default_factory=dict)
     token: dict[str, Any] | None = None
@@ -65,9 +71,14 @@ def clouds(config: RunConfig | None) -> list[str]:
     return sorted({one.preemption for one in (*asked, *(r.fallback for r in asked if r.fallback)) if one.preemption is not None})
 
 
+def machines_with_gpus(config: RunConfig | None) -> dict[str, Resources]:
+    """What the parts of a run's config ask for that train on GPUs."""
+    if config is None:
+        return {}
+    parts = [*((f"experts.{k}", one.resources) for k, one in enumerate(config.experts)), ("router", config.router.resources)]
+    return {name: one for name, one in parts if one.gpus > 0}
+
+
 def asks_for_gpus(config: RunConfig | None) -> list[str]:
     """The parts of a run's config that train on GPUs."""
-    if config is None:
-        return []
-    parts = [*((f"experts.{k}", one) for k, one in enumerate(config.experts)), ("router", config.router)]
-    return [name for name, one in parts if one.resources.gpus > 0]
+    return list(machines_with_gpus(config))

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import resource
 import signal
 import socket
 import sys
@@ -15,6 +16,8 @@ import threading
 import time
 from pathlib import Path
 from typing import Any
+
+OPEN_FILES = 65536
 
 
 def main(argv: list[str], **more: Any) -> int:
@@ -30,6 +33,7 @@ def main(argv: list[str], **more: Any) -> int:
 
     spec = Path(argv[0])
     wanted = json.loads(spec.read_text())
+    many_files()
     ports = free_ports(4)
     params = RayParams(
         node_ip_address="127.0.0.1",
@@ -67,6 +71,14 @@ def main(argv: list[str], **more: Any) -> int:
         time.sleep(1.0)
     print("a process of the cluster has died; ending the others", file=sys.stderr)
     return 1
+
+
+def many_files() -> None:
+    """Let this process and those that it starts open as many files as they may, as ``ray.init`` does: shells of most systems leave them 1024."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    most = OPEN_FILES if hard == resource.RLIM_INFINITY else min(hard, OPEN_FILES)
+    if soft != resource.RLIM_INFINITY and soft < most:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
 
 
 def announce(temp_dir: Path, port: int) -> None:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import re
+from collections.abc import Iterable, Iterator
 
-from jobs.findings import Facts, Finding, asks_for_gpus, fault
+from jobs.findings import Facts, Finding, asks_for_gpus, fault, machines_with_gpus
+from paris_ray.resources import Resources
 
 MEMORY = 4 << 30
 """What the smallest run takes, with Ray."""
@@ -46,6 +48,15 @@ def reached(facts: Facts) -> Iterator[Finding]:
 def versions(facts: Facts) -> Iterator[Finding]:
     """Whether Python and packages are the same on all nodes, and the pinned ones."""
     nodes = list(facts.all_nodes())
+    for one in nodes if facts.here else ():
+        if facts.nodes and (theirs := one["packages"].get("ray")) != (ours := facts.here["packages"].get("ray")):
+            yield fault(
+                "versions",
+                one["node"],
+                f"ray {theirs} there, {ours} here",
+                "who submits jobs has the Ray of the cluster",
+                "make setup here with the cluster's constraints.txt, or the nodes anew with this one's",
+            )
     for one in nodes:
         if not one["pins"]:
             yield Finding("versions", one["node"], "constraints.txt is not there", "not asked")
@@ -111,12 +122,16 @@ def gpus(facts: Facts) -> Iterator[Finding]:
         else:
             yield Finding("gpu", one["node"], f"{one['gpus']}, driver {driver}, torch with CUDA {cuda}")
     if asked and nodes and not any(one["gpus"] for one in nodes):
+        if any(facts.scales.values()):
+            told = "no node has one yet; whether the autoscaler can bring one says `python -m cluster_configs.check FILE --run CONFIG`"
+            yield Finding("gpu", "", told, "not asked")
+            return
         yield fault(
             "gpu",
             "",
             "no node has one",
             f"{', '.join(asked)} ask for GPUs",
-            "add a node with a GPU (one that only the autoscaler starts: set its min_workers to 1 and ask again), or set resources.gpus=0",
+            "add a node with a GPU, or set resources.gpus=0",
         )
 
 
@@ -173,13 +188,15 @@ def _gib(size: float) -> str:
 
 def limits(facts: Facts) -> Iterator[Finding]:
     """Whether processes may open as many files, and users start as many processes, as Ray takes."""
+    # Where a Ray is still to start, it takes as many as it may have.
+    files = "open_files" if facts.nodes else "open_files_most"
     for one in facts.all_nodes():
-        for key, least, flag in (("open_files", OPEN_FILES, "n"), ("processes", PROCESSES, "u")):
+        for key, least, flag in ((files, OPEN_FILES, "n"), ("processes", PROCESSES, "u")):
             if 0 <= one[key] < least:  # -1: unlimited
                 yield fault(
                     "limits",
                     one["node"],
-                    f"{key.replace('_', ' ')}: {one[key]}",
+                    f"{key.removesuffix('_most').replace('_', ' ')}: {one[key]}",
                     f"ulimit -{flag} is at least {least}",
                     f"ulimit -{flag} {max(least, 65536)} before `ray start`; for good in /etc/security/limits.conf or the container's runtime",
                 )
@@ -212,18 +229,44 @@ def clocks(facts: Facts) -> Iterator[Finding]:
             yield Finding("clock", where, f"the store's is within {abs(one['offset']):.1f} s")
 
 
+FAMILIES = {"T4": "G and VT", "L4": "G and VT", "A10G": "G and VT", "L40S": "G and VT", "V100": "P3", "A100": "P4", "H100": "P5", "H200": "P5"}
+"""AWS's family of machines for each GPU; those of 40 GB and more are in none of G."""
+LARGE_GB = 40
+
+
+def quotas_of(asked: Resources, names: Iterable[str]) -> list[str]:
+    """Which of AWS's quotas a machine with such a GPU comes out of; several where the settings leave it open."""
+    memory = re.search(r"\d+", asked.labels.get("gpu_memory", ""))
+    if asked.accelerator_type:
+        families = {FAMILIES.get(asked.accelerator_type, "")}
+    else:
+        families = {family for family in FAMILIES.values() if memory is None or (int(memory[0]) > LARGE_GB) == (family != "G and VT")}
+    markets = {"spot", "on-demand"} if (market := asked.labels.get("market")) not in ("spot", "on-demand") else {market}
+    if asked.preemption:
+        markets = {"spot"}
+    # On demand, all of P are one.
+    kinds = {(market, "P" if market == "on-demand" and family.startswith("P") else family) for market in markets for family in families}
+    return [name for name in names if any(name.startswith(f"{market} ") and family and family in name for market, family in kinds)]
+
+
 def cloud_quotas(facts: Facts) -> Iterator[Finding]:
-    """Whether the account's quotas let any machine with a GPU start."""
+    """Whether the account's quotas let the machines start that the run's GPUs are in."""
     for cloud, told in facts.quotas.items():
         if isinstance(told, str):
             yield Finding("quotas", cloud, told, "not asked")
-        elif asks_for_gpus(facts.config) and not any(told.values()):
+            continue
+        lacking: dict[str, list[str]] = {}
+        for name, asked in machines_with_gpus(facts.config).items():
+            of = quotas_of(asked, told)
+            if asked.preemption in (None, cloud) and of and not any(told[one] for one in of):
+                lacking.setdefault(", ".join(f"{one}: 0 vCPUs" for one in of), []).append(name)
+        for none, names in lacking.items():
             yield fault(
                 "quotas",
                 cloud,
-                ", ".join(f"{name}: {vcpus:.0f} vCPUs" for name, vcpus in told.items()),
-                "the run asks for GPUs, and the account may start machines with them",
+                none,
+                f"{', '.join(names)} ask for GPUs, and the account may start machines with them",
                 "ask for more in Service Quotas, in the region of the cluster; it takes days",
             )
-        else:
+        if not lacking:
             yield Finding("quotas", cloud, ", ".join(f"{name}: {vcpus:.0f} vCPUs" for name, vcpus in told.items()))

@@ -25,8 +25,8 @@ from paris_ray.resources import HERE
 from paris_ray.storage import Folder
 from paris_ray.training.machines import bill
 
-EXPECTED = ("Expected termination", "due to idle")
-"""How Ray's state API speaks of nodes that were ended in order."""
+EXPECTED = ("Expected termination", "due to idle", "the pod ends", "AWS will ", "Google Cloud ", "Azure: ")
+"""How Ray's state API speaks of nodes that were ended in order; of drained ones it repeats what it was told (drain, Notice)."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:

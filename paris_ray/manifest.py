@@ -282,7 +282,8 @@ class Lock:
 
     The lock is a file with its owner's host, process and time. An owner on this host counts as gone when its process is gone (id and start
     time); one elsewhere when it has not renewed the file for :data:`LEASE_SECONDS`. So a lock outlives neither crash nor power cut. An owner that was
-    away for so long that another took its lock finds out at the next renewal, and is interrupted as by Ctrl-C: two writers would be worse.
+    away for so long that another took its lock finds out at the next renewal, and is interrupted as by Ctrl-C: two writers would be worse. One that
+    cannot renew it in an object store is so before its lease ends, without asking anybody.
 
     Args:
         folder: what to lock.
@@ -296,6 +297,8 @@ class Lock:
     def __init__(self, folder: Folder, what: str, wait: float = 0.0):
         self.folder, self.what, self.wait = folder, what, wait
         self._stop = threading.Event()
+        # A renewal that lands late would take the place of another's lock.
+        self._quick = folder.impatient(LEASE_SECONDS / 8)
 
     def _claim(self) -> bytes:
         owner = {
@@ -313,7 +316,7 @@ class Lock:
         deadline = time.monotonic() + self.wait
         first: dict[str, Any] | None = None
         waiting = False
-        while not self.folder.create(LOCK, self._claim()):
+        while not self._create():
             owner = self._owner()
             if owner is None:
                 time.sleep(0.01)
@@ -340,7 +343,13 @@ class Lock:
             raise LockedError(f"{self.folder.uri} was locked by somebody else at the same moment; run this again")
         self._thread = threading.Thread(target=self._renew, daemon=True, name="lock")
         self._thread.start()
+        if not self.folder.is_local:
+            threading.Thread(target=self._fence, daemon=True, name="lease").start()
         return self
+
+    def _create(self) -> bool:
+        self._renewed = _now()
+        return self.folder.create(LOCK, self._claim())
 
     def _owner(self) -> dict[str, Any] | None:
         try:
@@ -358,25 +367,60 @@ class Lock:
                 self.folder.delete(LOCK)
 
     def _renew(self) -> None:
-        while not self._stop.wait(LEASE_SECONDS / 4):
+        pause = LEASE_SECONDS / 4
+        while not self._stop.wait(pause):
+            pause = LEASE_SECONDS / 4
             try:
-                owner = self._owner() or {}
+                before = _now()
+                owner = _read(self._quick, LOCK) or {}
                 if owner.get("token") != self.token:
                     by = f"{owner['what']} (process {owner['pid']} on {owner['host']}) has it" if owner else "nobody has it"
-                    print(f"{self.folder.uri}: {self.what} has lost its lock, now {by}; stopping, so that there is one writer only", file=sys.stderr)
-                    # What runs under nohup may ignore the first.
-                    ignored = signal.getsignal(signal.SIGINT) is signal.SIG_IGN
-                    os.kill(os.getpid(), signal.SIGTERM if ignored else signal.SIGINT)
+                    self._lost(f"has lost its lock, now {by}")
                     return
-                self.folder.write_bytes(LOCK, self._claim())
+                self._quick.write_bytes(LOCK, self._claim())
+                self._renewed = before
             except OSError:
-                continue  # the store is away for a moment; the lease has three more chances
+                pause = LEASE_SECONDS / 24  # the store is away for a moment; there are some more chances
+
+    def _ends(self) -> float:
+        """When the owner takes its own lease for ended: a little before the others do."""
+        return self._renewed + LEASE_SECONDS * 7 / 8
+
+    def _fence(self) -> None:
+        """Interrupt an owner whose lease ends, though the store still owe it an answer: nobody else will ask before taking the lock."""
+        while not self._stop.wait(max(0.0, self._ends() - _now())):
+            if _now() >= self._ends():
+                self._lost(f"has lost its lock: it could not be renewed for {_now() - self._renewed:.0f} s")
+                return
+
+    def _lost(self, why: str) -> None:
+        if self._stop.is_set():
+            return
+        self._stop.set()
+        print(f"{self.folder.uri}: {self.what} {why}; stopping, so that there is one writer only", file=sys.stderr)
+        # What runs under nohup may ignore the first.
+        ignored = signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+        os.kill(os.getpid(), signal.SIGTERM if ignored else signal.SIGINT)
 
     def __exit__(self, *_: object) -> None:
         self._stop.set()
-        self._thread.join()
-        if self._owned():
-            self.folder.delete(LOCK)
+        self._thread.join(LEASE_SECONDS / 4)
+        if self.folder.is_local:
+            if self._owned():
+                self.folder.delete(LOCK)
+            return
+        while _now() < self._ends():  # later it may be another's, and ends by itself
+            try:
+                if (_read(self._quick, LOCK) or {}).get("token") == self.token:
+                    self._quick.delete(LOCK)
+                return
+            except OSError:
+                time.sleep(LEASE_SECONDS / 240)
+
+
+def _now() -> float:
+    """Seconds on a clock that nobody sets and that runs on while a machine sleeps."""
+    return time.clock_gettime(time.CLOCK_BOOTTIME) if hasattr(time, "CLOCK_BOOTTIME") else time.monotonic()
 
 
 def _alive(owner: dict[str, Any]) -> bool:

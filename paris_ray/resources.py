@@ -32,6 +32,12 @@ class Machine(Strict):
     price_per_hour: Annotated[float, Field(ge=0)] | None = None
 
 
+def in_words(amounts: dict[str, float], accelerator_type: str | None, labels: dict[str, str]) -> str:
+    """What is asked of a machine, for people."""
+    parts = [f"{amount:g} {name}" for name, amount in amounts.items() if amount]
+    return ", ".join([*parts, *([accelerator_type] if accelerator_type else []), *(f"label {key}={value}" for key, value in labels.items())])
+
+
 class Resources(Machine):
     """The machines of a training."""
 

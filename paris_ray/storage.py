@@ -9,16 +9,12 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import hashlib
-import io
 import json
 import os
 import posixpath
-import random
-import re
 import shutil
 import stat
 import tempfile
-import time
 import uuid
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -28,11 +24,8 @@ from typing import IO, Any
 import pyarrow as pa
 import pyarrow.fs as pafs
 
-_CHUNK = 1 << 22
-_ATTEMPTS = 10
-"""How often a store is asked that is busy, fails, or breaks the connection: with pauses that double up to 20 s, for about a minute and a half."""
-_UPLOADS = 3
-_REFUSED = re.compile("ACCESS_DENIED|NO_SUCH_BUCKET|INVALID_ACCESS_KEY|SIGNATURE_DOES_NOT_MATCH|HTTP status (40[134])")
+from paris_ray.storage_io import ATTEMPTS, CHUNK, UPLOADS, AtomicWriter, PatientReader, asked
+
 _PIECE, _PIECES = 1 << 16, 16  # what Folder.sketch reads of a file
 
 
@@ -53,18 +46,12 @@ def _resolve(uri: str) -> tuple[pafs.FileSystem, str]:
         return pafs.LocalFileSystem(), str(Path(uri).expanduser().absolute())
     try:
         fs, path = pafs.FileSystem.from_uri(uri)
-        return (_patient(fs) if isinstance(fs, pafs.S3FileSystem) else fs), path
+        return asked(fs, ATTEMPTS), path
     except (pa.ArrowInvalid, NotImplementedError):
         import fsspec
 
         fs, path = fsspec.core.url_to_fs(uri)
         return pafs.PyFileSystem(pafs.FSSpecHandler(fs)), path
-
-
-def _patient(fs: pafs.S3FileSystem) -> pafs.S3FileSystem:
-    """The same, which asks oftener than three times, and sends a small file in one request, which happens or does not."""
-    options: dict[str, Any] = fs.__reduce__()[1][0]
-    return pafs.S3FileSystem(**{**options, "allow_delayed_open": True, "retry_strategy": pafs.AwsStandardS3RetryStrategy(max_attempts=_ATTEMPTS)})
 
 
 def _local_files(root: str, below: str, recursive: bool, above: tuple[str, ...]) -> Iterator[Entry]:
@@ -101,13 +88,21 @@ class Folder:
         self.fs, self.path = _resolve(text)
         self.is_local = isinstance(self.fs, pafs.LocalFileSystem)
         self.uri = self.path if self.is_local else text.rstrip("/")
+        self.patient = True
 
     def __truediv__(self, name: str) -> Folder:
         child = object.__new__(Folder)
-        child.fs, child.is_local = self.fs, self.is_local
+        child.fs, child.is_local, child.patient = self.fs, self.is_local, self.patient
         child.path = self._at(name)
         child.uri = posixpath.join(self.uri, name)
         return child
+
+    def impatient(self, seconds: float) -> Folder:
+        """The same folder, whose store is asked once and fails after so long a silence: for what had better not be done than late."""
+        folder = object.__new__(Folder)
+        folder.fs, folder.path, folder.is_local, folder.uri = asked(self.fs, 1, seconds), self.path, self.is_local, self.uri
+        folder.patient = False
+        return folder
 
     def __repr__(self) -> str:
         return f"Folder({self.uri!r})"
@@ -162,7 +157,7 @@ class Folder:
         """A random-access binary file for reading. Raises FileNotFoundError."""
         try:
             file: Any = self.fs.open_input_file(self._at(name))
-            return file if self.is_local else _PatientReader(file)  # type: ignore[return-value]
+            return PatientReader(file) if self.patient and not self.is_local else file  # type: ignore[return-value]
         except UnicodeEncodeError:  # a local name that is no Unicode
             return open(self._at(name), "rb")
 
@@ -182,7 +177,7 @@ class Folder:
         """Checksum of a file's content, hex."""
         digest = hashlib.sha256()
         with self.open(name) as file:
-            while chunk := file.read(_CHUNK):
+            while chunk := file.read(CHUNK):
                 digest.update(chunk)
         return digest.hexdigest()
 
@@ -213,7 +208,7 @@ class Folder:
             os.makedirs(os.path.dirname(target), exist_ok=True)
             partial = f"{target}.{uuid.uuid4().hex}"
             with self.open(name) as source, open(partial, "wb") as sink:
-                shutil.copyfileobj(source, sink, _CHUNK)
+                shutil.copyfileobj(source, sink, CHUNK)
             os.replace(partial, target)
         return target
 
@@ -238,9 +233,9 @@ class Folder:
 
     # -- writing ------------------------------------------------------------------------------------------------
 
-    def writer(self, name: str) -> _AtomicWriter:
+    def writer(self, name: str) -> AtomicWriter:
         """A context manager that yields a binary file which appears under its name only when closed without error."""
-        return _AtomicWriter(self, name)
+        return AtomicWriter(self.fs, self._at(name), UPLOADS if self.patient else 1)
 
     def write_bytes(self, name: str, data: bytes) -> None:
         """Write a whole file; readers see the old content or the new, never a part."""
@@ -288,7 +283,7 @@ class Folder:
     def upload(self, local_path: str, name: str) -> None:
         """Copy a local file into the folder under ``name``, atomically."""
         with open(local_path, "rb") as source, self.writer(name) as sink:
-            shutil.copyfileobj(source, sink, _CHUNK)
+            shutil.copyfileobj(source, sink, CHUNK)
 
     def delete(self, name: str) -> None:
         """Delete a file; nothing happens if it is not there."""
@@ -323,96 +318,6 @@ class Folder:
             self.fs.delete_dir(self.path)
         except FileNotFoundError:
             pass
-
-
-class _PatientReader(io.RawIOBase):
-    """A file of a store, of which a piece is asked for again when its answer was cut short: pyarrow passes that on as an error."""
-
-    def __init__(self, file: Any):
-        self._file, self._at = file, 0
-
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
-
-    def tell(self) -> int:
-        return self._at
-
-    def size(self) -> int:
-        return int(self._file.size())
-
-    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
-        self._at = offset + (0, self._at, self.size() if whence == os.SEEK_END else 0)[whence]
-        return self._at
-
-    def read(self, size: int | None = -1) -> bytes:
-        for attempt in range(1, _ATTEMPTS + 1):
-            try:
-                self._file.seek(self._at)
-                data = bytes(self._file.read() if size is None or size < 0 else self._file.read(size))
-            except (FileNotFoundError, PermissionError):
-                raise
-            except OSError as error:
-                if attempt == _ATTEMPTS or "response stream" not in str(error):  # what else is worth it has been asked again below
-                    raise
-                time.sleep(0.1 * 2.0**attempt * random.random())
-            else:
-                self._at += len(data)
-                return data
-        raise AssertionError
-
-    def close(self) -> None:
-        if not self.closed:
-            self._file.close()
-        super().close()
-
-
-class _AtomicWriter:
-    def __init__(self, folder: Folder, name: str):
-        self.folder, self.target = folder, folder._at(name)
-
-    def __enter__(self) -> IO[bytes]:
-        parent, base = posixpath.split(self.target)
-        if self.folder.is_local:
-            os.makedirs(parent, exist_ok=True)
-            self.partial = posixpath.join(parent, f".tmp-{uuid.uuid4().hex}-{base}")
-            self.file: IO[bytes] = open(self.partial, "wb")
-        else:
-            # Uploaded when it is whole: a store's stream that is dropped half-way commits what it has.
-            self.file = tempfile.TemporaryFile()
-        return self.file
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
-        if not self.folder.is_local:
-            with self.file:
-                if kind is None:
-                    self._upload()
-            return
-        if kind is not None:
-            self.file.close()
-            os.unlink(self.partial)
-            return
-        self.file.flush()
-        os.fsync(self.file.fileno())
-        self.file.close()
-        os.replace(self.partial, self.target)
-
-    def _upload(self) -> None:
-        """Send the whole file; again from its beginning where its end was lost: a store that has it may refuse to be told so a second time."""
-        for attempt in range(1, _UPLOADS + 1):
-            self.file.seek(0)
-            try:
-                with self.folder.fs.open_output_stream(self.target) as sink:
-                    shutil.copyfileobj(self.file, sink, _CHUNK)
-                return
-            except (FileNotFoundError, PermissionError):
-                raise
-            except OSError as error:
-                if attempt == _UPLOADS or _REFUSED.search(str(error)):
-                    raise
-                time.sleep(2.0**attempt * random.random())
 
 
 def cache_folder() -> str:
@@ -466,7 +371,7 @@ def link_file(source: Folder, name: str, target: Folder) -> None:
 def copy_file(source: Folder, name: str, target: Folder, new_name: str | None = None) -> None:
     """Copy one file between two folders, atomically at the target."""
     with source.open(name) as reader, target.writer(new_name or name) as sink:
-        shutil.copyfileobj(reader, sink, _CHUNK)
+        shutil.copyfileobj(reader, sink, CHUNK)
 
 
 def safetensors_at(uri: str | os.PathLike[str]) -> tuple[Folder, list[str]]:

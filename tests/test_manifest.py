@@ -10,10 +10,13 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
+import fsspec
 import psutil
 import pytest
+from fsspec.implementations.memory import MemoryFileSystem
 
 from paris_ray import manifest
 from paris_ray.manifest import Lock, LockedError, Stage, StaleError, damage, differences, fingerprint, require
@@ -303,6 +306,56 @@ def test_who_lost_the_lock_is_interrupted(
         time.sleep(10)
     assert "old has lost its lock, now new" in capsys.readouterr().err
     assert folder.read_json("_lock.json")["what"] == "new"
+
+
+class Held(MemoryFileSystem):
+    """A store in memory that holds back what is written, while it is told to."""
+
+    store: dict = {}  # noqa: RUF012, as its parent has it
+    pseudo_dirs = [""]  # noqa: RUF012
+    cachable = False
+    go = threading.Event()
+
+    def _open(self, path, mode="rb", **options):
+        if "w" in mode:
+            self.go.wait(20)
+        return super()._open(path, mode, **options)
+
+
+@pytest.fixture
+def held(monkeypatch: pytest.MonkeyPatch) -> Iterator[Folder]:
+    """A folder in it, which holds nothing back yet."""
+    fsspec.register_implementation("held", Held, clobber=True)
+    monkeypatch.setattr(Held, "protocol", "held")
+    monkeypatch.setattr(Held, "store", {})
+    Held.go.set()
+    yield Folder("held://bucket/run")
+    Held.go.set()
+
+
+def test_who_cannot_renew_a_lock_in_a_store_is_interrupted_before_its_lease_ends(
+    held: Folder, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], request: pytest.FixtureRequest
+) -> None:
+    """The renewal hangs for longer than the lease, and lands on the lock of another: then nobody must be writing for the first one."""
+    monkeypatch.setattr(manifest, "LEASE_SECONDS", 2.0)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    request.addfinalizer(lambda: signal.signal(signal.SIGINT, before))
+    begun = time.monotonic()
+    with pytest.raises(KeyboardInterrupt), Lock(held, "old"):  # noqa: PT012
+        Held.go.clear()
+        time.sleep(10)
+    assert time.monotonic() - begun < 5  # and does not wait for the store
+    assert "old has lost its lock: it could not be renewed for" in capsys.readouterr().err
+    assert held.exists("_lock.json")  # which may be another's by now
+
+
+def test_a_lock_in_a_store_is_renewed_and_given_back(held: Folder, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(manifest, "LEASE_SECONDS", 1.0)
+    with Lock(held, "me"):
+        first = held.read_json("_lock.json")["renewed"]
+        time.sleep(1.5)
+        assert held.read_json("_lock.json")["renewed"] > first + 1
+    assert not held.exists("_lock.json")
 
 
 def test_only_the_result_must_stay(tmp_path: Path) -> None:

@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
+import io
 import multiprocessing
+import os
 import pickle
+import re
+import signal
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 
 import pyarrow as pa
+import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 import pytest
 
 from paris_ray.storage import Entry, Folder, cache_folder, copy_file, link_all, link_file
+from paris_ray.storage_io import CHUNK, AtomicWriter, PatientReader, asked
 
 
 def test_a_file_appears_only_when_its_writer_ends_well(tmp_path: Path) -> None:
@@ -177,7 +185,9 @@ def test_linked_folders_share_bytes_and_no_later_change(tmp_path: Path) -> None:
     assert memory.read_bytes("x/y") == b"2"
 
 
-@pytest.mark.parametrize(("message", "times", "sent"), [("connection reset", 1, 2), ("connection reset", 9, 3), ("AWS Error ACCESS_DENIED", 9, 1)])
+@pytest.mark.parametrize(
+    ("message", "times", "sent"), [("AWS Error NETWORK_CONNECTION", 1, 2), ("AWS Error NETWORK_CONNECTION", 9, 3), ("AWS Error ACCESS_DENIED", 9, 1)]
+)
 def test_an_upload_whose_end_is_lost_is_sent_again(monkeypatch: pytest.MonkeyPatch, message: str, times: int, sent: int) -> None:
     """Whole, from its beginning; not for ever, and not when it is refused."""
     monkeypatch.setattr("time.sleep", lambda seconds: None)
@@ -231,3 +241,101 @@ def test_an_answer_that_is_cut_short_is_asked_for_again(monkeypatch: pytest.Monk
     with folder.open("t.parquet") as file:
         assert (file.seek(-4, 2), file.read(2), file.read()) == (len(whole) - 4, whole[-4:-2], whole[-2:])
         assert pq.ParquetFile(file).read().equals(table)
+
+
+def test_a_reader_of_a_store_is_a_file_as_others_are() -> None:
+    data = os.urandom(100_000)
+    with io.BufferedReader(PatientReader(io.BytesIO(data)), 1000) as file:
+        assert file.read(3) + file.read() == data
+    assert io.TextIOWrapper(io.BufferedReader(PatientReader(io.BytesIO(b"a\nb\n")))).readlines() == ["a\n", "b\n"]
+
+
+class Sink(io.RawIOBase):
+    """Of a store, which commits what it has when it is closed; ``meanwhile`` happens at the second piece."""
+
+    def __init__(self, files: dict[str, bytes], path: str, meanwhile: Callable[[], None]):
+        self.files, self.path, self.meanwhile, self.pieces = files, path, meanwhile, list[bytes]()
+
+    def write(self, data: bytes) -> int:  # type: ignore[override]
+        if self.pieces:
+            self.meanwhile()
+        self.pieces.append(bytes(data))
+        return len(data)
+
+    def close(self) -> None:
+        if not self.closed:
+            self.files[self.path] = b"".join(self.pieces)
+        super().close()
+
+
+def test_an_upload_that_a_signal_interrupts_is_whole(request: pytest.FixtureRequest) -> None:
+    """A lost lock is told by one, and so is Ctrl-C."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    request.addfinalizer(lambda: signal.signal(signal.SIGINT, before))
+    files: dict[str, bytes] = {}
+    fs = SimpleNamespace(open_output_stream=lambda path: Sink(files, path, lambda: os.kill(os.getpid(), signal.SIGINT)))
+    data = os.urandom(2 * CHUNK + 5)
+    with pytest.raises(KeyboardInterrupt), AtomicWriter(fs, "x") as file:  # type: ignore[arg-type]
+        file.write(data)
+    assert files == {"x": data}
+
+
+@pytest.mark.parametrize(
+    ("error", "times"),
+    [
+        (OSError(errno.EDQUOT, "Disk quota exceeded"), 1),
+        (OSError(errno.ENOSPC, "No space left on device"), 1),
+        (OSError("AWS Error ACCESS_DENIED during PutObject operation"), 1),
+        (OSError("AWS Error NO_SUCH_BUCKET during CreateMultipartUpload operation: HTTP status 404"), 1),
+        (OSError("AWS Error SLOW_DOWN during PutObject operation"), 3),
+        (OSError("AWS Error UNKNOWN (HTTP status 502) during UploadPart operation"), 3),
+        (OSError("AWS Error NO_SUCH_UPLOAD during CompleteMultipartUpload operation"), 3),
+        (OSError("AWS Error NETWORK_CONNECTION during PutObject operation: curlCode: 56, Failure when receiving data from the peer"), 3),
+        (ConnectionResetError(errno.ECONNRESET, "Connection reset by peer"), 3),
+    ],
+    ids=str,
+)
+def test_what_is_sent_again_is_what_may_be_well_the_next_time(error: OSError, times: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("time.sleep", lambda seconds: None)
+    tries = []
+
+    def refuse(path: str) -> None:
+        tries.append(path)
+        raise error
+
+    with pytest.raises(OSError, match=re.escape(error.strerror or str(error))), AtomicWriter(SimpleNamespace(open_output_stream=refuse), "x") as file:  # type: ignore[arg-type]
+        file.write(b"1")
+    assert len(tries) == times
+
+
+def test_s3s_own_settings_stay_when_it_is_asked_oftener() -> None:
+    """They come from what pickle takes, whose form pyarrow does not promise."""
+    fs = pafs.S3FileSystem(region="eu-north-1", anonymous=True, endpoint_override="127.0.0.1:9", scheme="http", request_timeout=7)
+    often, quick = (one.__reduce__()[1][0] for one in (asked(fs, 10), asked(fs, 1, 15.0)))
+    wanted = {"region": "eu-north-1", "anonymous": True, "endpoint_override": "127.0.0.1:9", "scheme": "http", "allow_delayed_open": True}
+    assert wanted.items() <= often.items()
+    assert (often["request_timeout"], quick["request_timeout"], quick["connect_timeout"]) == (7, 15, 15)
+    assert wanted.items() <= quick.items()
+
+
+def test_an_impatient_folder_asks_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A lock's renewal had better fail than come late."""
+    monkeypatch.setattr("time.sleep", lambda seconds: pytest.fail("it waits"))
+    folder = Folder("memory://paris-ray-impatient").impatient(1.0)
+    asked: list[str] = []
+
+    def fail(path: str) -> None:
+        asked.append(path)
+        raise OSError("AWS Error SLOW_DOWN: Failed to flush response stream")
+
+    class Broken(io.BytesIO):
+        def read(self, size: int | None = -1) -> bytes:
+            fail("y")
+            raise AssertionError
+
+    monkeypatch.setattr(folder, "fs", SimpleNamespace(open_output_stream=fail, open_input_file=lambda path: Broken()))
+    with pytest.raises(OSError, match="SLOW_DOWN"):
+        folder.write_bytes("x", b"1")
+    with pytest.raises(OSError, match="SLOW_DOWN"), (folder / "deep").open("y") as file:
+        file.read()
+    assert [path.rpartition("/")[2] for path in asked] == ["x", "y"]

@@ -19,10 +19,12 @@ END
 bash "$folder/refresh.sh"
 
 # The token is good for an hour.
-if command -v crontab >/dev/null; then
-  line="*/20 * * * * bash $folder/refresh.sh"
-  crontab -l 2>/dev/null | grep -qxF "$line" || { crontab -l 2>/dev/null || true; echo "$line"; } | crontab -
-fi
+command -v crontab >/dev/null || {
+  echo "There is no crontab here, so nobody would renew the token, which ends after an hour; install cron (apt-get install cron)" >&2
+  exit 1
+}
+line="*/20 * * * * bash $folder/refresh.sh"
+crontab -l 2>/dev/null | grep -qxF "$line" || { crontab -l 2>/dev/null || true; echo "$line"; } | crontab -
 
 # What AWS's libraries, and pyarrow's S3, look for; node.env reads it.
 cat >"$folder/env" <<END

@@ -15,10 +15,13 @@ from collections.abc import Mapping
 from typing import Any
 
 from paris_ray.progress import clock, counted
-from paris_ray.resources import Resources
+from paris_ray.resources import Resources, in_words
 from paris_ray.storage import Folder
 
 EVERY_S, EVERY_S_REMOTE = 3.0, 15.0
+BILL_S = 60.0
+"""How often it is written for how long a training has waited."""
+QUICK_S = 5.0
 WAIT_S = 10.0
 """A training that has waited for so long says what for."""
 QUEUED = "queued"
@@ -72,6 +75,9 @@ class Machines:
         self._node: str | None = None
         self._spans: list[dict[str, Any]] = []  # of this start
         self._waits_since: float | None = None
+        self._written = 0.0
+        # The event is the worker's too: what is read of it is written back at once, or not at all.
+        self._quick = events.impatient(QUICK_S)
         self._told: str | None = None  # which state the event has by us
         self._failing = False
         self._looked = time.monotonic()
@@ -121,21 +127,24 @@ class Machines:
         elif states & {"PENDING", "PREPARED", "RESCHEDULING"}:
             self._waits_since = self._waits_since or now
             waited, late = now - self._waits_since, now - self._waits_since >= 60 * self._asked.wait_minutes
-            self._span(passed, None, [])
-            self._write_bill()
+            if self._span(passed, None, []) or now - self._written >= BILL_S:
+                self._write_bill()
             if late or waited >= WAIT_S:
                 report = scaler(scaling, [one for one, (state, _) in groups.items() if state != "CREATED"], time.time() - waited)
                 what = "; ".join([wants(self._asked), has(alive, free, self._asked), *([report] if report else [])])
                 self._say(QUEUED if late else "starting", f"{'no room' if late else 'waits for machines'} for {clock(waited)}: {what}")
 
-    def _span(self, passed: float, node: str | None, ids: list[str]) -> None:
+    def _span(self, passed: float, node: str | None, ids: list[str]) -> bool:
+        """Whether it is a new one."""
         now = time.time()
         if self._spans and (last := self._spans[-1])["ids"] == ids:
             last.update({"until": now, "node": node})
-        else:
-            self._spans.append({"from": now - passed, "until": now, "node": node, "ids": ids})
+            return False
+        self._spans.append({"from": now - passed, "until": now, "node": node, "ids": ids})
+        return True
 
     def _write_bill(self) -> None:
+        self._written = time.monotonic()
         if self._before is None:  # never taken for nothing because a store was away: what is written here replaces it
             self._before = read_bill(self._events, self._stage)
         hours, price = self._asked.num_workers * self._held / 3600, self._asked.price_per_hour
@@ -145,18 +154,18 @@ class Machines:
 
     def _say(self, state: str, message: str) -> None:
         """In the event, whose figures are the workers'."""
-        event = self._events.read_json(f"{self._stage}.json")
+        event = self._quick.read_json(f"{self._stage}.json")
         now = {"state": state, "rate": 0.0, "eta": None, "message": message, "updated": time.time()}
-        self._events.write_json(f"{self._stage}.json", {**event, **now})
+        self._quick.write_json(f"{self._stage}.json", {**event, **now})
         if self._told != state:  # once; the event has the rest
             print(f"{self._stage}: {message}", flush=True)
         self._told = state
 
     def _came(self) -> None:
         """The event no longer says that the training waits, be its worker's first word still to come."""
-        event = self._events.read_json(f"{self._stage}.json")
+        event = self._quick.read_json(f"{self._stage}.json")
         if event["state"] == self._told:
-            self._events.write_json(f"{self._stage}.json", {**event, "state": "starting", "message": "", "updated": time.time()})
+            self._quick.write_json(f"{self._stage}.json", {**event, "state": "starting", "message": "", "updated": time.time()})
         self._told = None
 
 
@@ -186,12 +195,8 @@ def kind(node: Mapping[str, Any]) -> str:
 
 def wants(asked: Resources) -> str:
     """What the workers ask for, in words."""
-    each = {"CPU": asked.cpus, **({"GPU": asked.gpus} if asked.gpus else {}), **asked.custom}
-    parts = [f"{amount:g} {name}" for name, amount in each.items()]
-    parts += [asked.accelerator_type] if asked.accelerator_type else []
-    parts += [f"label {key}={value}" for key, value in asked.labels.items()]
     workers = "a worker asks" if asked.num_workers == 1 else f"each of {asked.num_workers} workers asks"
-    return f"{workers} for {', '.join(parts)}"
+    return f"{workers} for {in_words({'CPU': asked.cpus, 'GPU': asked.gpus, **asked.custom}, asked.accelerator_type, asked.labels)}"
 
 
 def scaler(state: Any, groups: list[str], since: float) -> str:

@@ -14,7 +14,7 @@ import pytest
 import yaml
 from kustomize import build
 
-from cluster_configs import check_kubernetes, rayjobs, serve
+from cluster_configs import check_kubernetes, check_together, rayjobs, serve
 from cluster_configs.check_kubernetes import problems
 from cluster_configs.check_serve import serve_problems
 from jobs.attempt import module
@@ -75,7 +75,7 @@ def test_unlike_groups_scale_from_nothing(base):
 @pytest.mark.parametrize("preset", ["demo", "paris_b2", "paris_xl2"])
 def test_groups_have_what_a_preset_asks_for(preset):
     config = configs.load(preset, ["run_dir=s3://bucket/run"])
-    made = list(rayjobs.manifests(config, stages.names(config)))
+    made = list(rayjobs.manifests(config, stages.names(config), "r/p:1"))
     assert list(problems([*made, *build(KUBERAY / "base")])) == []
     jobs = {one["metadata"]["labels"]["paris-ray/stage"]: one for one in made if one["kind"] == "RayJob"}
     assert list(jobs) == stages.names(config)
@@ -83,34 +83,60 @@ def test_groups_have_what_a_preset_asks_for(preset):
         assert job["spec"]["entrypoint"] == " ".join(["python", "-m", *module(stage), "--config", "/etc/paris-run/run.yaml"])
         pods = [job["spec"]["rayClusterSpec"]["headGroupSpec"], *job["spec"]["rayClusterSpec"]["workerGroupSpecs"]]
         own = f"paris-{stage}" if stage.startswith("expert-") else "paris-stages"
-        assert {one["template"]["spec"]["serviceAccountName"] for one in pods} == {own}  # an expert's pods can do nothing but what the expert does
+        assert {one["template"]["spec"]["serviceAccountName"] for one in pods} == {own}
+        if stages.trains(stage):
+            # KubeRay gives the head of a cluster that scales the right to change all pods of the namespace, and so to be any account.
+            assert job["spec"]["rayClusterSpec"]["enableInTreeAutoscaling"] is False
+            assert all(one["template"]["spec"]["automountServiceAccountToken"] is False for one in pods)
+            assert len(pods) == 2
+        assert job["spec"]["backoffLimit"] == 0
     [stored] = [one for one in made if one["kind"] == "ConfigMap"]
     assert configs.build(yaml.safe_load(stored["data"]["run.yaml"])) == config
 
 
-def test_a_job_has_only_groups_that_fit_and_no_more_of_them_than_workers():
+def test_a_training_has_the_first_group_that_fits_and_all_its_workers():
     asked = {"gpus": 1, "cpus": 8, "labels": {"gpu_memory": "80", "market": "spot"}, "num_workers": 2}
     tree = configs.load("paris_xl2").model_dump(mode="json", exclude={"experts"})
     config = configs.build({**tree, "run_dir": "s3://bucket/run", "experts": [{}, {"resources": asked}]})
     job = list(rayjobs.manifests(config, ["expert-1"], image="r/p:1", annotation="a.b/role=arn:x/{stage}"))
     groups = job[-1]["spec"]["rayClusterSpec"]["workerGroupSpecs"]
-    assert [(one["groupName"], one["maxReplicas"]) for one in groups] == [("a100", 2), ("h100", 2)]
+    assert [(one["groupName"], one["minReplicas"], one["replicas"], one["maxReplicas"]) for one in groups] == [("a100", 2, 2, 2)]
     assert all(one["template"]["spec"]["containers"][0]["image"] == "r/p:1" for one in groups)
     assert job[1]["metadata"]["annotations"] == {"a.b/role": "arn:x/expert-1"}
     none = configs.build({**tree, "run_dir": "s3://bucket/run", "experts": [{}, {"resources": {"gpus": 1, "accelerator_type": "TPU"}}]})
-    with pytest.raises(ConfigError, match="accelerator_type TPU, which no group"):
-        list(rayjobs.manifests(none, ["expert-1"]))
-    with pytest.raises(ConfigError, match="run_dir"):
-        list(rayjobs.manifests(configs.load("demo"), ["embed"]))
+    with pytest.raises(ConfigError, match="TPU, which no group"):
+        list(rayjobs.manifests(none, ["expert-1"], "r/p:1"))
+
+
+@pytest.mark.parametrize(
+    ("sets", "options", "said"),
+    [
+        (["run_dir=runs/x"], {}, "run_dir is"),
+        (["name=1st"], {}, "name is '1st'"),
+        ([f"name={'a' * 40}"], {}, "at most 32"),
+        (["expert.resources.preemption=aws"], {}, "whose notice no pod sees"),
+        (["expert.resources.fallback={labels: {market: on-demand}}"], {}, "a second kind of machine"),
+        (["expert.resources.num_workers=32", "expert.train.micro_batch=8"], {}, "takes 32 pods of l4, whose maxReplicas is 16"),
+        ([], {"image": "paris-ray:0.1.0"}, "names no registry"),
+        ([], {"annotation": "a.b/role"}, "is not KEY=VALUE"),
+        ([], {"annotation": "a.b/role={expert}"}, "no other braces"),
+    ],
+)
+def test_what_a_job_could_not_do_is_refused(sets, options, said):
+    config = configs.load("paris_xl2", ["run_dir=s3://bucket/run", *sets])
+    with pytest.raises(ConfigError, match=said):
+        list(rayjobs.manifests(config, ["expert-1"], **{"image": "r/p:1", **options}))
 
 
 def test_jobs_are_printed_for_kubectl(capsys):
-    assert rayjobs.main(["--config", "paris_xl2", "--set", "run_dir=s3://bucket/run", "--stages", "expert-3", "router"]) == 0
-    text = capsys.readouterr().out
+    assert rayjobs.main(["--config", "paris_xl2", "--set", "run_dir=s3://bucket/run", "--image", "r/p:1", "--stages", "expert-3", "router"]) == 0
+    told = capsys.readouterr()
+    text = told.out
+    assert "without --annotation" in told.err
     made = list(yaml.safe_load_all(text))
     assert [one["kind"] for one in made] == ["ConfigMap", "ServiceAccount", "RayJob", "RayJob"]
     assert "&id" not in text
-    assert rayjobs.main(["--config", "paris_xl2", "--set", "run_dir=s3://bucket/run", "--stages", "expert-8"]) == 2
+    assert rayjobs.main(["--config", "paris_xl2", "--set", "run_dir=s3://bucket/run", "--image", "r/p:1", "--stages", "expert-8"]) == 2
     assert "Did you mean 'expert-7'" in capsys.readouterr().err
 
 
@@ -146,7 +172,8 @@ MISTAKES = [
     (C, "spec authOptions", None, "authOptions.mode is not token"),
     (C, "spec rayVersion", "2.46.0", "the pinned Ray is"),
     (C, "spec autoscalerOptions version", "v1", "the first autoscaler knows no labels"),
-    (C, "spec enableInTreeAutoscaling", None, "the first autoscaler knows no labels"),
+    (C, "spec enableInTreeAutoscaling", None, "enableInTreeAutoscaling (autoscalerOptions.version v2) is needed"),
+    (C, "metadata name", "paris-serve", "would share the service paris-serve-head-svc"),
     (C, f"spec {HEAD} resources CPU", "4", 'must be "0"'),
     (C, f"spec {HEAD} labels market", "spot", "the head may be on a spot machine"),
     (C, f"spec {HEAD} {POD} tolerations", [{"key": "paris-ray/spot", "operator": "Exists"}], "the head may be on a spot machine"),
@@ -177,7 +204,13 @@ MISTAKES = [
     ("NetworkPolicy", "spec ingress", [{"ports": [{"port": 8265}]}], "lets the world in"),
     ("NetworkPolicy", "spec ingress", [{"from": [{"ipBlock": {"cidr": "0.0.0.0/0"}}]}], "lets the world in"),
     ("NetworkPolicy", "spec policyType", ["Ingress"], "policyType"),
-    ("PodDisruptionBudget", "spec maxUnavailable", 1, "no PodDisruptionBudget keeps the heads"),
+    (S, f"{SC} {HEAD} {POD} containers 0 resources requests memory", "4Gi", "needs 8Gi"),
+    (S, f"{SC} {FIRST} template metadata labels", {}, "PodDisruptionBudget/serving: {'matchLabels': {'paris-ray/role': 'serve'"),
+    (S, f"{SC} {FIRST} minReplicas", 2, "minAvailable is 2, and there may be 2 pods"),
+    ("PodDisruptionBudget", "spec minAvailable", 1, "no PodDisruptionBudget keeps the heads"),
+    ("PodDisruptionBudget", "spec minAvailable", None, "it needs minAvailable, a whole number"),
+    ("PodDisruptionBudget", "spec minAvailable", "50%", "it needs minAvailable, a whole number"),
+    ("PodDisruptionBudget", "spec selector", {"matchLabels": {"ray.io/node-type": "heads"}}, "guards nothing"),
     ("PodDisruptionBudget", "apiVersion", "policy/v1beta1", "knows no"),
     ("ServiceAccount", "metadata name", "paris-stage", "serviceAccountName is paris-stages"),
 ]
@@ -191,6 +224,54 @@ def test_a_mistake_is_caught(base, kind, path, value, said):
     assert any(said in one for one in found), found
 
 
+# Of each policy in the base and of each pod that it lets in or out: a label that no pod has.
+SELECTORS = [
+    ("ray-nodes", "spec podSelector"),
+    ("ray-nodes", "spec ingress 0 from 0 podSelector"),
+    ("head-to-kubernetes", "spec podSelector"),
+    ("jobs-to-head", "spec ingress 0 from 1 podSelector"),
+    ("submitters", "spec podSelector"),
+    ("submitters", "spec egress 0 to 0 podSelector"),
+    ("clients-to-serve", "spec podSelector"),
+    ("metrics", "spec podSelector"),
+]
+
+
+@pytest.mark.parametrize("value", [{"ray.io/originated-from-crd": "RayService"}, {"ray.io/node-type": "Head"}])
+@pytest.mark.parametrize(("name", "path"), SELECTORS)
+def test_a_policy_that_selects_no_pod_is_caught(base, name, path, value):
+    documents = json.loads(base)
+    [policy] = [one for one in documents if one["kind"] == "NetworkPolicy" and one["metadata"]["name"] == name]
+    change([policy], "NetworkPolicy", path, {"matchLabels": value})
+    [said] = problems(documents)
+    assert said.startswith(f"NetworkPolicy/{name}: ")
+    assert "selects no pod" in said
+
+
+def test_one_kuberay_is_named_everywhere():
+    """The first that has what is used here: a group's priority, and the label of the pods that submit jobs."""
+    text = "".join(
+        file.read_text()
+        for file in (ROOT / "cluster_configs").rglob("*")
+        if file.suffix in (".yaml", ".md", ".py") and "__pycache__" not in file.parts
+    )
+    named = re.findall(r"(?:KubeRay|KubeRay\]\([^)]*\)|operator) (\d+\.\d+)", text)
+    assert len(named) >= 4
+    assert set(named) == {"1.7"}
+
+
+def test_what_is_yours_to_fill_in_is_said(capsys, tmp_path):
+    for overlay in ("demo", "paris_xl2"):
+        left = check_together.unfilled(build(KUBERAY / "overlays" / overlay))
+        assert left == ["000000000000", "registry.example", "s3://bucket"]
+    left = check_together.unfilled(build(KUBERAY / "base"))
+    assert [one for one in left if one.startswith(("image", "the annotation"))] == [
+        "image paris-ray:0.1.0 (no registry)",
+        "the annotation of ServiceAccount paris-serve, without which the store knows its pods by no role",
+        "the annotation of ServiceAccount paris-stages, without which the store knows its pods by no role",
+    ]
+
+
 def test_what_else_must_not_be_in_a_manifest(base):
     documents = json.loads(base)
     secret = {"apiVersion": "v1", "kind": "Secret", "metadata": {"name": "k"}, "stringData": {"api_keys": "x"}}
@@ -201,10 +282,11 @@ def test_what_else_must_not_be_in_a_manifest(base):
 
 def test_a_job_of_no_module_and_one_that_stays_are_caught():
     config = configs.load("demo", ["run_dir=s3://bucket/run"])
-    job = list(rayjobs.manifests(config, ["expert-0"]))
+    job = list(rayjobs.manifests(config, ["expert-0"], "r/p:1"))
     for key, value, said in [
         ("entrypoint", "python -m jobs.train_experts --expert 0", "runs no module"),
         ("shutdownAfterJobFinishes", False, "would stay, and cost"),
+        ("backoffLimit", 3, "would start again"),
         ("submissionMode", "K8sJob", "Did you mean 'K8sJobMode'"),
     ]:
         wrong = json.loads(json.dumps(job))
@@ -215,7 +297,9 @@ def test_a_job_of_no_module_and_one_that_stays_are_caught():
 def test_the_command_reads_files_and_says_what_it_finds(capsys, tmp_path):
     files = [str(KUBERAY / "base" / f"{name}.yaml") for name in ("namespace", "accounts", "network", "budget", "cluster", "service")]
     assert check_kubernetes.main(files) == 0
-    assert capsys.readouterr().out == "15 objects, nothing found\n"
+    assert capsys.readouterr().out.startswith(
+        "15 objects, nothing found, once your own stands for image paris-ray:0.1.0 (no registry), s3://bucket, "
+    )
     assert check_kubernetes.main([*files, files[0]]) == 1
     assert check_kubernetes.main([str(tmp_path / "none.yaml")]) == 2
 
@@ -272,6 +356,9 @@ def test_a_serve_config_is_printed_from_the_words_of_serve_run(capsys, tmp_path)
     made = yaml.safe_load(capsys.readouterr().out)
     assert [one["name"] for one in made["applications"][0]["deployments"]] == ["Api", "Sampler", "ExpertGroup-0", "ExpertGroup-1"]
     assert serve.main(["modle=x"]) == 2
+    assert serve.main(["model"]) == 2
+    (tmp_path / "list.yaml").write_text("- model\n")
+    assert serve.main(["--args", str(tmp_path / "list.yaml")]) == 2
     (tmp_path / "x.yaml").write_text("spec: {}\n")
     assert serve.main(["model=x", "--service", str(tmp_path / "x.yaml")]) == 2
 

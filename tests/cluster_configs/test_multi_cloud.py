@@ -80,13 +80,20 @@ def test_a_machine_of_google_gets_a_token_for_aws(tmp_path):
         tools.mkdir()
         for name in ("bash", "curl", "mkdir", "chmod", "mv", "cat", "grep"):
             (tools / name).symlink_to(next(p for one in os.environ["PATH"].split(":") if (p := Path(one) / name).exists()))
+        (tools / "crontab").write_text(f'#!/bin/bash\nif [ "$1" = -l ]; then cat {tmp_path}/cron; else cat >{tmp_path}/cron; fi\n')
+        (tools / "crontab").chmod(0o755)
         env = {"HOME": str(tmp_path), "PATH": str(tools), "GCE_METADATA_HOST": f"127.0.0.1:{server.server_port}"}
         command = ["bash", str(FOLDER / "s3_from_gcp.sh"), "arn:aws:iam::1:role/paris-gcp", "us-west-2"]
         for _ in range(2):
             subprocess.run(command, env=env, check=True)
+        (tools / "crontab").rename(tools / "away")
+        without = subprocess.run(command, env=env, check=False, capture_output=True, text=True)
         server.shutdown()
+    assert without.returncode == 1  # after an hour nothing would reach the store
+    assert "install cron" in without.stderr
+    assert (tmp_path / "cron").read_text() == f"*/20 * * * * bash {tmp_path}/.aws_from_gcp/refresh.sh\n"
     token = tmp_path / ".aws_from_gcp/token"
-    assert token.read_text() == "token-2"
+    assert token.read_text() == "token-3"
     assert token.stat().st_mode & 0o777 == 0o600
     assert set(Metadata.asked) == {"audience=sts.amazonaws.com&format=full"}
     # node.env hands it on.

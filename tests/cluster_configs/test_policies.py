@@ -174,8 +174,54 @@ def test_an_iam_policy_is_one_in_form_and_size():
         assert all(set(one) <= {"Sid", "Effect", "Action", "Resource", "Condition"} for one in made["Statement"])
         assert all(re.fullmatch(r"(s3|ec2|ssm|iam):[A-Z]\w+", action) for one in made["Statement"] for action in one["Action"])
         assert all(re.fullmatch(r"\*|arn:aws:(s3|ec2|ssm|iam):[^ ]+", each) for one in made["Statement"] for each in one["Resource"])
-    passed = [one for one in policies.aws_head("paris-workers")["Statement"] if "iam:PassRole" in one["Action"]]
-    assert [one["Resource"] for one in passed] == [["arn:aws:iam::*:role/paris-workers"]]  # not any role that there is
+
+
+INSTANCE, EC2 = "arn:aws:ec2:us-west-2:1:instance/i-1", "arn:aws:ec2:us-west-2:1"
+OURS, OTHERS = {"ec2:ResourceTag/ray-cluster-name": "paris"}, {"ec2:ResourceTag/ray-cluster-name": "theirs"}
+AS_NEW = {"aws:RequestTag/ray-cluster-name": "paris", "ec2:CreateAction": "RunInstances"}
+HEADS = [
+    # A request for spot machines, resource by resource, as EC2 asks IAM.
+    *(
+        ("ec2:RunInstances", f"{EC2}:{one}", AS_NEW, True)
+        for one in ("instance/*", "volume/*", "network-interface/*", "subnet/s", "security-group/g")
+    ),
+    ("ec2:RunInstances", f"{EC2}:spot-instances-request/*", AS_NEW, True),
+    ("ec2:RunInstances", "arn:aws:ec2:us-west-2::image/ami-1", AS_NEW, True),
+    ("ec2:CreateTags", INSTANCE, AS_NEW, True),
+    ("ec2:RunInstances", f"{EC2}:instance/*", {"aws:RequestTag/ray-cluster-name": "theirs"}, False),
+    ("ec2:RunInstances", f"{EC2}:instance/*", {}, False),
+    # Its own machines later: Ray tags them with their state.
+    ("ec2:CreateTags", INSTANCE, OURS, True),
+    ("ec2:TerminateInstances", INSTANCE, OURS, True),
+    # Another's, which it may neither end nor name as its own.
+    *((action, INSTANCE, tags, False) for action in ("ec2:TerminateInstances", "ec2:CreateTags") for tags in (OTHERS, {})),
+    ("ec2:CreateTags", INSTANCE, {**OTHERS, "aws:RequestTag/ray-cluster-name": "paris"}, False),
+    ("ec2:StopInstances", INSTANCE, OURS, False),
+    ("iam:PassRole", "arn:aws:iam::1:role/paris-workers", {"iam:PassedToService": "ec2.amazonaws.com"}, True),
+    ("iam:PassRole", "arn:aws:iam::1:role/paris-workers", {"iam:PassedToService": "lambda.amazonaws.com"}, False),
+    ("iam:PassRole", "arn:aws:iam::1:role/admin", {"iam:PassedToService": "ec2.amazonaws.com"}, False),
+]
+
+
+@pytest.mark.parametrize(("action", "resource", "context", "granted"), HEADS)
+def test_a_head_starts_and_ends_its_own_machines_and_no_others(action, resource, context, granted):
+    """IAM: StringEquals is true where the request has the key with that value."""
+
+    def allows(one: dict[str, Any]) -> bool:
+        conditions = one.get("Condition", {})
+        assert set(conditions) <= {"StringEquals"}
+        met = all(context.get(key) == value for key, value in conditions.get("StringEquals", {}).items())
+        return action in one["Action"] and any(fnmatchcase(resource, like) for like in one["Resource"]) and met
+
+    assert any(allows(one) for one in policies.aws_head("paris-workers")["Statement"]) == granted
+    assert not any(allows(one) for one in policies.aws_head("others", "another")["Statement"] if context.items() & OURS.items())
+
+
+def test_on_aws_the_names_in_the_bucket_can_be_listed():
+    """The exception to what an expert may, which pyarrow needs: a list without a prefix. What is in the files cannot be read."""
+    made = role("aws", experts([3]))
+    assert iam(made, "list", "(none)")
+    assert not iam(made, "read", "runs/a/experts/4/_manifest.json")
 
 
 @pytest.mark.parametrize(

@@ -249,7 +249,7 @@ def run(**changes: Any) -> configs.RunConfig:
     ("asked", "said"),
     [
         ({"gpus": 1, "accelerator_type": "L4"}, None),
-        ({"gpus": 1, "accelerator_type": "L40S"}, "accelerator_type L40S, which no node type has"),
+        ({"gpus": 1, "accelerator_type": "L40S"}, "L40S, which no node type has"),
         ({"gpus": 1, "labels": {"gpu_memory": "80"}}, None),
         ({"gpus": 1, "labels": {"gpu_memory": "81"}}, "label gpu_memory=81"),
         ({"gpus": 1, "labels": {"market": "!spot"}}, None),

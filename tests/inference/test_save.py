@@ -209,7 +209,7 @@ NAMES = (
 def test_an_upload_that_is_cut_off_leaves_the_old_model_or_none(tmp_path, monkeypatch, own):
     """After each single change to the store, what a loader takes for a model is the whole old one or the whole new one; and a repetition succeeds."""
     store, where = Store(monkeypatch), "/cut/model"
-    monkeypatch.setattr(storage, "_UPLOADS", 1)  # the connection stays cut: nothing to wait for
+    monkeypatch.setattr(storage, "UPLOADS", 1)  # the connection stays cut: nothing to wait for
     old = {name: f"old {name}".encode() for name in (*NAMES, "expert_2/config.json", "expert_2/weights", *(["paris.json"] if own else []))}
     new = {name: f"new {name}".encode() for name in (*NAMES, "null_text.safetensors", "paris.json")}
     for name, data in new.items():

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import copy
 import email.utils
-import errno
 import http.server
 import importlib.metadata
 import json
-import multiprocessing
 import os
 import resource
 import runpy
@@ -19,42 +16,13 @@ import threading
 import time
 import types
 
-import fsspec
 import pytest
+from doctor_facts import GIB, faults, healthy, the_fault
 from fabricated_cluster import tiny
-from fsspec.implementations.memory import MemoryFileSystem
 
-from jobs import access_checks, doctor, facts, node_checks
+from jobs import access_checks, access_facts, doctor, facts, node_checks, store_facts
 from jobs.findings import Facts, clouds
 from jobs.local_cluster import PROJECT, LocalCluster
-
-GIB = 1 << 30
-
-
-def healthy(**changes):
-    """A node that nothing is wrong with."""
-    pins = {"ray": "2.60.0", "torch": "2.9.0"}
-    node = {
-        "node": "a", "python": "3.11.7", "pins": pins, "packages": dict(pins), "torch_cuda": "13.0", "driver": None, "gpus": 0,
-        "memory": 32 * GIB, "memory_free": 16 * GIB, "disk": {"path": "/tmp", "total": 100 * GIB, "free": 50 * GIB},
-        "shm": {"path": "/dev/shm", "total": 8 * GIB, "free": 8 * GIB}, "open_files": 65536, "processes": -1, "auth_mode": "token",
-        "public_addresses": [], "open_ports": [], "object_store": GIB, "clock_offset": 0.01, "clock_error": 0.02,
-    }  # fmt: skip
-    return {**copy.deepcopy(node), **changes}
-
-
-def faults(found):
-    return [one for one in doctor.judge(found) if one.state == "fault"]
-
-
-def the_fault(found, what, value, remedy):
-    """The one fault, of which the rule and the remedy are told."""
-    (one,) = faults(found)
-    assert one.what == what
-    assert value in f"{one.where}: {one.value}", one
-    assert remedy in one.remedy, one
-    assert one.rule
-    return one
 
 
 def test_facts_without_a_fault_have_none():
@@ -123,12 +91,31 @@ def test_another_environment_has_another_version(tmp_path):
 
 def test_few_open_files(tmp_path):
     def few():
-        resource.setrlimit(resource.RLIMIT_NOFILE, (512, resource.getrlimit(resource.RLIMIT_NOFILE)[1]))
+        resource.setrlimit(resource.RLIMIT_NOFILE, (512, 512))
 
     node = another_process(tmp_path, preexec_fn=few)
     (one,) = [one for one in node_checks.limits(Facts(here=node)) if one.state == "fault"]
     assert one.value == "open files: 512"
     assert "ulimit -n 65536" in one.remedy
+
+
+def test_a_shells_usual_limit_of_open_files(tmp_path):
+    """Most systems let a user have more than the 1024 of a shell, and Ray takes them; on a node Ray is there already, and has what it has."""
+
+    hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    most = 1 << 16 if hard == resource.RLIM_INFINITY else min(hard, 1 << 16)
+
+    def usual():
+        resource.setrlimit(resource.RLIMIT_NOFILE, (1024, most))
+
+    node = another_process(tmp_path, preexec_fn=usual)
+    assert not list(node_checks.limits(Facts(here=node)))
+    (one,) = node_checks.limits(Facts(here=node, nodes={"the cluster": [node]}))
+    assert one.value == "open files: 1024"
+    told = subprocess.run([sys.executable, "-c", "import resource; from jobs.head import many_files; many_files()\n"
+                           "print(*resource.getrlimit(resource.RLIMIT_NOFILE))"], capture_output=True, text=True, check=True, preexec_fn=usual,
+                          env={**os.environ, "PYTHONPATH": str(PROJECT)}).stdout  # fmt: skip
+    assert told.split() == [str(most)] * 2
 
 
 def test_what_the_driver_says(tmp_path, monkeypatch):
@@ -151,108 +138,23 @@ def test_a_run_that_asks_for_gpus_where_there_is_none(tmp_path):
     config = tiny(tmp_path, "expert.resources.gpus=1")
     one = the_fault(Facts(here=healthy(), config=config), "gpu", "no node has one", "resources.gpus=0")
     assert "experts.0, experts.1" in one.rule
+    scaling = Facts(here=healthy(), nodes={"the cluster": [healthy()]}, scales={"the cluster": True}, config=config)
+    (one,) = [one for one in doctor.judge(scaling) if one.what == "gpu"]  # clusters that begin at none
+    assert one.state == "not asked"
+    assert "cluster_configs.check" in one.value
 
 
-# -- the store ----------------------------------------------------------------------------------------------------------
+def test_another_ray_here_than_there():
+    here = healthy(packages={"ray": "2.59.0", "torch": "2.9.0"})
+    the_fault(
+        Facts(here=here, nodes={"the cluster": [healthy()]}, address="http://h:8265"), "versions", "ray 2.60.0 there, 2.59.0 here", "constraints.txt"
+    )
 
 
-class Planted(MemoryFileSystem):
-    """A store in memory with a fault."""
-
-    store: dict = {}  # noqa: RUF012, as its parent has it
-    pseudo_dirs = [""]  # noqa: RUF012
-    quota = None
-    seconds = 0.0
-    flip = False
-    keeps = False
-
-    def _open(self, path, mode="rb", **options):
-        file = super()._open(path, mode, **options)
-        if "w" in mode:
-            time.sleep(self.seconds)
-            if self.quota is not None:
-
-                def write(data):
-                    raise OSError(errno.EDQUOT, "Disk quota exceeded")
-
-                file.write = write
-        elif self.flip:
-            data = bytearray(file.getvalue())
-            data[len(data) // 2] ^= 1
-            file = __import__("io").BytesIO(bytes(data))
-        return file
-
-    def rm_file(self, path):
-        if not self.keeps:
-            super().rm_file(path)
-
-
-@pytest.fixture
-def planted(monkeypatch):
-    """A folder's URI in a store; its faults are set with ``setattr``."""
-    fsspec.register_implementation("planted", Planted, clobber=True)
-    monkeypatch.setattr(Planted, "protocol", "planted")
-    monkeypatch.setattr(Planted, "store", {})
-    monkeypatch.setattr(Planted, "cachable", False)
-    return "planted://bucket/run"
-
-
-STORES = [
-    ({}, None, None),
-    ({"quota": 0}, "Disk quota exceeded", "raise the quota"),
-    ({"flip": True}, "another checksum", "do not train here"),
-    ({"keeps": True}, "still there", "right to delete"),
-    ({"seconds": 0.5}, "writes 0 MB/s", "nodes' region"),
-]
-
-
-@pytest.mark.parametrize(("fault", "value", "remedy"), STORES, ids=["none", "quota", "flipped bit", "keeps what is deleted", "slow"])
-def test_a_store(planted, monkeypatch, fault, value, remedy):
-    for key, one in fault.items():
-        monkeypatch.setattr(Planted, key, one)
-    found = Facts(stores={"here": facts.store(planted, 1 << 17)})
-    if value is None:
-        assert not faults(found)
-        assert not Planted.store
-    else:
-        the_fault(found, "storage", value, remedy)
-
-
-def test_a_store_is_measured_against_the_runs_checkpoints(tmp_path):
-    """An XL/2's 12 GB within the 30 s of Google's notice; the published network has 0.61 billion weights, of which we keep 16 bytes each."""
-    big = tiny(tmp_path, "expert.model.size=XL/2", "expert.resources.preemption=gcp")
-    assert 0.55e9 < access_checks.checkpoint_bytes(big) / 16 < 0.9e9
-    store = {"uri": "x", "bytes": 16_000_000, "write_s": 0.1, "read_s": 0.01, "same": True, "deleted": True, "error": None, "offset": None}
-    assert not faults(Facts(config=tiny(tmp_path), stores={"here": store}))  # 160 MB/s
-    one = the_fault(Facts(config=big, stores={"here": store}), "storage", "writes 160 MB/s", "smaller experts")
-    assert float(one.rule.split()[2].replace(",", "")) > 12_000 / 30
-
-
-def as_nobody(path, results):
-    if os.getuid() == 0:
-        os.setuid(65534)
-    results.put(facts.store(path, 1000))
-
-
-def test_a_folder_that_is_read_only(tmp_path):
-    folder = tmp_path / "run"
-    folder.mkdir(mode=0o555)
-    for parent in (tmp_path, *tmp_path.parents):  # pytest's own are closed to others
-        if parent.stat().st_uid == os.getuid() and parent.name.startswith(("pytest", "test_")):
-            parent.chmod(0o755)
-    context = multiprocessing.get_context("fork")
-    results = context.Queue()
-    child = context.Process(target=as_nobody, args=(str(folder), results))
-    child.start()
-    found = results.get(timeout=60)
-    child.join()
-    the_fault(Facts(stores={"here": found}), "storage", "write: PermissionError", "name another run_dir")
-    assert not list(folder.iterdir())
-
-
-def test_a_local_folder_is_left_as_it_was(tmp_path):
-    assert not faults(Facts(stores={"here": facts.store(str(tmp_path / "run"), 1 << 22), "there": facts.store(str(tmp_path), 1 << 22)}))
-    assert not list(tmp_path.iterdir())
+def test_a_clouds_public_address_is_not_seen_on_its_machine():
+    there = healthy(cloud="Amazon EC2", open_ports=[{"ip": "0.0.0.0", "port": 6379, "process": "raylet"}])
+    (one,) = [one for one in access_checks.ports(Facts(nodes={"the cluster": [there]})) if one.where == "a"]
+    assert one.state == "not asked"
 
 
 # -- answers over HTTP --------------------------------------------------------------------------------------------------
@@ -282,13 +184,13 @@ def open_server():
 
 
 def test_a_dashboard_that_takes_jobs_from_everybody(open_server):
-    the_fault(Facts(dashboards={"eu": facts.dashboard(open_server, "ours")}), "tokens", "takes a request with no token", "RAY_AUTH_MODE=token")
+    the_fault(Facts(dashboards={"eu": access_facts.dashboard(open_server, "ours")}), "tokens", "takes a request with no token", "RAY_AUTH_MODE=token")
 
 
 def test_a_dashboard_that_does_not_answer():
     with socket.socket() as one:
         one.bind(("127.0.0.1", 0))
-        found = facts.dashboard(f"http://127.0.0.1:{one.getsockname()[1]}", "ours")
+        found = access_facts.dashboard(f"http://127.0.0.1:{one.getsockname()[1]}", "ours")
     the_fault(Facts(dashboards={"eu": found}), "tokens", "Connection refused", "ray status")
 
 
@@ -301,9 +203,10 @@ def test_a_dashboard_at_a_public_address():
 
 def test_the_stores_clock(open_server, monkeypatch):
     monkeypatch.setenv("AWS_ENDPOINT_URL", open_server)
-    offset = facts.store_clock("s3://bucket/run")
+    offset = store_facts.store_clock("s3://bucket/run")
     assert abs(offset + 3600) < 5
-    store = {"uri": "s3://bucket/run", "bytes": 10**6, "write_s": 0.1, "read_s": 0.1, "same": True, "deleted": True, "error": None, "offset": offset}
+    store = {"uri": "s3://bucket/run", "bytes": 10**6, "write_s": 0.1, "read_s": 0.1, "same": True, "deleted": True, "error": None, "offset": offset,
+             "sees": None}  # fmt: skip
     the_fault(Facts(stores={"here": store}), "clock", "-3600 s", "timedatectl")
 
 
@@ -314,15 +217,15 @@ def test_a_token_that_others_can_read(tmp_path):
     file = tmp_path / "token"
     file.write_text("a" * 64)
     file.chmod(0o644)
-    the_fault(Facts(here=healthy(), token=facts.token_of_file(file)), "tokens", "mode 0644", f"chmod 600 {file}")
+    the_fault(Facts(here=healthy(), token=access_facts.token_of_file(file)), "tokens", "mode 0644", f"chmod 600 {file}")
     file.chmod(0o600)
-    assert not faults(Facts(here=healthy(), token=facts.token_of_file(file)))
+    assert not faults(Facts(here=healthy(), token=access_facts.token_of_file(file)))
     file.write_text("\n")
-    the_fault(Facts(here=healthy(), token_files={"eu": facts.token_of_file(file)}), "tokens", "clusters.eu.token_file", "get-auth-token")
+    the_fault(Facts(here=healthy(), token_files={"eu": access_facts.token_of_file(file)}), "tokens", "clusters.eu.token_file", "get-auth-token")
 
 
 def test_a_token_that_is_not_there(tmp_path):
-    absent = facts.token_of_file(tmp_path / "token")
+    absent = access_facts.token_of_file(tmp_path / "token")
     the_fault(Facts(here=healthy(), token=absent), "tokens", "the file is absent", "get-auth-token")
     assert not faults(Facts(here=healthy(auth_mode=None), token=absent))  # nobody asked for tokens, and no cluster is here
 
@@ -335,11 +238,11 @@ def test_a_port_that_is_taken():
     with socket.socket() as one:
         one.bind(("127.0.0.1", 0))
         number = one.getsockname()[1]
-        assert facts.port(number)["holder"] is not None
+        assert access_facts.port(number)["holder"] is not None
         one.listen()
-        found = the_fault(Facts(ports=[facts.port(number)]), "ports", str(number), "serve.port")
+        found = the_fault(Facts(ports=[access_facts.port(number)]), "ports", str(number), "serve.port")
         assert f"process {os.getpid()}" in found.value
-    assert not faults(Facts(ports=[facts.port(number)]))
+    assert not faults(Facts(ports=[access_facts.port(number)]))
 
 
 # -- quotas -------------------------------------------------------------------------------------------------------------
@@ -351,11 +254,21 @@ def test_quotas(tmp_path, monkeypatch):
     told = types.SimpleNamespace(get_service_quota=lambda ServiceCode, QuotaCode: {"Quota": {"Value": 0.0}})
     monkeypatch.setitem(sys.modules, "boto3", types.SimpleNamespace(client=lambda name: told))
     node = healthy(gpus=1, driver="580.1")
-    one = the_fault(Facts(config=config, here=node, quotas={"aws": facts.quotas("aws")}), "quotas", "spot G and VT: 0 vCPUs", "Service Quotas")
+    one = the_fault(Facts(config=config, here=node, quotas={"aws": access_facts.quotas("aws")}), "quotas", "spot G and VT: 0 vCPUs", "Service Quotas")
     assert one.where == "aws"
+    # Those of the machines that the run's GPUs are in.
+    told = {"on-demand G and VT": 64.0, "spot G and VT": 64.0, "on-demand P": 0.0, "spot P4, P3 and P2": 0.0, "spot P5": 8.0}
+    for sets, lacks in (
+        ("{accelerator_type: L4, labels: {market: spot}}", ""), ("{accelerator_type: A100, labels: {market: spot}}", "spot P4, P3 and P2: 0 vCPUs"),
+        ("{accelerator_type: H100, labels: {market: spot}}", ""), ("{accelerator_type: H100, labels: {market: on-demand}}", "on-demand P: 0 vCPUs"),
+        ("{labels: {gpu_memory: '80', market: on-demand}}", "on-demand P: 0 vCPUs"), ("{labels: {gpu_memory: '24'}}", ""),
+    ):  # fmt: skip
+        asks = tiny(tmp_path, f"expert.resources={sets[:-1]}, gpus: 1}}")
+        found = [one.value for one in doctor.judge(Facts(config=asks, quotas={"aws": told})) if one.state == "fault"]
+        assert found == ([lacks] if lacks else []), sets
     for cloud, module in (("aws", None), ("gcp", None)):
         monkeypatch.setitem(sys.modules, "boto3", module)
-        found = doctor.judge(Facts(config=config, here=node, quotas={cloud: facts.quotas(cloud)}))
+        found = doctor.judge(Facts(config=config, here=node, quotas={cloud: access_facts.quotas(cloud)}))
         assert [one.state for one in found if one.what == "quotas"] == ["not asked"]
 
 
@@ -383,14 +296,13 @@ def test_a_healthy_cluster(client, tmp_path):
     # A process of its own: in this one Ray may have read another test's token.
     done = subprocess.run([sys.executable, "-m", "jobs.doctor", *run, "--json"], cwd=PROJECT, capture_output=True, text=True, check=False)
     found = [json.loads(line) for line in done.stdout.splitlines()]
-    if facts.psutil.virtual_memory().available < 5 * GIB:
-        pytest.skip("this machine is short of memory, and the doctor says so")
-    assert [one for one in found if one["state"] == "fault"] == [], done.stderr
-    assert done.returncode == 0
+    wrong = [one for one in found if one["state"] == "fault"]
+    assert [one for one in wrong if one["what"] not in ("room", "limits")] == [], done.stderr  # those are this machine's
+    assert done.returncode == int(bool(wrong))
     values = {(one["what"], one["where"]): one["value"] for one in found}
     assert values["nodes", "the cluster"] == "1 of 1 told"
     assert values["tokens", f"the cluster ({client.address})"] == "refuses who has no token or a wrong one, and takes ours"
-    assert sum(what == "storage" for what, _ in values) == 2  # as it is seen here, and there
+    assert sum(what == "storage" for what, _ in values) == 2  # as it is seen here, and on the node
     assert client.request("/api/jobs/") == []  # nothing is left
     assert not (tmp_path / "run").exists()
 
@@ -408,8 +320,10 @@ def test_a_wrong_token(client, tmp_path, monkeypatch, capsys):
 
 def test_this_machine(capsys, monkeypatch):
     monkeypatch.setattr(doctor, "RAY_PORTS", ())  # somebody's may run here
-    assert doctor.main([]) in (0, 1)
-    said = capsys.readouterr().out
-    assert "versions" in said
-    assert f"{facts.socket.gethostname()}: " in said
+    code = doctor.main(["--json"])
+    found = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert code == int(any(one["state"] == "fault" for one in found))
+    assert {one["what"] for one in found if one["state"] == "fault"} <= {"room", "limits", "tokens"}  # what a machine of tests may lack
+    assert any(one["where"] == facts.socket.gethostname() for one in found)
+    assert {"versions", "room"} <= {one["what"] for one in found}
     assert doctor.main(["--set", "name=x"]) == 2

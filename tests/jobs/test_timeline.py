@@ -60,6 +60,15 @@ def test_the_times_of_stages_and_nodes(run):
     assert found.notes["expert-0"] == "1 restart"
 
 
+def test_a_node_that_was_drained_did_not_die():
+    assert timeline.died("Unexpected termination: health check failed")
+    assert not timeline.died("the pod ends")
+    # As a training's notice says it.
+    assert not timeline.died("AWS will terminate this instance at 2026-11-26T00:00:00Z")
+    assert not timeline.died("Google Cloud preempts this instance")
+    assert not timeline.died("Azure: Preempt of this machine, not before now")
+
+
 def test_text_and_picture(run, tmp_path, capsys):
     assert timeline.main(["--config", "tiny", "--set", f"run_dir={run.run_dir}", "--svg", str(tmp_path / "out.svg")]) == 0
     out = " ".join(capsys.readouterr().out.split())

@@ -67,7 +67,7 @@ class Proxy(http.server.ThreadingHTTPServer):
         self.upstream, self.share = upstream, share
         self.random, self.lock = random.Random(seed), threading.Lock()
         self.count: Counter[str] = Counter()
-        self.away_until = 0.0
+        self.away_until = self.puts_held_until = 0.0
 
     @property
     def url(self) -> str:
@@ -93,6 +93,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def handle_request(self) -> None:
         fault = self.server.draw()
         body = self.body()
+        if self.command == "PUT":
+            time.sleep(max(0.0, self.server.puts_held_until - time.monotonic()))
         if fault == "reset before":
             return self.reset()
         if fault in ("slow down", "internal error"):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import pickle
+import signal
 import subprocess
 import sys
 import time
@@ -15,9 +16,10 @@ import pytest
 import torch
 from s3 import SERVER, Proxy, faulty, server
 
-from jobs import doctor, facts
+from jobs import doctor, store_facts
 from jobs.findings import Facts
 from jobs.local_cluster import PROJECT
+from paris_ray import manifest
 from paris_ray.manifest import Lock, LockedError
 from paris_ray.storage import Folder, copy_file
 from paris_ray.training import checkpoint, worker
@@ -81,9 +83,25 @@ def test_a_store_that_is_away_for_a_while(store: Proxy) -> None:
     assert 1 < store.count["away"] < 10
 
 
+def test_a_lock_whose_renewal_hangs_ends_its_owner_before_its_lease(
+    store: Proxy, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], request: pytest.FixtureRequest
+) -> None:
+    """The renewal is on its way for longer than the lease, and another has taken the lock by then: nobody writes for the first one any more."""
+    store.share = 0.0
+    monkeypatch.setattr(manifest, "LEASE_SECONDS", 4.0)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    request.addfinalizer(lambda: signal.signal(signal.SIGINT, before))
+    folder, begun = Folder("s3://bucket/held"), time.monotonic()
+    with pytest.raises(KeyboardInterrupt), Lock(folder, "old"):  # noqa: PT012
+        store.puts_held_until = time.monotonic() + 8
+        time.sleep(20)
+    assert time.monotonic() - begun < 6
+    assert "it could not be renewed for" in capsys.readouterr().err
+
+
 def test_a_bucket_that_does_not_exist_is_said_at_once(store: Proxy) -> None:
     store.share = 0.0
-    found = facts.store("s3://nowhere/run", 1000)
+    found = store_facts.store("s3://nowhere/run", 1000)
     assert sum(store.count.values()) < 6, store.count
     (fault,) = [one for one in doctor.judge(Facts(stores={"here": found})) if one.state == "fault" and one.what == "storage"]
     assert "bucket" in fault.value

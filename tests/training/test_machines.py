@@ -148,6 +148,19 @@ def test_when_it_waited_and_what_it_held(tmp_path, monkeypatch):
     ]  # fmt: skip
 
 
+def test_a_long_wait_is_written_down_each_minute(tmp_path, monkeypatch):
+    """A store takes money for each write, and the driver looks every few seconds."""
+    one = Watch(tmp_path, monkeypatch)
+    one.events.write_json("expert-0.json", EVENT)
+    written = []
+    monkeypatch.setattr(Machines, "_write_bill", lambda self, write=Machines._write_bill: (written.append(one.now), write(self)))
+    for _ in range(40):
+        one.look(15, g=("PENDING", ""))
+    assert len(written) == 10  # ten minutes
+    one.look(15, g=("CREATED", "a"))
+    assert [span["ids"] for span in bill(one.events, "expert-0")["spans"]] == [[], ["a"]]
+
+
 def scaling():
     """An autoscaler that wants three nodes of a kind, has failed with another before and since, and knows nothing for one group."""
     from ray.core.generated.autoscaler_pb2 import AutoscalingState
