@@ -17,8 +17,8 @@ from paris_ray.training.budget import MFU, gpu_hours
 COLUMNS = ("row", "experts × width × depth", "images", "training PFLOP", "of it router", "batch", "steps", "average's half-life", "GFLOP a picture")
 
 MEANING = (
-    "Matched: training FLOPs with the router's, the corpus (every row of it is seen as often as every other), the batch of all experts together (but for "
-    "monolith-steps, which has an expert's), and the half-life of the averaged weights as a share of the training, as it is in force at its end. "
+    "Matched: training FLOPs with the router's, the corpus (every row of it is seen as often as every other), the batch of all experts together (but "
+    "for monolith-steps, which has an expert's), and the half-life of the averaged weights as a share of the training, as it is in force at its end. "
     "For monolith-inference also FLOPs a picture, at the base's guidance for both, and for the monolith with more steps, at the guidance that each "
     "has. Images are what the FLOPs allow, so a wider model sees fewer. "
     "A FLOP is a multiplication or an addition of a matrix product, convolution or attention; training is three forward passes an image."

@@ -247,8 +247,8 @@ class Plan:
         """
         base, run = self.compare.base, self.config(Run("monolith", self.compare.seeds[0], self.compare.learning_rates[0]))
         wanted = matching.picture_flops(base, self.inputs, "top-2", guidance=theirs)
-        cost = lambda steps: matching.picture_flops(run, self.inputs, "expert-0", steps=steps, guidance=own)  # noqa: E731
-        return min(range(1, 1001), key=lambda steps: abs(cost(steps) - wanted))
+        one, two = (matching.picture_flops(run, self.inputs, "expert-0", steps=steps, guidance=own) for steps in (1, 2))
+        return max(1, 1 + round((wanted - one) / (two - one)))
 
     # -- units ------------------------------------------------------------------------------------------------------------
 

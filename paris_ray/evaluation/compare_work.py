@@ -303,8 +303,9 @@ def draw_reference(compare: CompareConfig) -> None:
     scorer, counts, features = _scorer(compare.base.model_dump_json()), {}, []
 
     def originals(rows: Sequence[Caption]) -> np.ndarray:
-        latents = torch.from_numpy(read_latents(source / "corpus", [row.id for row in rows]))
-        return np.asarray(codec.decode(latents.to(device())))
+        latents = read_latents(source / "corpus", [row.id for row in rows])
+        pieces = (torch.from_numpy(latents[start : start + _DECODED]) for start in range(0, len(rows), _DECODED))
+        return np.concatenate([np.asarray(codec.decode(piece.to(device()))) for piece in pieces])
 
     rows = choose(compare, source, "validation", None)
     for start in range(0, len(rows), _DECODED):
