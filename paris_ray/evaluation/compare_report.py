@@ -81,7 +81,7 @@ def _claims(judged: list[list[str]], asked: list[list[str]]) -> str:
     )
     said = (
         "A claim is that one way to draw is better than another. Published numbers are FID of other corpora and sizes; here the same captions and "
-        "seeds are drawn in both ways, and the interval of the difference decides: above zero it is reproduced, below zero not, else nobody can tell. "
+        "seeds are drawn in both ways, and the interval of the difference decides: above zero it is reproduced, below zero not, else it is open. "
         "The count is with a router that does not read the caption, as the papers', where the claim has such a form."
     )
     return (
