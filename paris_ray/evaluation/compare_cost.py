@@ -78,7 +78,9 @@ def text(compare: CompareConfig) -> str:
         left = Line(plan, workers).seconds(plan.units())[1]
         lines.append(f"Left to do with {workers} processes on this machine's cores: about {clock(left / workers)}.")
     tries, seeds = len(compare.learning_rates), len(compare.seeds)
-    faults = sum(ROWS[name].fault is not None for name in compare.rows)
-    rows = f"{len(compare.rows) - faults} rows × ({tries} learning rates + {seeds - 1} more seeds)"
-    lines.append(f"{rows}, {faults} planted faults; equal trainings are made once. At an end of the rates up to {EXTRA_RATES} more are tried.")
+    borrow = sum(ROWS[name].borrows for name in compare.rows)
+    rows = f"{len(compare.rows) - borrow} rows × ({tries} learning rates + {seeds - 1} more seeds)"
+    lines.append(
+        f"{rows}, {borrow} with the main row's experts; equal trainings are made once. At an end of the rates up to {EXTRA_RATES} more are tried."
+    )
     return "\n".join(lines)

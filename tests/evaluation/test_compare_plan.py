@@ -9,9 +9,11 @@ import pytest
 import torch
 from scipy.stats import spearmanr
 
-from paris_ray.config import ConfigError
-from paris_ray.evaluation import alignment_figures, compare, compare_config, matching
+from paris_ray.config import ConfigError, ScenesSource
+from paris_ray.data.scenes import TEXTURES, Scene, Scenes
+from paris_ray.evaluation import alignment_figures, compare, compare_config, compare_plan, compare_work, matching
 from paris_ray.evaluation.arrays import save
+from paris_ray.evaluation.compare_captions import Caption
 from paris_ray.evaluation.compare_claims import CLAIMS, QUESTIONS, answer, verdict
 from paris_ray.evaluation.compare_plan import FAILED, Plan, choose_guidance, choose_rate
 from paris_ray.evaluation.compare_results import Results
@@ -172,6 +174,32 @@ def test_more_steps_cost_what_a_picture_of_the_main_row_does_at_the_guidance_of_
     )
     assert abs(own - theirs) <= 0.51 * step
     assert plan.drawing("monolith/more-steps", 1.0, "seen").steps == pytest.approx(2 * drawing.steps, abs=1)
+
+
+def test_a_folder_is_asked_for_a_unit_once_until_something_has_ended(tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr(compare_plan, "published", lambda folder: asked.append(folder.path))
+    plan = Plan(config(tmp_path, "rows=[experts]"))
+    for _ in range(3):
+        assert not any(plan.done(unit.key) for unit in plan.units())
+    keys = [path for path in asked if not path.endswith("/clusters")]
+    assert len(keys) == len(set(keys)) > 50
+    plan.forget()
+    plan.done(plan.units()[0].key)
+    assert len([path for path in asked if not path.endswith("/clusters")]) > len(keys)
+
+
+def test_what_clusters_share_with_scenes_and_which_combination_is_asked():
+    source = Scenes(ScenesSource(objects=8), 32)
+    scenes = [source.scene("seen", i) for i in range(400)]
+    shared = compare_work.shared_information(scenes, [TEXTURES.index(scene.texture) for scene in scenes])
+    assert shared["texture"][0] == pytest.approx(1)
+    assert all(one < 0.1 for name, pair in shared.items() for one in (pair if name != "texture" else pair[1:]))
+    asked = [Caption(str(i), source.scene("unseen", i).caption, 0) for i in range(60)]
+    groups = compare_work.unseen_groups(source.hold_out, asked)
+    assert groups[:, 1].tolist() == [i % 3 for i in range(60)]
+    words = [source.hold_out.asked(Scene.parse(one.caption)) for one in asked]
+    assert all((a == b) == (x == y) for a, x in zip(words, groups[:, 0], strict=True) for b, y in zip(words, groups[:, 0], strict=True))
 
 
 def test_while_the_best_rate_is_at_an_end_the_next_is_tried(tmp_path):
