@@ -80,7 +80,6 @@ def text(compare: CompareConfig) -> str:
     tries, seeds = len(compare.learning_rates), len(compare.seeds)
     borrow = sum(ROWS[name].borrows for name in compare.rows)
     rows = f"{len(compare.rows) - borrow} rows × ({tries} learning rates + {seeds - 1} more seeds)"
-    lines.append(
-        f"{rows}, {borrow} with the main row's experts; equal trainings are made once. At an end of the rates up to {EXTRA_RATES} more are tried."
-    )
+    lines.append(f"{rows}, {borrow} with the main row's experts; equal trainings are made once.")
+    lines.append(f"While the best rate is at an end, the next one is tried, up to {EXTRA_RATES} times; not in these figures.")
     return "\n".join(lines)

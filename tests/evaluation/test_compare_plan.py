@@ -16,6 +16,7 @@ from paris_ray.evaluation.arrays import save
 from paris_ray.evaluation.compare_captions import Caption
 from paris_ray.evaluation.compare_claims import CLAIMS, QUESTIONS, answer, verdict
 from paris_ray.evaluation.compare_plan import FAILED, Plan, choose_guidance, choose_rate
+from paris_ray.evaluation.compare_report import write_report
 from paris_ray.evaluation.compare_results import Results
 from paris_ray.evaluation.compare_rows import ROWS, Run
 from paris_ray.evaluation.compare_tables import OURS, THEIRS, VERDICT, claims, way_header, way_rows
@@ -260,6 +261,40 @@ def test_claims_at_chance_tell_nothing_and_take_the_better_monolith(tmp_path):
     rows = claims(results, [claim], verdict)
     assert [(row[3], row[VERDICT]) for row in rows] == [(THEIRS, "reproduced"), (OURS, "cannot be told here")]  # chance is 0.05
     assert "both at chance" in rows[1][4]
+
+
+def test_the_report_says_all_of_it_of_planted_figures(tmp_path):
+    mine = config(tmp_path, "rows=[experts, monolith, monolith-steps, blind, random]", "routings=[top-1, full, experts]")
+    plan, _ = finish(mine)
+    g, k = np.random.default_rng(0), mine.base.num_experts
+    reference = Folder(mine.folder) / "reference"
+    save(reference, "scores-seen", np.full((40, len(SCORES)), 0.97))
+    save(reference, "groups-held_out", np.stack([np.arange(20) // 2, np.arange(20) // 2 % 3], 1))
+    reference.write_json(MANIFEST, {"counts": {"rows": 99, "independent": False, "shared": {"first thing": [0.4321, 0.01]}}})
+    for row in ("experts", "random"):
+        for seed in mine.seeds:
+            folder = Folder(Run(row, seed, plan.rate(row)).folder(mine))
+            arrays = {"experts": g.random((k, 2, 30)), "router": g.dirichlet(np.ones(k), (2, 30)), "disagreement": g.random((2, 30))}
+            arrays |= {"routed": g.random((2, 30)), "clusters": np.arange(30) % k, "things": np.arange(30) % 2}
+            arrays |= {"ranks": g.permuted(np.tile(np.arange(k), (30, 1)), axis=1)} if row == "experts" else {}
+            for name, array in arrays.items():
+                save(folder / "losses/seen", name, array)
+            save(folder / plan.drawing(row, plan.guidance(row), "seen").folder, "weights", g.dirichlet(np.ones(k), (40, 5)))
+    text = write_report(mine)
+    html = Folder(mine.folder).read_bytes("report.html").decode()
+    assert text.count("| originals |") == 1  # of the unseen ones none are planted
+    for words in (
+        THEIRS,
+        "of random parts",
+        "0.432",
+        "the main row has 4 experts",
+        "0.970",
+        "0.050",
+        "of kind pair",
+        "accuracy in other words",
+        "3 of 3",
+    ):
+        assert words in html, words
 
 
 def test_losses_are_paired_by_seed(tmp_path):
