@@ -296,12 +296,12 @@ class Results:
 
     def alignment(self, row: str = MAIN) -> alignment_figures.Alignment | None:
         """Experts and data of a row, over its seeds."""
-        parts, names, rows = [], ("experts", "router", "disagreement", "routed"), None
+        parts, names = [], ("experts", "router", "disagreement", "routed")
+        rows: list[NDArray[Any] | None] = [None, None]
         for seed in self.compare.seeds:
             arrays = {name: one for name in names if (one := self.losses(row, name, seed)) is not None}
             if len(arrays) == len(names):
                 parts.append(alignment_figures.measure(**arrays, ranks=self.losses(row, "ranks", seed)))
                 rows = [self.losses(row, name, seed) for name in ("clusters", "things")]
-        if rows is None or rows[0] is None or rows[1] is None:
-            return None
-        return alignment_figures.together(parts, rows[0], rows[1], self.compare.base.seed)
+        clusters, things = rows
+        return None if clusters is None or things is None else alignment_figures.together(parts, clusters, things, self.compare.base.seed)

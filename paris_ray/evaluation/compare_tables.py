@@ -25,7 +25,7 @@ CLAIM_HEADER = (
     "objects (95 %)", "distance, second minus first (95 %)",
 )  # fmt: skip
 VERDICT = CLAIM_HEADER.index("verdict")
-THEIRS, OURS, SAME = "blind, as in the papers", "reads the caption", "reads the caption, on both sides"
+THEIRS, OURS, SAME = "blind, as in the papers", "reads the caption", "as the rows have it"
 
 
 def claims(results: Results, listed: Iterable[Claim], judge: Callable[..., str]) -> list[list[str]]:

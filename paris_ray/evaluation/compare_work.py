@@ -300,7 +300,8 @@ def draw_reference(compare: CompareConfig) -> None:
     if stage.begin().state == "valid":
         return
     codec = load_codec((source / "encoders").uri, (source / "encoders").read_json("encoders.json")["codec"], str(device()))
-    scorer, counts, features = _scorer(compare.base.model_dump_json()), {}, []
+    scorer, features = _scorer(compare.base.model_dump_json()), []
+    counts: dict[str, Any] = {}
 
     def originals(rows: Sequence[Caption]) -> np.ndarray:
         latents = read_latents(source / "corpus", [row.id for row in rows])
