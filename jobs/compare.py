@@ -1,6 +1,6 @@
 """Experts beside what they are compared with: monoliths of equal cost, random parts, other routings; trained, drawn, measured, with a report.
 
-    python -m jobs.compare --config compare_tiny              # goes on where it was; two CPU cores, an hour and a half in all
+    python -m jobs.compare --config compare_tiny              # goes on where it was; sized for two CPU cores and 90 minutes
     python -m jobs.compare --config compare_tiny --minutes 20 # so long at most, then the same again
     python -m jobs.compare --config compare_paper --dry-run   # what is matched, and what it would cost
 
@@ -17,7 +17,7 @@ from collections.abc import Sequence
 
 from jobs import cli
 from paris_ray.config import ConfigError
-from paris_ray.evaluation import compare_config, compare_rows
+from paris_ray.evaluation import compare_captions, compare_config, compare_rows
 from paris_ray.evaluation.compare_config import CompareConfig
 from paris_ray.manifest import Lock, LockedError, StaleError, published
 from paris_ray.storage import Folder, link_all
@@ -49,6 +49,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         with Lock(folder, "the comparison"):
             compare.settle(config)
             cut(config)
+            compare_captions.check(config, Folder(compare_rows.partition_config(config, compare_rows.MAIN).run_dir))
             done = compare.run(config, None if args.minutes is None else 60 * args.minutes - (time.monotonic() - began))
             report(config)
         return 0 if done else cli.STOPPED

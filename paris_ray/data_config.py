@@ -29,6 +29,12 @@ class ScenesSource(Strict):
     unseen: Annotated[int, Field(ge=0)] = 10_000
     # How many kinds of thing, taken in the order of a hash of their name; null takes all.
     objects: Annotated[int, Field(ge=8)] | None = None
+    # At most so many in one scene; null: three.
+    things: Literal[2, 3] | None = None
+    # Which sizes, colours and textures of the ground; null takes all. What is held out follows from them.
+    sizes: tuple[Literal["large", "small"], ...] | None = None
+    colours: tuple[str, ...] | None = None
+    textures: tuple[Literal["plain", "striped", "dotted", "checked"], ...] | None = None
     # Another seed: other scenes, and other combinations held out.
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
 
@@ -231,7 +237,8 @@ class DataConfig(Strict):
 class PartitionConfig(Strict):
     """Two-level k-means over the semantic embeddings; the number of coarse clusters is the number of experts."""
 
-    # random: experts by hash of a row's group, the control that papers compare with; it uses none of the keys below.
+    # random: experts by hash of a row's group, or of its id where the source gives the split: the control that papers compare with.
+    # It uses none of the keys below.
     method: Literal["kmeans", "random"] = "kmeans"
     fine: Annotated[int, Field(ge=2)] = 1024
     metric: Literal["cosine", "euclidean"] = "cosine"

@@ -30,7 +30,7 @@ WITHOUT_RAY = [
     "paris_ray.training.micro_batch", "paris_ray.training.trackers",
     "paris_ray.pages.blocks", "paris_ray.pages.charts", "paris_ray.evaluation.metrics",
     "paris_ray.evaluation.compare", "paris_ray.evaluation.compare_report", "paris_ray.evaluation.compare_work", "paris_ray.evaluation.compare_cost",
-    "paris_ray.evaluation.distances", "paris_ray.evaluation.intervals", "paris_ray.evaluation.figures", "paris_ray.evaluation.scene_scorer",
+    "paris_ray.evaluation.distances", "paris_ray.evaluation.intervals", "paris_ray.evaluation.scene_scorer",
     "paris_ray.evaluation.judges", "paris_ray.evaluation.losses", "paris_ray.evaluation.routers",
     "paris_ray.hub", "paris_ray.models.network", "paris_ray.models.fold", "paris_ray.models.init_from",
 ]  # fmt: skip

@@ -244,10 +244,15 @@ def _saved(stage: Stage) -> str:
 
 
 def random_experts(corpus: Folder, index: Index, experts: int, seed: int) -> Labels:
-    """Expert of each row by hash of its near-duplicate group: equal shares are expected."""
+    """Expert of each row by hash of its near-duplicate group: equal shares are expected.
+
+    Where the source itself says what is held out, groups are of rows with the same meaning, and would make experts of meanings: there by hash
+    of the id.
+    """
     labels = np.empty(len(index.split), np.int32)
-    for name, content, _ in schema.read_each(corpus, ["group"], index.parts):
-        labels[index.parts[name]] = [rng.key(seed, "random-partition", group) % experts for group in content["group"].to_pylist()]
+    for name, content, notes in schema.read_each(corpus, ["id", "group"], index.parts):
+        keys = content["id" if schema.SPLIT_GIVEN in notes else "group"].to_pylist()
+        labels[index.parts[name]] = [rng.key(seed, "random-partition", key) % experts for key in keys]
     return labels
 
 

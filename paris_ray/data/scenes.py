@@ -1,7 +1,7 @@
 """Scenes: a corpus too large to be learnt by heart, composed of OpenMoji pictures, with combinations that training never sees.
 
 A scene has one to three different things, each in a quarter of the picture, on a coloured ground; its caption says all that can be scored. A row is a
-function of (seed, number of objects, part, index), so that any part can be made anywhere. The part ``seen`` is for training. Each row of the part
+function of (seed, what may vary, part, index), so that any part can be made anywhere. The part ``seen`` is for training. Each row of the part
 ``unseen`` has a combination that no row of ``seen`` has, though every thing, place, colour and size of it occurs there in others:
 
 ========= ==================================== ===================================================================================
@@ -12,12 +12,14 @@ ground    a thing on a ground of a colour      one colour of each thing
 pair      two things in one scene              every thing with about an eighth of the others
 ========= ==================================== ===================================================================================
 
+Fewer colours, textures, sizes or things make it easier (:class:`paris_ray.config.ScenesSource`); what is held out follows from those in use.
 A row of ``unseen`` has combinations of one kind only; the kinds take turns. Textures, sizes and where in its quarter a thing lies are never held out.
 """
 
 from __future__ import annotations
 
 import hashlib
+import itertools
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -143,17 +145,19 @@ class HoldOut:
     Args:
         seed: of the source.
         names: the things in use, in order.
+        colours: the grounds' colours in use.
 
     Attributes:
         places: (V,) index of each thing's unseen place; every place is that of as many things as every other, or one more.
-        colours: (V,) index of each thing's unseen colour of the ground, balanced in the same way.
+        colours: (V,) index in :data:`COLOURS` of each thing's unseen colour of the ground, balanced in the same way.
         pairs: (V, V) bool, whether two things never share a scene; symmetric.
     """
 
-    def __init__(self, seed: int, names: Sequence[str]):
+    def __init__(self, seed: int, names: Sequence[str], colours: Sequence[str] = COLOURS):
         self.names = list(names)
+        used = np.array([COLOURS.index(colour) for colour in colours])
         ranks = [rng.permutation(seed, f"scenes-{kind}", 0, len(self.names)) for kind in UNSEEN]
-        self.places, self.colours = ranks[0] % len(PLACES), ranks[1] % len(COLOURS)
+        self.places, self.colours = ranks[0] % len(PLACES), used[ranks[1] % len(used)]
         self.pairs = (ranks[2][:, None] + ranks[2][None]) % PAIRS_OF == 0
         np.fill_diagonal(self.pairs, False)
 
@@ -180,6 +184,14 @@ class HoldOut:
         found = self.kinds(things, places, np.array([COLOURS.index(scene.colour)]))[0]
         return [kind for kind, has in zip(UNSEEN, found, strict=True) if has]
 
+    def asked(self, scene: Scene) -> str:
+        """The combinations of a scene that are unseen, as words: scenes with the same ones ask the same thing."""
+        index = {one.name: self.names.index(one.name) for one in scene.things}
+        found = [f"{one.name} at {one.place}" for one in scene.things if PLACES[self.places[index[one.name]]] == one.place]
+        found += [f"{one.name} on {scene.colour}" for one in scene.things if COLOURS[self.colours[index[one.name]]] == scene.colour]
+        found += [f"{a} with {b}" for a, b in itertools.combinations(sorted(index), 2) if self.pairs[index[a], index[b]]]
+        return ", ".join(sorted(found))
+
 
 # -- the source ---------------------------------------------------------------------------------------------------------
 
@@ -194,7 +206,7 @@ class Scenes:
         image_size: side of the pictures in pixels, at least 32; they are drawn at this size.
 
     Raises:
-        ConfigError: more objects than there are, or pictures too small.
+        ConfigError: more objects than there are, colours that do not exist or are too few, or pictures too small.
     """
 
     def __init__(self, source: ScenesSource, image_size: int):
@@ -203,32 +215,42 @@ class Scenes:
         self.rows: dict[Part, int] = {"seen": source.seen, "unseen": source.unseen}
         self.seed, self.side, self.codes = source.seed, image_size, vocabulary(source.objects)
         self.names = list(self.codes)
-        self.hold_out = HoldOut(source.seed, self.names)
+        self.most = source.things or MOST_THINGS
+        self.colours, self.textures = source.colours or COLOURS, source.textures or TEXTURES
+        self._sizes = np.array([SIZES.index(size) for size in source.sizes or SIZES])
+        if len({*self.colours} & {*COLOURS}) != len(self.colours) or len(self.colours) <= self.most:
+            raise ConfigError(
+                f"data.source.colours is {list(self.colours)}; name more than {self.most} (things in a scene, each of which has a colour that it is "
+                f"never seen on) of {', '.join(COLOURS)}, each once"
+            )
+        self._colours = np.array([COLOURS.index(colour) for colour in self.colours])
+        limited = {key: value for key in ("things", "sizes", "colours", "textures") if (value := getattr(source, key))}
+        limits = [f"{key}-{'-'.join(map(str, np.atleast_1d(value)))}" for key, value in limited.items()]
+        self.kind = "-".join([str(len(self.names)), *limits])
+        self.hold_out = HoldOut(source.seed, self.names, self.colours)
 
     # -- rows by index ----------------------------------------------------------------------------------------------------
 
     def _draw(self, part: Part, index: int) -> tuple[Scene, Drawing]:
-        """One row: a pure function of (seed, objects, part, index)."""
-        g = rng.generator(self.seed, f"scenes-{part}-{len(self.names)}", index)
+        """One row: a pure function of (seed, objects and what may vary, part, index)."""
+        g = rng.generator(self.seed, f"scenes-{part}-{self.kind}", index)
         wanted = np.zeros(len(UNSEEN), bool)
         if part == "unseen":
             wanted[index % len(UNSEEN)] = True
         fewest = 2 if wanted[UNSEEN.index("pair")] else 1
-        n = int(g.integers(fewest, MOST_THINGS + 1))
+        n = int(g.integers(fewest, self.most + 1))
         while True:  # the number of things is drawn first, so that scenes of many things are not rarer for what is refused
             things = g.integers(len(self.names), size=(_CANDIDATES, n))
             distinct = (things[:, :, None] == things[:, None]).sum((1, 2)) == n
             places = g.random((_CANDIDATES, len(PLACES))).argsort(1)[:, :n]
-            colours = g.integers(len(COLOURS), size=_CANDIDATES)
+            colours = self._colours[g.integers(len(self._colours), size=_CANDIDATES)]
             right = np.flatnonzero(distinct & (self.hold_out.kinds(things, places, colours) == wanted).all(1))
             if len(right):
                 break
         thing, place, colour = things[right[0]], places[right[0]], int(colours[right[0]])
-        sizes = g.integers(len(SIZES), size=n)
-        texture = int(g.integers(len(TEXTURES)))
-        scene = Scene(
-            tuple(Thing(self.names[t], SIZES[s], PLACES[p]) for t, s, p in zip(thing, sizes, place, strict=True)), COLOURS[colour], TEXTURES[texture]
-        )
+        sizes = self._sizes[g.integers(len(self._sizes), size=n)]
+        texture = self.textures[int(g.integers(len(self.textures)))]
+        scene = Scene(tuple(Thing(self.names[t], SIZES[s], PLACES[p]) for t, s, p in zip(thing, sizes, place, strict=True)), COLOURS[colour], texture)
         return scene, Drawing.draw(g, [self.codes[one.name] for one in scene.things], sizes, place, GROUNDS[scene.colour], scene.texture)
 
     def scene(self, part: Part, index: int) -> Scene:
@@ -266,7 +288,7 @@ class Scenes:
         """Runs of rows, first of ``seen``, then of ``unseen``."""
         pieces = [(part, start, min(start + rows, count)) for part, count in self.rows.items() for start in range(0, count, rows)]
         return [
-            Unit(number, (self.seed, len(self.names), part, start, stop), stop - start, f"{part} {start} … {stop - 1}")
+            Unit(number, (self.seed, self.kind, part, start, stop), stop - start, f"{part} {start} … {stop - 1}")
             for number, (part, start, stop) in enumerate(pieces)
         ]
 
@@ -274,7 +296,7 @@ class Scenes:
         """The rows of a unit; nothing is drawn yet."""
         _, _, part, start, stop = unit.where
         for index in range(start, stop):
-            yield Item(f"scenes/{self.seed}/{len(self.names)}/{part}/{index}", f"{part}/{index}")
+            yield Item(f"scenes/{self.seed}/{self.kind}/{part}/{index}", f"{part}/{index}")
 
     def load(self, item: Item) -> Sample:
         """Draw one row."""

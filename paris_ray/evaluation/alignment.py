@@ -1,8 +1,9 @@
 """Expert and data: who knows which cluster, whom the router asks, and whether those it asks know more (arXiv 2602.02685). Imports torch, not Ray.
 
-The paper looks at three things in a state on its way to a picture: whether those asked have the nearest clusters, whether they predict better
-than those not asked, and whether pictures are worse where experts disagree. Here the states are those of held-out rows on the training path, where
-the true velocity is known, so that all three are measured and not inferred.
+The paper looks at three things in a state on its way to a picture: whether those asked have the clusters nearest to it, whether they predict better
+than those not asked, and whether pictures are worse where experts disagree. Here the states are those of rows that training did not see, on the
+training path, where the true velocity is known. The second is the paper's. The first is of the clean row, so it is the router's accuracy in other
+words, and the third is of losses, not of pictures: both are ours.
 """
 
 from __future__ import annotations
@@ -84,7 +85,7 @@ def _error(v: Tensor, target: Tensor) -> NDArray[np.float64]:
 
 
 def cluster_ranks(run: Folder, ids: Sequence[str]) -> NDArray[np.int64]:
-    """How near each cluster is to rows: ranks (N, K) of the cosine distance of their embeddings to the coarse centroids; 0 is the nearest.
+    """How near each cluster is to clean rows: ranks (N, K) of the cosine distance of their embeddings to the coarse centroids; 0 is the nearest.
 
     Args:
         run: with ``corpus/`` and ``clusters/`` of k-means.

@@ -1,4 +1,4 @@
-"""What the losses of experts on rows of all clusters say (:mod:`paris_ray.evaluation.alignment` measures them). NumPy only."""
+"""What the losses of experts on rows of all clusters say (:mod:`paris_ray.evaluation.alignment` measures them). NumPy and SciPy only."""
 
 from __future__ import annotations
 
@@ -7,8 +7,9 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy.stats import rankdata
 
-from paris_ray.evaluation.intervals import Interval, bootstrap
+from paris_ray.evaluation.intervals import Interval, mean_interval, sets_interval
 
 ASKED = 2
 """Experts that a router asks: the paper's top-2."""
@@ -19,20 +20,22 @@ class Part:
     """Of one training.
 
     Attributes:
-        matrix: mean losses (K experts, K clusters), NaN where a cluster has no row.
-        asked: (N,) mean loss of the experts asked.
-        others: (N,) mean loss of those not asked.
-        rank: (N,) how near the clusters of those asked are to the row, as the mean rank, 0 the nearest; empty without centroids.
+        losses: (K experts, N) mean over times.
+        asked: (T, N) mean loss of the experts asked.
+        others: (T, N) mean loss of those not asked.
+        rank: (N,) how near the clusters of those asked are to the clean row, as the mean rank, 0 the nearest; empty without centroids.
         share: (T, K) mean probability that the router gives.
-        correlation: rank correlation over rows of the experts' disagreement with the mixture's loss, the mean over times.
+        disagreement: (T, N) of the experts.
+        excess: (T, N) the mixture's loss minus that of the row's best single expert.
     """
 
-    matrix: NDArray[np.float64]
+    losses: NDArray[np.float64]
     asked: NDArray[np.float64]
     others: NDArray[np.float64]
     rank: NDArray[np.float64]
     share: NDArray[np.float64]
-    correlation: float
+    disagreement: NDArray[np.float64]
+    excess: NDArray[np.float64]
 
 
 @dataclass(frozen=True)
@@ -41,20 +44,24 @@ class Alignment:
 
     Attributes:
         matrix: mean losses (K, K).
-        failing: clusters whose own expert is not the best: (cluster, who is, by which share of the own one's loss).
         known: clusters that have rows.
+        best: of these, whose own expert has the least loss.
+        failing: clusters on which another expert is better by more than its interval: (cluster, who, by how much).
         advantage: loss of those not asked minus loss of those asked; ``None`` where all are asked.
+        advantage_at: (T,) the same at each time, without interval.
         nearness: mean rank by chance minus the mean rank of those asked; above zero they are nearer. ``None`` without centroids.
-        correlations: of each training.
+        correlation: rank correlation of the experts' disagreement with the mixture's excess loss, within rows of equal many things.
         share: (T, K).
     """
 
     matrix: NDArray[np.float64]
-    failing: list[tuple[int, int, float]]
     known: int
+    best: int
+    failing: list[tuple[int, int, Interval]]
     advantage: Interval | None
+    advantage_at: NDArray[np.float64]
     nearness: Interval | None
-    correlations: list[float]
+    correlation: Interval
     share: NDArray[np.float64]
 
 
@@ -62,7 +69,6 @@ def measure(
     experts: NDArray[np.float64],
     router: NDArray[np.float64],
     disagreement: NDArray[np.float64],
-    clusters: NDArray[np.int64],
     routed: NDArray[np.float64],
     ranks: NDArray[np.int64] | None,
 ) -> Part:
@@ -72,7 +78,6 @@ def measure(
         experts: losses (K, T, N).
         router: probabilities (T, N, K).
         disagreement: (T, N).
-        clusters: (N,).
         routed: the mixture's losses (T, N).
         ranks: (N, K) nearness of each cluster to each row.
     """
@@ -81,21 +86,33 @@ def measure(
     if ranks is not None:
         chosen = np.argsort(-router, axis=2, kind="stable")[..., :ASKED]  # (T, N, 2)
         rank = np.stack([np.take_along_axis(ranks, one, 1).mean(1) for one in chosen]).mean(0)
-    correlation = float(np.mean([rank_correlation(a, b) for a, b in zip(disagreement, routed, strict=True)]))
-    return Part(own_cluster(experts, clusters), asked.mean(0), others.mean(0), rank, router.mean(1), correlation)
+    return Part(experts.mean(1), asked, others, rank, router.mean(1), disagreement, routed - experts.min(0))
 
 
-def together(parts: Sequence[Part], seed: int) -> Alignment:
-    """Of several trainings; intervals over rows and trainings."""
-    matrix = np.mean([part.matrix for part in parts], 0)
+def together(parts: Sequence[Part], clusters: NDArray[np.int64], things: NDArray[np.int64], seed: int) -> Alignment:
+    """Of several trainings on the same rows; intervals over rows and trainings.
+
+    Args:
+        parts: of the trainings.
+        clusters: (N,) of the rows.
+        things: (N,) how many things a row has: rows with more have more loss, and more to disagree about.
+        seed: of bootstrap draws.
+    """
+    matrix = np.mean([own_cluster(part.losses[:, None], clusters) for part in parts], 0)
     k = len(matrix)
     nearness = None
     if all(len(part.rank) for part in parts):
-        nearness = bootstrap(np.stack([(k - 1) / 2 - part.rank for part in parts], 1), seed)
-    gain = np.stack([part.others - part.asked for part in parts], 1)
-    advantage = None if np.isnan(gain).any() else bootstrap(gain, seed)
-    known = int((~np.isnan(matrix).any(0)).sum())
-    return Alignment(matrix, failing(matrix), known, advantage, nearness, [part.correlation for part in parts], np.mean([p.share for p in parts], 0))
+        nearness = mean_interval(np.stack([(k - 1) / 2 - part.rank for part in parts], 1))
+    gain = np.stack([part.others - part.asked for part in parts], 2)  # (T, N, R)
+    advantage = None if np.isnan(gain).any() else mean_interval(gain.mean(0))
+    known = ~np.isnan(matrix).any(0)
+    best = int((matrix[:, known].argmin(0) == np.flatnonzero(known)).sum())
+    sides = (np.stack([one.T for one in found], 1) for found in ([part.disagreement for part in parts], [part.excess for part in parts]))
+    strata = np.repeat(things[:, None], len(parts), 1)
+    correlation = sets_interval(rank_correlation, *sides, strata, seed=seed)
+    shares = np.mean([part.share for part in parts], 0)
+    losses = np.stack([part.losses for part in parts], 2)
+    return Alignment(matrix, int(known.sum()), best, failing(losses, clusters), advantage, gain.mean((1, 2)), nearness, correlation, shares)
 
 
 def own_cluster(losses: NDArray[np.float64], clusters: NDArray[np.int64]) -> NDArray[np.float64]:
@@ -110,12 +127,19 @@ def own_cluster(losses: NDArray[np.float64], clusters: NDArray[np.int64]) -> NDA
     return np.stack(columns, 1)
 
 
-def failing(matrix: NDArray[np.float64]) -> list[tuple[int, int, float]]:
-    """Clusters whose own expert is not the best: (cluster, who is, by which share of the own one's loss)."""
+def failing(losses: NDArray[np.float64], clusters: NDArray[np.int64]) -> list[tuple[int, int, Interval]]:
+    """Clusters on which another expert is better than its own by more than the interval: (cluster, who, own loss minus theirs).
+
+    Args:
+        losses: (K experts, N, R trainings).
+        clusters: (N,).
+    """
     found = []
-    for cluster, column in enumerate(matrix.T):
-        if not np.isnan(column).any() and (best := int(column.argmin())) != cluster:
-            found.append((cluster, best, float(1 - column[best] / column[cluster])))
+    for cluster in range(len(losses)):
+        own = losses[:, clusters == cluster]  # (K, n, R)
+        if own.shape[1] and (best := int(own.mean((1, 2)).argmin())) != cluster:
+            lost = mean_interval(own[cluster] - own[best])
+            found += [(cluster, best, lost)] if lost.low > 0 else []
     return found
 
 
@@ -133,7 +157,14 @@ def asked_and_not(losses: NDArray[np.float64], router: NDArray[np.float64], k: i
     return sorted_losses[..., :k].mean(2), others.mean(2) if others.shape[2] else np.full(others.shape[:2], np.nan)
 
 
-def rank_correlation(a: NDArray[np.floating], b: NDArray[np.floating]) -> float:
-    """Spearman's, of two rows of numbers without ties."""
-    x, y = (np.argsort(np.argsort(one)).astype(np.float64) for one in (a, b))
-    return float(((x - x.mean()) * (y - y.mean())).mean() / (x.std() * y.std()))
+def rank_correlation(a: NDArray[np.floating], b: NDArray[np.floating], strata: NDArray[np.integer]) -> float:
+    """Spearman's of rows (N, T), within each stratum (N,); the mean over columns, and over strata by their rows."""
+    total = rows = 0.0
+    for stratum in np.unique(strata):
+        own = strata == stratum
+        if (n := int(own.sum())) > 2:
+            x, y = (rankdata(one[own], axis=0) for one in (a, b))
+            x, y = x - x.mean(0), y - y.mean(0)
+            length = np.sqrt(np.square(x).sum(0) * np.square(y).sum(0))
+            total, rows = total + n * float(((x * y).sum(0) / np.where(length > 0, length, 1)).mean()), rows + n
+    return total / rows if rows else 0.0

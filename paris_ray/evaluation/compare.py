@@ -1,4 +1,4 @@
-"""A comparison's units, done by processes of this machine until all are, or time is up. The same call again goes on. No torch, no Ray.
+"""A comparison's units, done by processes of this machine until all are, or time is up. The same call again goes on. No Ray; torch counts GPUs.
 
 The corpus must be cut (``partitions/``): that is a job's, which has Ray.
 """
@@ -26,6 +26,9 @@ CONFIG = "config.yaml"
 FREE = ("rows", "routings", "workers", "folder")
 """Keys that may change from call to call: what is done stays."""
 
+GROWING = ("learning_rates", "guidance_scales", "seeds")
+"""Keys that may have more than before; of seeds the first one stays."""
+
 SAY_SECONDS = 15.0
 
 FLOPS_PER_SECOND = {"train": 3e10, "draw": 1.5e10, "losses": 1e10, "reference": 2e10}
@@ -49,7 +52,8 @@ def settle(compare: CompareConfig) -> None:
         before = None
     if before is not None:
         now = yaml.safe_load(text)
-        changes = differences({k: v for k, v in before.items() if k not in FREE}, {k: v for k, v in now.items() if k not in FREE})
+        grown = [key for key in GROWING if {*before.get(key, ())} <= {*now[key]} and (key != "seeds" or before[key][:1] == now[key][:1])]
+        changes = differences(*({k: v for k, v in tree.items() if k not in (*FREE, *grown)} for tree in (before, now)))
         if changes:
             listed = "\n".join(f"  - {change}" for change in changes[:20])
             raise StaleError(f"{folder.uri} holds a comparison with other settings:\n{listed}\nPut back what changed, or choose another folder.")
@@ -107,6 +111,7 @@ def run(compare: CompareConfig, seconds: float | None = None) -> bool:
                 if one.error is not None:
                     raise UnitError(f"compare: {one.key} failed; done units are kept, and the same command tries it again:\n{one.error}")
             if ended:
+                plan.forget()
                 line.forget()
                 units = plan.units()
     finally:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from paris_ray import rng
+from paris_ray.config import ConfigError
 from paris_ray.data.schema import SPLITS, read_columns, read_labels
 from paris_ray.data.splits import read_copies, read_splits
 from paris_ray.storage import Folder
@@ -29,19 +30,39 @@ class Caption:
         return rng.key(compare.base.seed, "compare", self.id, seed) % 2**31
 
 
-def choose(compare: CompareConfig, run: Folder, split: str, count: int) -> list[Caption]:
-    """The first rows of a split by hash of their id, so that fewer are the first of more; copies of other rows are left out.
+PARTS = ("validation", "seen", "held_out")
+"""Validation rows by which rates and guidance are chosen; other validation rows, like those of training; and what the corpus holds out."""
+
+
+def choose(compare: CompareConfig, run: Folder, part: str, count: int | None) -> list[Caption]:
+    """The first rows of a part by hash of their id, so that fewer are the first of more; copies of other rows are left out.
 
     Args:
         compare: the comparison.
         run: with ``corpus/`` and ``clusters/``.
-        split: ``validation`` or ``held_out``.
-        count: how many, or all there are.
+        part: of :data:`PARTS`; ``seen`` begins after the validation rows by which anything is chosen.
+        count: how many; ``None``: all there are.
+
+    Raises:
+        ConfigError: there are not so many.
     """
     columns, splits = read_columns(run / "corpus", ["id", "caption"]), np.concatenate(list(read_splits(run / "corpus").values()))
     copies, labels = read_copies(run / "corpus"), read_labels(run / "clusters", ["id", "expert"])
-    rows = [row for row in np.flatnonzero(splits == SPLITS.index(split)).tolist() if columns["id"][row] not in copies]
-    chosen = sorted(rows, key=lambda row: rng.key(compare.base.seed, "compare", str(columns["id"][row])))[:count]
-    ids = {str(columns["id"][row]) for row in chosen}
+    split = SPLITS.index("held_out" if part == "held_out" else "validation")
+    rows = [row for row in np.flatnonzero(splits == split).tolist() if columns["id"][row] not in copies]
+    ordered = sorted(rows, key=lambda row: rng.key(compare.base.seed, "compare", str(columns["id"][row])))
+    chosen = ordered[compare.choice_rows if part == "seen" else 0 :]
+    if count is not None and count > len(chosen):
+        raise ConfigError(
+            f"{part}: {count} captions or rows are asked for (validation_captions, loss_rows, seen_captions, held_out_captions), but there are "
+            f"{len(chosen)}; lower what is asked, or raise base.data.split.validation_rows or the rows that the source holds out"
+        )
+    ids = {str(columns["id"][row]) for row in chosen[:count]}
     clusters = {name: k for name, k in zip(labels["id"].to_pylist(), labels["expert"].to_pylist(), strict=True) if name in ids}
-    return [Caption(name := str(columns["id"][row]), str(columns["caption"][row]), int(clusters[name])) for row in chosen]
+    return [Caption(name := str(columns["id"][row]), str(columns["caption"][row]), int(clusters[name])) for row in chosen[:count]]
+
+
+def check(compare: CompareConfig, run: Folder) -> None:
+    """Refuse a corpus with too few rows before anything is trained. Raises ConfigError."""
+    for part in PARTS:
+        choose(compare, run, part, compare.asked(part))

@@ -13,16 +13,22 @@ from paris_ray import config as configs
 from paris_ray.config import ConfigError, OpenClipEmbedding, PackagedEmbedding, RunConfig, TimmEmbedding
 from paris_ray.config_errors import explain, nearest
 from paris_ray.diffusion.routing import Routing
-from paris_ray.evaluation.compare_rows import MAIN, ROWS
+from paris_ray.evaluation.compare_rows import BLIND, MAIN, ROWS
 from paris_ray.presets import demo, paris_b2
 from paris_ray.strict import Strict
 
-ROUTINGS = ("top-1", "top-2", "top-3", "threshold", "caption", "full", "oracle", "experts")
-"""What the main row is drawn with beside its own routing; ``experts`` is every single expert."""
+ROUTINGS = ("top-1", "full", "caption", "oracle")
+"""What the main row is drawn with beside its own routing: what claims and questions name."""
+
+ALL_ROUTINGS = (*ROUTINGS, "top-3", "threshold", "experts")
+"""``experts`` is every single expert, under the first seed."""
+
+FID_PICTURES = 2048
+"""A covariance of Inception's features is singular with so few pictures."""
 
 
 class InceptionJudge(Strict):
-    """Inception-v3 as torch-fidelity has it: distances in its features are FID and KID."""
+    """Inception-v3 as torch-fidelity has it: distances in all of its features are FID and KID."""
 
     kind: Literal["inception"] = "inception"
     # A local .pth of torch-fidelity's weights; null: as torch-fidelity fetches them.
@@ -39,7 +45,7 @@ class CompareConfig(Strict):
     folder: str
     # The run that the rows are variations of: its corpus, its experts (all alike), its router, its sampling.
     base: RunConfig
-    rows: tuple[str, ...] = (MAIN, "monolith", "monolith-inference", "random")
+    rows: tuple[str, ...] = (MAIN, "monolith", "monolith-steps", BLIND)
     # Images that the experts of the main row are trained on, all together; the other rows take what costs as many operations.
     images: Annotated[int, Field(ge=1)]
     # Of training and of pictures; the first one chooses learning rate and guidance.
@@ -47,11 +53,12 @@ class CompareConfig(Strict):
     learning_rates: Annotated[tuple[Annotated[float, Field(gt=0)], ...], Field(min_length=1)]
     guidance_scales: Annotated[tuple[Annotated[float, Field(ge=1, le=50)], ...], Field(min_length=1)]
     routings: tuple[str, ...] = ROUTINGS
-    # Captions of validation rows with which guidance is chosen; of held-out rows with which rows are compared; how many of these for each routing.
-    validation_captions: Annotated[int, Field(ge=2)] = 96
-    held_out_captions: Annotated[int, Field(ge=4)] = 384
-    routing_captions: Annotated[int, Field(ge=2)] = 128
-    # Rows of validation, and of the held-out part, on which losses are measured.
+    # Captions of validation rows with which guidance is chosen; of other validation rows, by which claims are judged; of held-out rows, a question
+    # of their own, or 0.
+    validation_captions: Annotated[int, Field(ge=2)] = 144
+    seen_captions: Annotated[int, Field(ge=4)] = 256
+    held_out_captions: Annotated[int, Field(ge=0)] = 256
+    # Validation rows on which losses choose the learning rate; as many others on which losses are reported.
     loss_rows: Annotated[int, Field(ge=2)] = 480
     # In whose features distances are measured; null: the encoder that made the clusters, which is no independent judge.
     judge: Judge | None = None
@@ -85,8 +92,10 @@ class CompareConfig(Strict):
             raise ValueError("base.experts: the base has at least two experts, all alike, of k-means clusters; the rows say what differs")
         if base.router.train.images is None:
             raise ValueError("base.router.train.images is null; say how many, so that what the router costs is known before anything is trained")
-        if self.routing_captions > self.held_out_captions:
-            raise ValueError(f"routing_captions {self.routing_captions} is above held_out_captions {self.held_out_captions}, of which they are")
+        if isinstance(self.judge, InceptionJudge) and self.seen_captions <= FID_PICTURES:
+            raise ValueError(
+                f"seen_captions is {self.seen_captions}; FID needs more pictures than there are features, {FID_PICTURES}, and is published of 50,000"
+            )
         for name in self.rows:
             k, batch = ROWS[name].experts or base.num_experts, self.batch_size
             if batch % k:
@@ -98,6 +107,15 @@ class CompareConfig(Strict):
             if text not in ("oracle", "experts"):
                 Routing.parse(text, base.num_experts)
         return self
+
+    @property
+    def choice_rows(self) -> int:
+        """Validation rows, the first by hash, by which anything is chosen."""
+        return max(self.loss_rows, self.validation_captions)
+
+    def asked(self, part: str) -> int:
+        """Rows of a part of :data:`paris_ray.evaluation.compare_captions.PARTS` that are asked for."""
+        return {"validation": self.choice_rows, "seen": max(self.seen_captions, self.loss_rows), "held_out": self.held_out_captions}[part]
 
     @property
     def batch_size(self) -> int:
@@ -138,9 +156,10 @@ def _overlaid(base: dict[str, Any], overlay: dict[str, Any]) -> dict[str, Any]:
 
 
 def compare_tiny() -> dict[str, Any]:
-    """Four rows on scenes of 32 pixels, three paired seeds, in an hour and a half on two CPU cores."""
+    """Four experts on plain scenes of 32 pixels beside monoliths of equal cost, three seeds; sized for 90 minutes on two CPU cores, not measured."""
     base = demo()
-    train = {**base["expert"]["train"], "passes": 100.0, "min_images": 1, "warmup_images": 800, "ema_half_life_images": 1600, "keep_checkpoints": 1}
+    train = {**base["expert"]["train"], "passes": 100.0, "min_images": 1, "warmup_images": 1600, "ema_half_life_images": 2000, "keep_checkpoints": 1}
+    scenes = {"kind": "scenes", "seen": 14_000, "unseen": 900, "objects": 8, "things": 2}
     return {
         "folder": "runs/compare_tiny",
         "base": {
@@ -149,26 +168,27 @@ def compare_tiny() -> dict[str, Any]:
             "run_dir": "runs/compare_tiny/base",
             "data": {
                 **base["data"],
-                "source": {"kind": "scenes", "seen": 14_000, "unseen": 900, "objects": 8},
+                "source": {**scenes, "colours": ["white", "blue", "yellow", "green"], "textures": ["plain"]},
                 "embedding": {"kind": "efficientnet_lite0", "image_size": 96},
                 "codec": {"kind": "patch_pca", "downsampling": 4, "channels": 16},
-                "text": {"kind": "minilm", "max_length": 40},
+                "text": {"kind": "minilm", "max_length": 32},
+                "split": {"validation_rows": 0.08},
                 "rows_per_part": 500,
             },
             "partition": {"fine": 64, "max_share": 1.3},
             "expert": {**base["expert"], "train": train},
+            "experts": 4,
             "router": {**base["router"], "train": {**train, "images": 16_000, "learning_rate": 2e-3, "timesteps": "uniform"}},
             "sampling": {"steps": 25, "guidance_scale": 2.0},
         },
-        "images": 81_920,
-        "held_out_captions": 320,
-        "learning_rates": [2e-3, 4e-3, 8e-3],
-        "guidance_scales": [1.0, 1.5, 2.0, 3.0, 4.0, 6.0],
+        "images": 122_880,
+        "learning_rates": [3e-3, 6e-3],
+        "guidance_scales": [1.0, 1.5, 2.5, 4.0],
     }
 
 
 def compare_gpu() -> dict[str, Any]:
-    """The same question with more of everything: scenes of 64 pixels, all objects, more rows, on one GPU; sized for 25 minutes, not measured yet."""
+    """Eight experts and more of everything: scenes of 64 pixels, all objects, more rows, on one GPU; sized for half an hour, not measured yet."""
     tiny = compare_tiny()
     base = tiny["base"]
     gpu = {"cpus": 3.0, "gpus": 0.25}
@@ -194,18 +214,19 @@ def compare_gpu() -> dict[str, Any]:
                 "store_text": "token_ids",
             },
             "expert": {"model": {"hidden_size": 256, "num_layers": 8, "num_heads": 4}, "train": train, "resources": gpu},
+            "experts": 8,
             "router": {
                 "model": {"hidden_size": 256, "num_layers": 4, "num_heads": 4},
                 "train": {**train, "batch_size": 256, "images": 128_000, "learning_rate": 1e-3, "timesteps": "uniform"},
                 "resources": gpu,
             },
         },
-        "rows": [MAIN, "monolith", "monolith-inference", "random", "experts-2", "experts-4", "experts-16", "mixed", "blind"],
+        "rows": [MAIN, "monolith", "monolith-inference", "monolith-steps", BLIND, "random", "experts-2", "experts-4", "experts-16", "mixed"],
         "images": 600_000,
         "learning_rates": [5e-4, 1e-3, 2e-3],
         "validation_captions": 192,
+        "seen_captions": 1024,
         "held_out_captions": 1024,
-        "routing_captions": 512,
         "loss_rows": 2048,
         "workers": 4,
     }
@@ -235,9 +256,10 @@ def compare_paper() -> dict[str, Any]:
         "judge": {"kind": "inception"},
         "learning_rates": [5e-5, 1e-4, 2e-4],
         "guidance_scales": [1.0, 1.5, 2.0, 3.0, 5.0, 7.5],
-        "validation_captions": 2000,
-        "held_out_captions": 10_000,
-        "routing_captions": 5000,
+        "routings": ALL_ROUTINGS,
+        "validation_captions": 4096,
+        "seen_captions": 10_000,
+        "held_out_captions": 0,
         "loss_rows": 8192,
     }
 

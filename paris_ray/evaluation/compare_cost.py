@@ -9,7 +9,7 @@ from paris_ray.data.report.cost import DEVICES, time_text
 from paris_ray.evaluation import compare_rows, matching
 from paris_ray.evaluation.compare import Line
 from paris_ray.evaluation.compare_config import CompareConfig
-from paris_ray.evaluation.compare_plan import Plan
+from paris_ray.evaluation.compare_plan import EXTRA_RATES, Plan
 from paris_ray.evaluation.compare_rows import ROWS, Run
 from paris_ray.progress import clock
 from paris_ray.training.budget import MFU, gpu_hours
@@ -17,9 +17,10 @@ from paris_ray.training.budget import MFU, gpu_hours
 COLUMNS = ("row", "experts × width × depth", "images", "training PFLOP", "of it router", "batch", "steps", "average's half-life", "GFLOP a picture")
 
 MEANING = (
-    "Matched: training FLOPs with the router's, the corpus (every row of it is seen as often as every other), the batch of all experts together, and "
-    "the half-life of the averaged weights as a share of the training; for monolith-inference, and the monolith with more steps, also FLOPs a "
-    "picture. Images are what the FLOPs allow, so a wider model sees fewer. "
+    "Matched: training FLOPs with the router's, the corpus (every row of it is seen as often as every other), the batch of all experts together (but "
+    "for monolith-steps, which has an expert's), and the half-life of the averaged weights as a share of the training, as it is in force at its end. "
+    "For monolith-inference also FLOPs a picture, at the base's guidance for both, and for the monolith with more steps, at the guidance that each "
+    "has. Images are what the FLOPs allow, so a wider model sees fewer. "
     "A FLOP is a multiplication or an addition of a matrix product, convolution or attention; training is three forward passes an image."
 )
 
@@ -77,7 +78,8 @@ def text(compare: CompareConfig) -> str:
         left = Line(plan, workers).seconds(plan.units())[1]
         lines.append(f"Left to do with {workers} processes on this machine's cores: about {clock(left / workers)}.")
     tries, seeds = len(compare.learning_rates), len(compare.seeds)
-    faults = sum(ROWS[name].fault is not None for name in compare.rows)
-    rows = f"{len(compare.rows) - faults} rows × ({tries} learning rates + {seeds - 1} more seeds)"
-    lines.append(f"{rows}, {faults} planted faults; equal trainings are made once.")
+    borrow = sum(ROWS[name].borrows for name in compare.rows)
+    rows = f"{len(compare.rows) - borrow} rows × ({tries} learning rates + {seeds - 1} more seeds)"
+    lines.append(f"{rows}, {borrow} with the main row's experts; equal trainings are made once.")
+    lines.append(f"While the best rate is at an end, the next one is tried, up to {EXTRA_RATES} times; not in these figures.")
     return "\n".join(lines)

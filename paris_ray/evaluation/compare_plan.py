@@ -1,34 +1,44 @@
 """What a comparison still has to do, and what it has chosen so far: a function of the config and of the files that are there. No torch, no Ray.
 
-Rates and guidance are chosen on validation rows under the first seed, so later units appear once earlier ones are done. Nothing else is
-remembered.
+Rates and guidance are chosen on validation rows under the first seed, guidance for each way to draw, so later units appear once earlier ones are
+done. Nothing else is remembered.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from paris_ray import stages
 from paris_ray.config import ConfigError, RunConfig
 from paris_ray.evaluation import compare_rows, matching
 from paris_ray.evaluation.arrays import load
-from paris_ray.evaluation.compare_config import CompareConfig
-from paris_ray.evaluation.compare_rows import MAIN, ROWS, Drawing, Run
+from paris_ray.evaluation.compare_config import CompareConfig, InceptionJudge
+from paris_ray.evaluation.compare_rows import BLIND, MAIN, ROWS, Drawing, Run
 from paris_ray.evaluation.distances import frechet_distance
 from paris_ray.evaluation.scene_scorer import SCORES
 from paris_ray.manifest import fingerprint, published
 from paris_ray.storage import Folder
 from paris_ray.training.budget import expert_flops
 
-QUALITY = "objects"
-"""The score of scenes that decides: the share of named things that are at their place."""
+QUALITY = "all"
+"""The score of scenes that decides: whether all that the caption says is there, and nothing else."""
 
-AXES = 64
-"""Principal axes of the reference along which Fréchet distances are measured, at most."""
+GRADED = ("sizes", "colour", "texture", "clean")
+"""Scores of scenes whose mean chooses guidance: what :data:`QUALITY` asks, with shades."""
+
+AXES, FEW_AXES, FEW_PICTURES = 64, 16, 1000
+"""Principal axes of the reference along which Fréchet distances are measured, at most; and of fewer pictures than so many."""
+
+EXTRA_RATES = 2
+"""While the best learning rate is at an end of those tried, the next one, twice or half, is tried as well, so often at most."""
+
+MORE_STEPS = "more-steps"
+"""The way of the monolith whose pictures cost what the main row's do."""
 
 FAILED = "failed.json"
 """In a run's folder: its training came to no end, why."""
@@ -67,9 +77,18 @@ def choose_rate(losses: Mapping[float, float]) -> float:
     return min(finite, key=lambda rate: (finite[rate], rate))
 
 
-def choose_guidance(quality: Mapping[float, float]) -> float:
-    """The guidance scale with the best quality (higher is better) on validation captions; of equal ones the lower, which is nearer to the data."""
-    return max(quality, key=lambda scale: (quality[scale], -scale))
+def choose_guidance(quality: Mapping[float, NDArray[np.float64]]) -> float:
+    """The lowest guidance scale, which is nearest to the data, whose quality is within one standard error of the best.
+
+    Args:
+        quality: of each scale that of the same N captions, higher is better; of one number there is no error.
+    """
+    best = max(quality, key=lambda scale: (quality[scale].mean(), -scale))
+    for scale in sorted(quality):
+        lost = quality[best] - quality[scale]
+        if lost.mean() <= (lost.std(ddof=1) / len(lost) ** 0.5 if len(lost) > 1 else 0.0):
+            return scale
+    return best
 
 
 class Plan:
@@ -85,7 +104,9 @@ class Plan:
         self._configs: dict[Run, RunConfig] = {}
         self._signatures: dict[tuple[Run, str], str] = {}
         self._done: set[str] = set()
+        self._undone: set[str] = set()
         self._chosen: dict[tuple[str, str], float] = {}
+        self._losses_of: dict[Run, float] = {}
 
     # -- what is there ----------------------------------------------------------------------------------------------------
 
@@ -98,10 +119,14 @@ class Plan:
         return self._configs[run]
 
     def done(self, key: str) -> bool:
-        """Whether a unit has its manifest."""
-        if key not in self._done and published(self.folder / key) is not None:
-            self._done.add(key)
+        """Whether a unit has its manifest; what has none is asked again only after :meth:`forget`."""
+        if key not in self._done and key not in self._undone:
+            (self._undone if published(self.folder / key) is None else self._done).add(key)
         return key in self._done
+
+    def forget(self) -> None:
+        """Something may have been done since."""
+        self._undone.clear()
 
     def failed(self, run: Run) -> bool:
         """Whether a training came to no end."""
@@ -113,83 +138,117 @@ class Plan:
 
     # -- choices ----------------------------------------------------------------------------------------------------------
 
+    def rates(self, row: str) -> list[float]:
+        """Learning rates to try: the config's, and the next ones while the best of those measured is at an end."""
+        found = sorted(self.compare.learning_rates)
+        for _ in range(EXTRA_RATES if len(found) > 1 else 0):
+            losses = self._losses_at(row, found)
+            if len(losses) < len(found) or not any(np.isfinite(loss) for loss in losses.values()):
+                break
+            best = choose_rate(losses)
+            if best not in (found[0], found[-1]):
+                break
+            found = [best / 2, *found] if best == found[0] else [*found, best * 2]
+        return found
+
     def validation_losses(self, row: str) -> dict[float, float]:
         """Loss on validation rows by learning rate, of those that have been measured."""
+        return self._losses_at(row, self.rates(row))
+
+    def _losses_at(self, row: str, rates: Sequence[float]) -> dict[float, float]:
         found = {}
-        for rate in self.compare.learning_rates:
+        for rate in rates:
             run = Run(row, self.compare.seeds[0], rate)
             if self.failed(run):
                 found[rate] = float("inf")
             elif self.done(self._key(run, "losses/validation")):
-                found[rate] = float(load(self.runs_folder(run) / "losses/validation", "routed").mean())
+                if run not in self._losses_of:
+                    self._losses_of[run] = float(load(self.runs_folder(run) / "losses/validation", "routed").mean())
+                found[rate] = self._losses_of[run]
         return found
 
     def rate(self, row: str) -> float | None:
         """The row's learning rate, once it is chosen."""
-        row = MAIN if ROWS[row].fault else row
+        row = MAIN if ROWS[row].borrows else row
         if ("rate", row) not in self._chosen:
             losses = self.validation_losses(row)
-            if len(losses) < len(self.compare.learning_rates):
+            if len(losses) < len(self.rates(row)):
                 return None
             self._chosen["rate", row] = choose_rate(losses)
         return self._chosen["rate", row]
 
-    def guidance_qualities(self, row: str) -> dict[float, float]:
+    def lost(self, run: Run) -> bool:
+        """Whether there are no pictures of a training: it, or the one whose experts it has, came to no end."""
+        return self.failed(run) or (ROWS[run.row].borrows and self.failed(Run(MAIN, run.seed, run.rate)))
+
+    def guidance_qualities(self, way: str) -> dict[float, NDArray[np.float64]]:
         """Quality on validation captions by guidance scale, of those that have been drawn."""
+        row = way.partition("/")[0]
         rate = self.rate(row)
         if rate is None:
             return {}
         run, found = Run(row, self.compare.seeds[0], rate), {}
         for scale in self.compare.guidance_scales:
-            drawing = self._trial(row, scale)
-            if self.done(self._key(run, drawing.folder)):
-                found[scale] = self.quality(self.runs_folder(run) / drawing.folder, "validation")
+            drawing = self.drawing(way, scale, "validation")
+            if drawing is not None and self.done(self._key(run, drawing.folder)):
+                found[scale] = self.quality(self.runs_folder(run) / drawing.folder)
         return found
 
-    def quality(self, drawing: Folder, split: str) -> float:
-        """Of pictures, higher is better: of scenes the score :data:`QUALITY`, else the negative Fréchet distance."""
+    def quality(self, drawing: Folder) -> NDArray[np.float64]:
+        """Of pictures of validation captions, higher is better: of scenes the mean of :data:`GRADED` (N,), else minus a Fréchet distance (1,)."""
         if drawing.exists("scores.npy"):
-            return float(load(drawing, "scores")[:, SCORES.index(QUALITY)].mean())
-        reference = load(self.folder / "reference", split)
-        return -frechet_distance(reference, load(drawing, "features"), axes_for(reference))
+            return np.asarray(load(drawing, "scores")[:, [SCORES.index(name) for name in GRADED]].mean(1))
+        reference, features = load(self.folder / "reference", "validation"), load(drawing, "features")
+        return np.array([-frechet_distance(reference, features, axes_for(self.compare, reference, len(features)))])
 
-    def guidance(self, row: str) -> float | None:
-        """The row's guidance scale, once it is chosen."""
-        row = MAIN if ROWS[row].fault else row
-        if ("guidance", row) not in self._chosen:
-            found = self.guidance_qualities(row)
+    def guidance(self, way: str) -> float | None:
+        """The guidance scale of a way, once it is chosen; faults have the main row's, single experts their row's."""
+        row, _, name = way.partition("/")
+        way = MAIN if ROWS[row].fault else row if name.startswith("expert-") else way
+        if ("guidance", way) not in self._chosen:
+            found = self.guidance_qualities(way)
             if len(found) < len(self.compare.guidance_scales):
                 return None
-            self._chosen["guidance", row] = choose_guidance(found)
-        return self._chosen["guidance", row]
+            self._chosen["guidance", way] = choose_guidance(found)
+        return self._chosen["guidance", way]
 
     # -- drawings ---------------------------------------------------------------------------------------------------------
 
-    def _trial(self, row: str, scale: float) -> Drawing:
-        steps = self.compare.base.sampling.steps
-        return Drawing("validation", compare_rows.routing(self.compare, row), scale, steps, self.compare.validation_captions)
-
-    def drawing(self, row: str, guidance: float) -> Drawing:
-        """What a row is judged by."""
-        steps = self.compare.base.sampling.steps
-        return Drawing("held_out", compare_rows.routing(self.compare, row), guidance, steps, self.compare.held_out_captions)
-
-    def variants(self, row: str, guidance: float, seed: int) -> list[Drawing]:
-        """Other ways to draw with the same weights: routings of the main row; of the monolith steps that cost what the main row's pictures do."""
-        compare, own = self.compare, self.drawing(row, guidance)
+    def ways(self, row: str, seed: int) -> list[str]:
+        """Ways to draw with a row's weights under a seed: its own, ``ROW``, and others, ``ROW/ROUTING`` or ``monolith/more-steps``."""
+        compare, own = self.compare, compare_rows.routing(self.compare, row)
         if row == MAIN:
             singles = [f"expert-{k}" for k in range(compare.base.num_experts)] if seed == compare.seeds[0] else []
             named = [text for routing in compare.routings for text in (singles if routing == "experts" else [routing])]
-            return [Drawing("held_out", text, guidance, own.steps, compare.routing_captions) for text in named if text != own.routing]
-        if row == "monolith":
-            return [Drawing("held_out", own.routing, guidance, self.matched_steps(), compare.held_out_captions)]
-        return []
+        elif row == BLIND:  # the oracle asks no router: it is the main row's
+            named = [routing for routing in compare.routings if routing in ("top-1", "full")]
+        else:
+            named = [MORE_STEPS] if row == "monolith" else []
+        return [row, *(f"{row}/{text}" for text in named if text != own)]
 
-    def matched_steps(self) -> int:
-        """Steps with which a picture of the monolith costs what one of the main row does."""
+    def drawing(self, way: str, guidance: float, part: str) -> Drawing | None:
+        """Pictures of a way; ``None``: their steps depend on what is not chosen yet."""
+        compare = self.compare
+        row, _, name = way.partition("/")
+        count = {"validation": compare.validation_captions, "seen": compare.seen_captions, "held_out": compare.held_out_captions}[part]
+        routing, steps = name or compare_rows.routing(compare, row), compare.base.sampling.steps
+        if name == MORE_STEPS:
+            if (theirs := self.guidance(MAIN)) is None:
+                return None
+            routing, steps = compare_rows.routing(compare, row), self.matched_steps(theirs, guidance)
+        return Drawing(part, routing, guidance, steps, count)
+
+    def matched_steps(self, theirs: float, own: float) -> int:
+        """Steps with which a picture of the monolith costs what one of the main row does.
+
+        Args:
+            theirs: the main row's guidance scale; without guidance a step costs half.
+            own: the monolith's.
+        """
         base, run = self.compare.base, self.config(Run("monolith", self.compare.seeds[0], self.compare.learning_rates[0]))
-        wanted = matching.picture_flops(base, self.inputs, "top-2")
-        return min(range(1, 1001), key=lambda steps: abs(matching.picture_flops(run, self.inputs, "expert-0", steps=steps) - wanted))
+        wanted = matching.picture_flops(base, self.inputs, "top-2", guidance=theirs)
+        one, two = (matching.picture_flops(run, self.inputs, "expert-0", steps=steps, guidance=own) for steps in (1, 2))
+        return max(1, 1 + round((wanted - one) / (two - one)))
 
     # -- units ------------------------------------------------------------------------------------------------------------
 
@@ -202,28 +261,32 @@ class Plan:
         return found
 
     def _row(self, row: str, makers: dict[str, Run]) -> Iterator[Unit]:
-        compare, first, fault = self.compare, self.compare.seeds[0], ROWS[row].fault
-        rate, guidance = self.rate(row), self.guidance(row)
-        if not fault:
-            for trial in compare.learning_rates:
-                run = Run(row, first, trial)
-                if not self.failed(run):
-                    yield from self._training(run, makers, 1, True)
-                    yield self._losses(run, "validation", 1, True)
+        compare, first, borrows = self.compare, self.compare.seeds[0], ROWS[row].borrows
+        rate = self.rate(row)
+        known = rate is not None
+        for trial in [] if borrows else self.rates(row):
+            run = Run(row, first, trial)
+            if not self.failed(run):
+                yield from self._training(run, makers, 1, True)
+                yield self._losses(run, "validation", 1, True)
         for seed in compare.seeds:
-            known = rate is not None
             run = Run(row, seed, compare.learning_rates[0] if rate is None else rate)
-            if known and self.failed(run):
+            if known and self.lost(run):
                 continue  # the row has a seed less
-            if seed != first or fault:
+            if seed != first or borrows:
                 yield from self._training(run, makers, 2, known)
-            yield self._losses(run, "held_out", 3, known)
-            if seed == first and not fault:
-                for scale in compare.guidance_scales:
-                    yield self._draw(run, self._trial(row, scale), 2, known)
-            scale = compare.guidance_scales[0] if guidance is None else guidance
-            for drawing in [self.drawing(row, scale), *self.variants(row, scale, seed)]:
-                yield self._draw(run, drawing, 3, known and guidance is not None)
+            yield self._losses(run, "seen", 3, known)
+            for way in self.ways(row, seed):
+                yield from self._way(run, way, known)
+
+    def _way(self, run: Run, way: str, known: bool) -> Iterator[Unit]:
+        chosen = self.guidance(way)
+        if run.seed == self.compare.seeds[0] and not ROWS[run.row].fault and "/expert-" not in way:
+            for scale in self.compare.guidance_scales:
+                yield self._draw(run, way, scale, "validation", 2, known)
+        scale = self.compare.guidance_scales[-1] if chosen is None else chosen
+        for part in ("seen", "held_out") if way == run.row and self.compare.held_out_captions else ("seen",):
+            yield self._draw(run, way, scale, part, 3, known and chosen is not None)
 
     def _key(self, run: Run, below: str) -> str:
         return f"runs/{run.row}/seed-{run.seed}-rate-{run.rate:g}/{below}"
@@ -263,22 +326,28 @@ class Plan:
     def _stages(self, run: Run) -> tuple[str, ...]:
         return (*(self._key(run, f"experts/{k}") for k in range(self.config(run).num_experts)), self._key(run, "router"))
 
-    def _losses(self, run: Run, split: str, phase: int, known: bool) -> Unit:
-        config, key = self.config(run), self._name(run, f"losses/{split}", known)
-        asked = min(2, config.num_experts) + (config.num_experts if split == "held_out" else 0)
+    def _losses(self, run: Run, part: str, phase: int, known: bool) -> Unit:
+        config, key = self.config(run), self._name(run, f"losses/{part}", known)
+        asked = min(2, config.num_experts) + (config.num_experts if part == "seen" else 0)
         flops = 6.0 * self.compare.loss_rows * asked * expert_flops(config.experts[0].model, self.inputs)
-        needs = self._stages(run) if split == "validation" or run.seed != self.compare.seeds[0] or ROWS[run.row].fault else ()
+        needs = self._stages(run) if part == "validation" or run.seed != self.compare.seeds[0] or ROWS[run.row].borrows else ()
         needs = needs or (self._key(run, "losses/validation"),)
-        return Unit(key, "losses", (run, split) if known else None, flops, needs, phase)
+        return Unit(key, "losses", (run, part) if known else None, flops, needs, phase)
 
-    def _draw(self, run: Run, drawing: Drawing, phase: int, known: bool) -> Unit:
-        config, key = self.config(run), self._name(run, drawing.folder, known)
+    def _draw(self, run: Run, way: str, scale: float, part: str, phase: int, known: bool) -> Unit:
+        drawing = self.drawing(way, scale, part)
+        if drawing is None:
+            known, drawing = False, Drawing(part, "expert-0", scale, self.matched_steps(scale, scale), self.compare.asked(part))
+        config, name = self.config(run), way.partition("/")[2] or "own"
+        key = self._key(run, drawing.folder) if known else f"later: {run.row} seed-{run.seed} {name} {part} {scale:g}"
         each = matching.picture_flops(config, self.inputs, drawing.routing, steps=drawing.steps, guidance=drawing.guidance)
-        first = run.seed == self.compare.seeds[0] and not ROWS[run.row].fault
-        needs = (self._key(run, f"losses/{'validation' if first else 'held_out'}"), "reference")
+        first = run.seed == self.compare.seeds[0] and not ROWS[run.row].borrows
+        needs = (self._key(run, f"losses/{'validation' if first else 'seen'}"), "reference")
         return Unit(key, "draw", (run, drawing) if known else None, each * drawing.count, needs, phase)
 
 
-def axes_for(reference: np.ndarray) -> int:
-    """Principal axes along which a Fréchet distance to this reference is measured."""
-    return min(AXES, reference.shape[1], len(reference) - 1)
+def axes_for(compare: CompareConfig, reference: NDArray[np.floating], pictures: int) -> int:
+    """Axes along which a Fréchet distance of so many pictures to this reference is measured: all of Inception's, which makes it FID."""
+    if isinstance(compare.judge, InceptionJudge):
+        return reference.shape[1]
+    return min(AXES if pictures >= FEW_PICTURES else FEW_AXES, reference.shape[1], len(reference) - 1)

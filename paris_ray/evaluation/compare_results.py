@@ -1,29 +1,33 @@
-"""What a comparison has measured so far: figures of each row and way to draw, their differences from the main row, losses. No torch."""
+"""What a comparison has measured so far: figures of each way to draw, their differences from the main row, losses. No torch."""
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from paris_ray import rng
+from paris_ray.data.scenes import UNSEEN
 from paris_ray.evaluation import alignment_figures, compare_rows, matching
 from paris_ray.evaluation.arrays import load
-from paris_ray.evaluation.compare_config import CompareConfig
+from paris_ray.evaluation.compare_claims import Claim
+from paris_ray.evaluation.compare_config import CompareConfig, InceptionJudge
 from paris_ray.evaluation.compare_plan import QUALITY, Plan, axes_for
 from paris_ray.evaluation.compare_rows import MAIN, ROWS, Drawing, Run
-from paris_ray.evaluation.distances import frechet, moments
-from paris_ray.evaluation.intervals import Interval, bootstrap, bootstrap_paired, split_floor
+from paris_ray.evaluation.distances import frechet, kernel_distance, moments
+from paris_ray.evaluation.intervals import Interval, mean_interval, paired_interval, sets_interval, split_floor
 from paris_ray.evaluation.scene_scorer import SCORES
 from paris_ray.manifest import published
 from paris_ray.storage import Folder
 
-REPEATS_OF_SETS = 100
-"""Bootstrap draws of a distance: each takes the roots of two matrices."""
+WIDE = 256
+"""Features of more numbers than this have few bootstrap draws: each takes the roots of two matrices."""
+
+EQUAL_MONOLITHS = ("monolith", "monolith-steps")
+"""Rows of which claims take the better one."""
 
 
 @dataclass(frozen=True)
@@ -48,30 +52,53 @@ class Results:
 
     Args:
         compare: the comparison.
+
+    Attributes:
+        ways: by key, of captions like those of training.
+        unseen: by key, of what the corpus holds out.
     """
 
     def __init__(self, compare: CompareConfig):
         self.compare, self.plan = compare, Plan(compare)
+        self.fid = isinstance(compare.judge, InceptionJudge)
         self.ways: dict[str, Way] = {}
+        self.unseen: dict[str, Way] = {}
         for row in compare.rows:
-            rate, guidance = self.plan.rate(row), self.plan.guidance(row)
-            if rate is None or guidance is None:
-                continue
-            own = self.plan.drawing(row, guidance)
-            self._add(row, row, rate, own)
-            for drawing in self.plan.variants(row, guidance, compare.seeds[0]):
-                name = "more-steps" if row == "monolith" else drawing.routing
-                self._add(f"{row}/{name}", row, rate, drawing)
+            for key in self.plan.ways(row, compare.seeds[0]):
+                self._add(self.ways, key, "seen")
+            self._add(self.unseen, row, "held_out")
 
-    def _add(self, key: str, row: str, rate: float, drawing: Drawing) -> None:
+    def _add(self, ways: dict[str, Way], key: str, part: str) -> None:
+        row = key.partition("/")[0]
+        rate, guidance = self.plan.rate(row), self.plan.guidance(key)
+        drawing = None if guidance is None else self.plan.drawing(key, guidance, part)
+        if rate is None or drawing is None:
+            return
         folders = {seed: Folder(Run(row, seed, rate).folder(self.compare)) / drawing.folder for seed in self.compare.seeds}
         there = {seed: folder for seed, folder in folders.items() if published(folder) is not None}
         if there:
-            self.ways[key] = Way(key, row, drawing, there)
+            ways[key] = Way(key, row, drawing, there)
 
     def way(self, key: str) -> Way | None:
-        """A way by its key; ``experts/top-2`` is the main row."""
-        return self.ways.get(key) or (self.ways.get(MAIN) if key == f"{MAIN}/{compare_rows.routing(self.compare, MAIN)}" else None)
+        """A way by its key; ``ROW/top-2`` is the row, where it is drawn so."""
+        row, _, routing = key.partition("/")
+        return self.ways.get(key) or (self.ways.get(row) if routing and routing == compare_rows.routing(self.compare, row) else None)
+
+    @functools.cached_property
+    def monolith(self) -> str:
+        """Of the monoliths with an equal training the better one on validation captions."""
+        chosen = {row: self.plan.guidance(row) for row in EQUAL_MONOLITHS if row in self.compare.rows}
+        quality = {row: float(self.plan.guidance_qualities(row)[scale].mean()) for row, scale in chosen.items() if scale is not None}
+        return max(quality, key=lambda row: quality[row], default=EQUAL_MONOLITHS[0])
+
+    def lost(self) -> list[str]:
+        """Trainings that came to no end, at the row's own rate or another."""
+        return [f"{row} seed {run.seed} rate {run.rate:g}" for row in self.compare.rows for run in self._runs(row) if self.plan.lost(run)]
+
+    def _runs(self, row: str) -> list[Run]:
+        first, chosen = self.compare.seeds[0], self.plan.rate(row)
+        runs = [] if ROWS[row].borrows else [Run(row, first, rate) for rate in self.plan.rates(row)]
+        return runs + ([] if chosen is None else [run for seed in self.compare.seeds if (run := Run(row, seed, chosen)) not in runs])
 
     # -- arrays -----------------------------------------------------------------------------------------------------------
 
@@ -87,23 +114,30 @@ class Results:
             return None
         return np.stack([one[:, SCORES.index(name)] for one in found if one is not None], 1)
 
+    @property
+    def _originals(self) -> Folder:
+        return Folder(self.compare.folder) / "reference"
+
     @functools.cached_property
     def reference(self) -> NDArray[np.float64] | None:
-        """Features of the held-out originals along their principal axes, (M, A)."""
-        found = self.array(Folder(self.compare.folder) / "reference", "held_out")
+        """Features of the validation originals along the axes that count, (M, A)."""
+        found = self.array(self._originals, "validation")
         return None if found is None else self._along(found)
 
     @functools.cached_property
-    def _axes(self) -> NDArray[np.float64]:
-        found = self.array(Folder(self.compare.folder) / "reference", "held_out")
+    def _axes(self) -> NDArray[np.float64] | None:
+        """(D, A); ``None``: all."""
+        found = self.array(self._originals, "validation")
         assert found is not None
-        return np.asarray(np.linalg.eigh(moments(found)[1])[1][:, -axes_for(found) :])
+        axes = axes_for(self.compare, found, self.compare.seen_captions)
+        return None if axes == found.shape[1] else np.asarray(np.linalg.eigh(moments(found)[1])[1][:, -axes:])
 
     def _along(self, features: NDArray[np.floating]) -> NDArray[np.float64]:
-        return np.asarray(features, np.float64) @ self._axes
+        wide = np.asarray(features, np.float64)
+        return wide if self._axes is None else wide @ self._axes
 
     def features(self, way: Way, seeds: Sequence[int]) -> NDArray[np.float64] | None:
-        """Of the judge, along the reference's axes, (N, R, A)."""
+        """Of the judge, along these axes, (N, R, A)."""
         if self.reference is None:
             return None
         found = [self.array(way.folders[seed], "features") for seed in seeds]
@@ -111,9 +145,9 @@ class Results:
             return None
         return np.stack([self._along(one) for one in found if one is not None], 1)
 
-    def _distance(self, features: NDArray[np.float64]) -> float:
-        """Fréchet distance of features (N, R, A) to the reference, the mean over seeds."""
-        return float(np.mean([frechet(*self._moments, *moments(features[:, r])) for r in range(features.shape[1])]))
+    def _frechet(self, features: NDArray[np.float64]) -> float:
+        """Of features (N, A) to the reference."""
+        return frechet(*self._moments, *moments(features))
 
     @functools.cached_property
     def _moments(self) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
@@ -122,15 +156,29 @@ class Results:
 
     # -- figures ----------------------------------------------------------------------------------------------------------
 
-    def quality(self, way: Way, name: str = QUALITY) -> Interval | None:
+    def quality(self, way: Way, name: str = QUALITY, groups: NDArray[np.int64] | None = None) -> Interval | None:
         """A score of scenes with its interval."""
         found = self.scores(way, sorted(way.folders), name)
-        return None if found is None else bootstrap(found, self.compare.base.seed)
+        return None if found is None else mean_interval(found, groups)
 
-    def distance(self, way: Way) -> float | None:
-        """Fréchet distance to the originals, lower is better: of as many captions for every way, as it falls with their number."""
+    def chance(self, way: Way, name: str = QUALITY) -> float | None:
+        """What a way's pictures would score under shuffled captions, the mean over seeds."""
+        counts = [(published(folder) or {}).get("counts", {}) for folder in way.folders.values()]
+        return float(np.mean([count["chance"][name] for count in counts])) if all("chance" in count for count in counts) else None
+
+    def ceiling(self, part: str, name: str = QUALITY) -> float | None:
+        """What the originals score, as the codec gives them back."""
+        found = self.array(self._originals, f"scores-{part}")
+        return None if found is None else float(found[:, SCORES.index(name)].mean())
+
+    def distance(self, way: Way, statistic: Callable[[NDArray[np.float64]], float] | None = None) -> float | None:
+        """Fréchet distance to the originals, lower is better, the mean over seeds: FID where the judge is Inception."""
         found = self.features(way, sorted(way.folders))
-        return None if found is None else self._distance(found[: self.compare.routing_captions])
+        return None if found is None else float(np.mean([(statistic or self._frechet)(found[:, r]) for r in range(found.shape[1])]))
+
+    def kernel(self, way: Way) -> float | None:
+        """Kernel distance to the originals, which is unbiased: KID where the judge is Inception."""
+        return self.distance(way, lambda features: kernel_distance(self.reference, features))  # type: ignore[arg-type]
 
     def floor(self, count: int) -> Interval | None:
         """What so many of the originals themselves get."""
@@ -155,27 +203,51 @@ class Results:
         if (pair := self._pair(better, worse)) is None:
             return None
         a, b = (self.scores(way, pair[2], name) for way in pair[:2])
-        if a is None or b is None:
-            return None
-        n = min(len(a), len(b))  # fewer captions are the first of more
-        return bootstrap_paired(a[:n], b[:n], self.compare.base.seed)
+        return None if a is None or b is None else paired_interval(a, b)
 
     def distance_difference(self, better: str, worse: str) -> Interval | None:
-        """Of Fréchet distances, second minus first, so that above zero the first is better; captions and seeds are drawn anew together."""
+        """Of Fréchet distances, second minus first, so that above zero the first is better."""
         if (pair := self._pair(better, worse)) is None:
             return None
         a, b = (self.features(way, pair[2]) for way in pair[:2])
         if a is None or b is None:
             return None
-        n, r = min(len(a), len(b)), a.shape[1]
-        a, b = a[:n], b[:n]
-        value, g, found = self._distance(b) - self._distance(a), rng.generator(self.compare.base.seed, "compare-distance", 0), []
-        for _ in range(REPEATS_OF_SETS):
-            rows, seeds = g.integers(n, size=n), g.integers(r, size=r)
-            found.append(self._distance(b[rows][:, seeds]) - self._distance(a[rows][:, seeds]))
-        # Rows drawn twice make distances larger: the spread is laid around the value itself.
-        low, high = np.quantile(np.array(found) - np.mean(found), [0.025, 0.975])
-        return Interval(value, value + float(low), value + float(high))
+        repeats = 200 if a.shape[2] <= WIDE else 20
+        return sets_interval(lambda x, y: self._frechet(y) - self._frechet(x), a, b, seed=self.compare.base.seed, repeats=repeats)
+
+    def above_chance(self, key: str) -> bool:
+        """Whether a way does better than its own pictures under shuffled captions, by its interval; true where there is no such score."""
+        way = self.way(key)
+        quality, chance = (None, None) if way is None else (self.quality(way), self.chance(way))
+        return quality is None or chance is None or quality.low > chance
+
+    def sides(self, claim: Claim, blind: bool) -> tuple[str, str] | None:
+        """The ways that a claim is about, with the papers' router or the main row's."""
+        found = claim.blind() if blind else (claim.better, claim.worse)
+        if found is None:
+            return None
+        better, worse = (self.monolith if side == "monolith" else side for side in found)
+        return better, worse
+
+    def unseen_differences(self, row: str, name: str = "objects") -> list[Interval | None]:
+        """Of a score on unseen combinations, the main row minus another: of all kinds, and of each of :data:`paris_ray.data.scenes.UNSEEN`.
+
+        Captions with the same combination count as one.
+        """
+        groups = self.array(self._originals, "groups-held_out")
+        a, b = self.unseen.get(MAIN), self.unseen.get(row)
+        if groups is None or a is None or b is None or not (seeds := sorted(a.folders.keys() & b.folders.keys())):
+            return [None] * (1 + len(UNSEEN))
+        one, other = self.scores(a, seeds, name), self.scores(b, seeds, name)
+        assert one is not None
+        assert other is not None
+        rows = [np.ones(len(groups), bool), *(groups[:, 1] == kind for kind in range(len(UNSEEN)))]
+        return [paired_interval(one[own], other[own], groups[own, 0]) if own.any() else None for own in rows]
+
+    def unseen_groups(self) -> NDArray[np.int64] | None:
+        """Which combination each held-out caption has, (N,)."""
+        found = self.array(self._originals, "groups-held_out")
+        return None if found is None else found[:, 0]
 
     def picture_flops(self, way: Way) -> float:
         """What a picture costs, with the experts that were asked."""
@@ -194,27 +266,29 @@ class Results:
 
     # -- losses -----------------------------------------------------------------------------------------------------------
 
-    def losses(self, row: str, name: str, seed: int | None = None) -> NDArray[Any] | None:
-        """An array of the row's losses on held-out rows; see :func:`paris_ray.evaluation.compare_work.measure_losses`."""
-        rate, seed = self.plan.rate(row), self.compare.seeds[0] if seed is None else seed
-        if rate is None:
+    def losses(self, row: str, name: str, seed: int) -> NDArray[Any] | None:
+        """An array of the row's losses on rows that training did not see; see :func:`paris_ray.evaluation.compare_work.measure_losses`."""
+        if (rate := self.plan.rate(row)) is None:
             return None
-        folder = Folder(Run(row, seed, rate).folder(self.compare)) / "losses/held_out"
+        folder = Folder(Run(row, seed, rate).folder(self.compare)) / "losses/seen"
         return None if published(folder) is None else self.array(folder, name)
 
-    def loss(self, row: str, name: str = "routed") -> NDArray[np.float64] | None:
-        """Of each held-out row, the mean over times, (N, R) of the seeds that are there."""
-        found = [self.losses(row, name, seed) for seed in self.compare.seeds]
-        rows = [one.mean(0) for one in found if one is not None]
-        return np.stack(rows, 1) if rows else None
+    def losses_by_seed(self, row: str, name: str = "routed") -> dict[int, NDArray[np.float64]]:
+        """Of each row, the mean over times (N,), of the seeds that are there."""
+        found = {seed: self.losses(row, name, seed) for seed in self.compare.seeds}
+        return {seed: one.mean(0) for seed, one in found.items() if one is not None}
+
+    def loss(self, row: str, name: str = "routed") -> float | None:
+        """The mean over rows, times and seeds."""
+        found = self.losses_by_seed(row, name)
+        return float(np.mean([*found.values()])) if found else None
 
     def loss_difference(self, better: str, worse: str) -> Interval | None:
-        """Of losses, second minus first: above zero the first is better."""
-        a, b = self.loss(better), self.loss(worse)
-        if a is None or b is None:
+        """Of losses, second minus first: above zero the first is better; paired by row and seed."""
+        a, b = self.losses_by_seed(better), self.losses_by_seed(worse)
+        if not (seeds := sorted(a.keys() & b.keys())):
             return None
-        r = min(a.shape[1], b.shape[1])
-        return bootstrap_paired(b[:, :r], a[:, :r], self.compare.base.seed)
+        return paired_interval(*(np.stack([one[seed] for seed in seeds], 1) for one in (b, a)))
 
     def faults(self) -> list[tuple[str, Interval | None, Interval | None]]:
         """Of each planted fault: by how much quality and loss are worse than the main row's."""
@@ -222,10 +296,12 @@ class Results:
 
     def alignment(self, row: str = MAIN) -> alignment_figures.Alignment | None:
         """Experts and data of a row, over its seeds."""
-        parts = []
+        parts, names = [], ("experts", "router", "disagreement", "routed")
+        rows: list[NDArray[Any] | None] = [None, None]
         for seed in self.compare.seeds:
-            names = ("experts", "router", "disagreement", "clusters", "routed")
             arrays = {name: one for name in names if (one := self.losses(row, name, seed)) is not None}
             if len(arrays) == len(names):
                 parts.append(alignment_figures.measure(**arrays, ranks=self.losses(row, "ranks", seed)))
-        return alignment_figures.together(parts, self.compare.base.seed) if parts else None
+                rows = [self.losses(row, name, seed) for name in ("clusters", "things")]
+        clusters, things = rows
+        return None if clusters is None or things is None else alignment_figures.together(parts, clusters, things, self.compare.base.seed)

@@ -17,6 +17,9 @@ if TYPE_CHECKING:
 MAIN = "experts"
 """The row that all others are compared with."""
 
+BLIND = "blind"
+"""The same experts, with the papers' router, which does not read the caption."""
+
 
 @dataclass(frozen=True)
 class Row:
@@ -44,6 +47,11 @@ class Row:
     small_batch: bool = False
     fault: Literal["router", "swapped", "raw"] | None = None
 
+    @property
+    def borrows(self) -> bool:
+        """Whether its experts are the main row's, at that row's learning rate."""
+        return self.blind or self.fault is not None
+
 
 ROWS: dict[str, Row] = {
     MAIN: Row("experts of k-means clusters"),
@@ -56,7 +64,7 @@ ROWS: dict[str, Row] = {
     "experts-16": Row("16 experts", experts=16),
     "mixed": Row("2 DDPM experts, the others flow matching", ddpm=2),
     "shared-init": Row("experts that start from the same weights", shared_init=True),
-    "blind": Row("experts, router without text", blind=True),
+    BLIND: Row("experts, router without text", blind=True),
     "fault-router": Row("fault: router trained on shuffled labels", fault="router"),
     "fault-swapped": Row("fault: two experts swapped", fault="swapped"),
     "fault-raw": Row("fault: raw weights in place of their average", fault="raw"),
@@ -88,14 +96,14 @@ class Drawing:
     """Pictures of one training, drawn in one way.
 
     Attributes:
-        split: whose captions: ``validation`` or ``held_out``.
+        part: whose captions; see :func:`paris_ray.evaluation.compare_captions.choose`.
         routing: as in a request, or ``oracle``.
         guidance: scale.
         steps: of the solver.
         count: captions.
     """
 
-    split: str
+    part: str
     routing: str
     guidance: float
     steps: int
@@ -104,7 +112,7 @@ class Drawing:
     @property
     def folder(self) -> str:
         """Below the training's."""
-        return f"drawings/{self.split}/{self.routing}-guidance-{self.guidance:g}-steps-{self.steps}"
+        return f"drawings/{self.part}/{self.routing}-guidance-{self.guidance:g}-steps-{self.steps}"
 
     def as_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -202,7 +210,7 @@ def training_flops(compare: CompareConfig, inputs: Inputs) -> float:
 
 
 def matched_width(compare: CompareConfig) -> int:
-    """The hidden size of a single model with which a picture costs what it does with the main row's top-2."""
+    """The hidden size of a single model with which a picture costs what it does with the main row's top-2, at the base's guidance for both."""
     base, inputs = compare.base, matching.inputs_of(compare.base)
     wanted = matching.picture_flops(base, inputs, "top-2")
     step = 2 * base.expert.model.num_heads

@@ -7,24 +7,25 @@ from __future__ import annotations
 
 import functools
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 import torch
+from sklearn.metrics import normalized_mutual_info_score
 
-from paris_ray import stages
+from paris_ray import rng, stages
 from paris_ray.config import RunConfig, ScenesSource
-from paris_ray.data.scenes import Scene, Scenes
+from paris_ray.data.scenes import UNSEEN, HoldOut, Scene, Scenes
 from paris_ray.evaluation import compare_rows, losses
 from paris_ray.evaluation.alignment import cluster_ranks, look
 from paris_ray.evaluation.arrays import save
-from paris_ray.evaluation.compare_captions import Caption, choose
+from paris_ray.evaluation.compare_captions import PARTS, Caption, choose
 from paris_ray.evaluation.compare_config import CompareConfig, InceptionJudge
 from paris_ray.evaluation.compare_plan import FAILED
 from paris_ray.evaluation.compare_rows import MAIN, ROWS, Run
 from paris_ray.evaluation.protocol import read_latents
-from paris_ray.evaluation.scene_scorer import SCORES, SceneScorer, score
+from paris_ray.evaluation.scene_scorer import SCORES, SceneScorer, chance, score
 from paris_ray.inference.engine import Engine
 from paris_ray.inference.experts import LocalExperts
 from paris_ray.inference.request import ImageRequest
@@ -40,6 +41,9 @@ SWAPPED = {0: 1, 1: 0}
 
 SHOWN = 16
 """Originals that are kept to be looked at."""
+
+_DECODED = 512
+"""Originals decoded at once."""
 
 _AT_ONCE = 256
 """Rows whose captions are kept encoded."""
@@ -156,16 +160,15 @@ def unit(run: Folder, name: str, parts: dict[str, Any], parents: dict[str, str])
     return Stage(name, run / name, parts, parents)
 
 
-def asked_captions(compare: CompareConfig, name: str, split: str, count: int) -> list[Caption]:
+def asked_captions(compare: CompareConfig, name: str, part: str, count: int) -> list[Caption]:
     """The captions of a row of the table; see :func:`paris_ray.evaluation.compare_captions.choose`."""
-    return _chosen(compare.model_dump_json(), compare_rows.partition_name(compare, name), split)[:count]
+    return _chosen(compare.model_dump_json(), compare_rows.partition_name(compare, name), part)[:count]
 
 
 @functools.lru_cache(maxsize=16)
-def _chosen(compare: str, partition: str, split: str) -> list[Caption]:
+def _chosen(compare: str, partition: str, part: str) -> list[Caption]:
     config = CompareConfig.model_validate_json(compare)
-    most = max(config.validation_captions, config.held_out_captions, config.loss_rows)
-    return choose(config, Folder(config.folder) / "partitions" / partition, split, most)
+    return choose(config, Folder(config.folder) / "partitions" / partition, part, config.asked(part))
 
 
 @functools.lru_cache(maxsize=1)
@@ -181,11 +184,11 @@ def _opened(config: RunConfig) -> tuple[ParisModel, LocalExperts, str]:
     return (*_model(folder.uri, print_), print_)
 
 
-def measure_losses(compare: CompareConfig, run: Run, split: str) -> None:
-    """Assemble the run, and measure the loss of its mixture on rows that training did not see; on the held-out ones also that of each expert.
+def measure_losses(compare: CompareConfig, run: Run, part: str) -> None:
+    """Assemble the run, and measure the loss of its mixture on rows that training did not see; on those of ``seen`` also that of each expert.
 
-    Writes ``routed.npy`` (T, N), and of experts on held-out rows what :func:`paris_ray.evaluation.alignment.look` gives, ``clusters.npy`` (N,), and
-    where there are centroids ``ranks.npy`` (N, K).
+    Writes ``routed.npy`` (T, N), and of experts on ``seen`` what :func:`paris_ray.evaluation.alignment.look` gives, ``clusters.npy`` (N,),
+    ``things.npy`` (N,), how many things scenes have, and where there are centroids ``ranks.npy`` (N, K).
     """
     from paris_ray.inference.assemble import assemble
 
@@ -193,10 +196,10 @@ def measure_losses(compare: CompareConfig, run: Run, split: str) -> None:
     assemble(config)
     _share_encoders(Folder(config.run_dir))
     model, experts, print_ = _opened(config)
-    stage = unit(Folder(config.run_dir), f"losses/{split}", {"rows": compare.loss_rows, "times": list(losses.TIMES)}, {"model": print_})
+    stage = unit(Folder(config.run_dir), f"losses/{part}", {"rows": compare.loss_rows, "times": list(losses.TIMES)}, {"model": print_})
     if stage.begin().state == "valid":
         return
-    rows = asked_captions(compare, run.row, split, compare.loss_rows)
+    rows = asked_captions(compare, run.row, part, compare.loss_rows)
     source = partition_folder(compare, run.row)
     latents = read_latents(source / "corpus", [row.id for row in rows])
     captions, noises = [row.caption for row in rows], [row.noise(compare, run.seed) for row in rows]
@@ -205,8 +208,10 @@ def measure_losses(compare: CompareConfig, run: Run, split: str) -> None:
         own = slice(start, start + _AT_ONCE)
         found.append(losses.flow_losses(losses.routed_velocity(model, experts, captions[own], routing), latents[own], noises[own]))
     save(stage.folder, "routed", np.concatenate(found, 1))
-    if split == "held_out" and config.num_experts > 1:
+    if part == "seen" and config.num_experts > 1:
         clusters = np.array([row.cluster for row in rows])
+        things = [len(Scene.parse(row.caption).things) if isinstance(config.data.source, ScenesSource) else 0 for row in rows]
+        save(stage.folder, "things", np.array(things))
         looked = look(model, experts, captions, latents, noises, clusters)
         for name, array in {"clusters": clusters, **looked}.items():
             save(stage.folder, name, array)
@@ -218,7 +223,8 @@ def measure_losses(compare: CompareConfig, run: Run, split: str) -> None:
 def _share_encoders(run: Folder) -> None:
     """An assembled model has copies of codec and text encoder, the same in all runs: keep one."""
     for entry in (run / "encoders").files(recursive=True):
-        if (run / "model").size(entry.name) == entry.size and "/" in entry.name:
+        model = run / "model"
+        if "/" in entry.name and model.size(entry.name) == entry.size and model.sha256(entry.name) == (run / "encoders").sha256(entry.name):
             link_file(run / "encoders", entry.name, run / "model")
 
 
@@ -234,14 +240,14 @@ def draw(compare: CompareConfig, run: Run, drawing: compare_rows.Drawing) -> Non
     """Draw and judge pictures.
 
     Writes ``pictures.npy`` (N, H, W, 3), ``weights.npy`` (N, S, K), ``features.npy`` (N, D) of the judge, and of scenes ``scores.npy`` (N, 6) in the
-    order of :data:`paris_ray.evaluation.scene_scorer.SCORES`.
+    order of :data:`paris_ray.evaluation.scene_scorer.SCORES`; in the manifest, what shuffled captions would score.
     """
     config, began = run_config(compare, run), time.monotonic()
     model, experts, print_ = _opened(config)
     stage = drawing_stage(compare, config, drawing, print_)
     if stage.begin().state == "valid":
         return
-    asked = asked_captions(compare, run.row, drawing.split, drawing.count)
+    asked = asked_captions(compare, run.row, drawing.part, drawing.count)
     engine = Engine(model, experts, max_rows=64 if device().type == "cpu" else 256, max_queue=max(1, len(asked)))
     requests = [
         ImageRequest(
@@ -261,41 +267,84 @@ def draw(compare: CompareConfig, run: Run, drawing: compare_rows.Drawing) -> Non
     save(stage.folder, "pictures", pictures)
     save(stage.folder, "weights", weights)
     scorer = _scorer(compare.base.model_dump_json())
-    if drawing.split == "held_out" or scorer is None:
+    if drawing.part == "seen" or scorer is None:
         save(stage.folder, "features", judge(compare)(pictures).astype(np.float32))
     if scorer is not None:
-        found = score([Scene.parse(one.caption) for one in asked], scorer.read(pictures))
-        save(stage.folder, "scores", np.stack([getattr(found, name) for name in SCORES], 1))
+        by_chance = _score(scorer, stage.folder, "scores", asked, pictures)
     chosen = weights > 0
     counts = {"pictures": len(pictures), "asked": float(chosen.sum(2).mean()), "visited": float(chosen.any(1).sum(1).mean())}
-    stage.publish(counts, time.monotonic() - began)
+    stage.publish({**counts, **({} if scorer is None else {"chance": by_chance})}, time.monotonic() - began)
+
+
+def _score(scorer: SceneScorer, folder: Folder, name: str, asked: Sequence[Caption], pictures: np.ndarray) -> dict[str, float]:
+    """Write the scores of pictures; returns what shuffled captions would have scored."""
+    scenes, seen = [Scene.parse(one.caption) for one in asked], scorer.read(pictures)
+    found = score(scenes, seen)
+    save(folder, name, np.stack([getattr(found, one) for one in SCORES], 1))
+    return chance(scenes, seen)
 
 
 def draw_reference(compare: CompareConfig) -> None:
-    """Features of the originals of all held-out and all validation rows, as the codec gives them back: what distances are measured to.
+    """The originals as the codec gives them back: what distances are measured to, and the most that any score can be.
 
-    Writes ``held_out.npy`` and ``validation.npy`` (M, D), and ``pictures.npy``, the first of the held-out ones, in the order of the captions.
+    Writes ``validation.npy`` (M, D), the features of all validation rows, and of ``seen``, and where it is asked for ``held_out``, the first ones as
+    ``pictures-PART.npy`` and of scenes the scores ``scores-PART.npy`` (N, 6), both in the captions' order, and ``groups-PART.npy`` (N, 2): which
+    combination a caption has that training never sees, and of which kind. In the manifest, of scenes, how much clusters say of what is in them.
     """
     from paris_ray.data.codec import load_codec
 
     began, source = time.monotonic(), partition_folder(compare, MAIN)
     corpus = str(require(source / "corpus", "embed")["fingerprint"])
-    stage = Stage("reference", Folder(compare.folder) / "reference", {"judge": judge_name(compare)}, {"corpus": corpus})
+    asked = {part: compare.asked(part) for part in PARTS}
+    stage = Stage("reference", Folder(compare.folder) / "reference", {"judge": judge_name(compare), **asked}, {"corpus": corpus})
     if stage.begin().state == "valid":
         return
     codec = load_codec((source / "encoders").uri, (source / "encoders").read_json("encoders.json")["codec"], str(device()))
-    for split in ("validation", "held_out"):
-        rows, features = choose(compare, source, split, 2**62), []
-        for start in range(0, len(rows), 512):
-            latents = read_latents(source / "corpus", [row.id for row in rows[start : start + 512]])
-            pictures = np.asarray(codec.decode(torch.from_numpy(latents).to(device())))
-            features.append(judge(compare)(pictures).astype(np.float32))
-            if start == 0 and split == "held_out":
-                save(stage.folder, "pictures", pictures[:SHOWN])
-        save(stage.folder, split, np.concatenate(features))
+    scorer, features = _scorer(compare.base.model_dump_json()), []
+    counts: dict[str, Any] = {}
+
+    def originals(rows: Sequence[Caption]) -> np.ndarray:
+        latents = read_latents(source / "corpus", [row.id for row in rows])
+        pieces = (torch.from_numpy(latents[start : start + _DECODED]) for start in range(0, len(rows), _DECODED))
+        return np.concatenate([np.asarray(codec.decode(piece.to(device()))) for piece in pieces])
+
+    rows = choose(compare, source, "validation", None)
+    for start in range(0, len(rows), _DECODED):
+        features.append(judge(compare)(originals(rows[start : start + _DECODED])).astype(np.float32))
+    save(stage.folder, "validation", np.concatenate(features))
+    for part in ("seen", "held_out") if compare.held_out_captions else ("seen",):
+        chosen = choose(compare, source, part, compare.seen_captions if part == "seen" else compare.held_out_captions)
+        save(stage.folder, f"pictures-{part}", originals(chosen[:SHOWN]))
+        if scorer is not None:
+            _score(scorer, stage.folder, f"scores-{part}", chosen, originals(chosen))
+            save(stage.folder, f"groups-{part}", unseen_groups(_hold_out(compare.base.model_dump_json()), chosen))
+    if scorer is not None:
+        counts["shared"] = shared_information([Scene.parse(row.caption) for row in rows], [row.cluster for row in rows])
     encoder = (source / "encoders").read_json("encoders.json")["embedding"]["fingerprint"]
     independent = judge(compare).fingerprint != encoder
-    stage.publish({"rows": len(rows), "independent": independent}, time.monotonic() - began)
+    stage.publish({"rows": len(rows), "independent": independent, **counts}, time.monotonic() - began)
+
+
+def unseen_groups(hold_out: HoldOut, asked: Sequence[Caption]) -> np.ndarray:
+    """Numbers of the unseen combination of each caption, and of its kind, an index in :data:`paris_ray.data.scenes.UNSEEN`: (N, 2); -1 for none."""
+    scenes = [Scene.parse(one.caption) for one in asked]
+    words, kinds = [hold_out.asked(scene) for scene in scenes], [hold_out.unseen(scene) for scene in scenes]
+    numbers = {word: i for i, word in enumerate(sorted({*words} - {""}))}
+    return np.array([[numbers.get(word, -1), UNSEEN.index(kind[0]) if kind else -1] for word, kind in zip(words, kinds, strict=True)])
+
+
+def shared_information(scenes: Sequence[Scene], clusters: Sequence[int]) -> dict[str, list[float]]:
+    """Normalised mutual information of clusters with what scenes show, and of the same clusters shuffled: what experts have to divide."""
+    shown = {
+        "first thing": [scene.things[0].name for scene in scenes],
+        "its place": [scene.things[0].place for scene in scenes],
+        "number of things": [str(len(scene.things)) for scene in scenes],
+        "colour": [scene.colour for scene in scenes],
+        "texture": [scene.texture for scene in scenes],
+    }
+    shuffled = np.asarray(clusters)[rng.permutation(0, "shared-information", 0, len(clusters))]
+    found = {name: [normalized_mutual_info_score(words, one) for one in (clusters, shuffled)] for name, words in shown.items()}
+    return {name: [float(own), float(none)] for name, (own, none) in found.items()}
 
 
 def judge_name(compare: CompareConfig) -> str:
@@ -326,6 +375,12 @@ def _judge(compare: str) -> Any:
 def _scorer(base: str) -> SceneScorer | None:
     data = RunConfig.model_validate_json(base).data
     return SceneScorer(Scenes(data.source, data.image_size).names) if isinstance(data.source, ScenesSource) else None
+
+
+def _hold_out(base: str) -> HoldOut:
+    data = RunConfig.model_validate_json(base).data
+    assert isinstance(data.source, ScenesSource)
+    return Scenes(data.source, data.image_size).hold_out
 
 
 WORK: dict[str, Callable[..., None]] = {"train": train, "losses": measure_losses, "draw": draw, "reference": draw_reference}

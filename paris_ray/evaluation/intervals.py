@@ -1,4 +1,4 @@
-"""How sure a number is: bootstrap intervals over captions, over seeds that all captions share, and of differences between models. NumPy only."""
+"""How sure a number is: 95 % intervals over captions and over trainings, of means, differences and distances. NumPy and SciPy only."""
 
 from __future__ import annotations
 
@@ -7,20 +7,32 @@ from dataclasses import asdict, dataclass
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy.stats import t as student
 
 from paris_ray import rng
 
 LEVEL = 0.95
-REPEATS = 2000
+REPEATS = 200
+"""Bootstrap draws of which only the variance is taken."""
 
 
 @dataclass(frozen=True)
 class Interval:
-    """A number with its 95 % interval."""
+    """A number with its 95 % interval.
+
+    Attributes:
+        value: the number.
+        low: lower end.
+        high: upper end.
+        seeds: trainings that it is of; of one alone the interval says nothing of what another would have given.
+        agree: how many of them have the number's sign.
+    """
 
     value: float
     low: float
     high: float
+    seeds: int = 1
+    agree: int = 1
 
     def as_json(self) -> dict[str, float]:
         return asdict(self)
@@ -29,71 +41,76 @@ class Interval:
         return f"{self.value:.4g} (95 %: {self.low:.4g} … {self.high:.4g})"
 
 
-def bootstrap(values: NDArray[np.floating], seed: int, repeats: int = REPEATS) -> Interval:
-    """The mean of something measured of each picture, with its percentile interval.
+def mean_interval(values: NDArray[np.floating], groups: NDArray[np.integer] | None = None) -> Interval:
+    """The mean of something measured of each picture.
 
-    Captions are drawn anew with replacement and, of several seeds, these as well, each draw the same for all captions (Owen, Annals of Applied
-    Statistics 1, 2007: a little wide where both count). Of one seed the interval says nothing of what another would have given.
+    Captions and trainings are both samples: the variance of the mean over captions and that of the mean over seeds are each taken with Student's t
+    for as many as there are, and the two half-widths added as squares. What differs with both is in both terms: where it counts, this is wide.
 
     Args:
-        values: (N,) of N captions, or (N, R) of the same captions under R seeds, of training or of pictures.
-        seed: of the draws.
-        repeats: how often.
+        values: (N,) of N captions, or (N, R) of the same captions under R seeds of training.
+        groups: (N,) captions that ask the same thing count as one; ``None``: each is alone.
 
     Raises:
-        ValueError: there is nothing to draw from.
+        ValueError: there is nothing to measure.
     """
     table = np.asarray(values, np.float64)
     table = table[:, None] if table.ndim == 1 else table
     if table.ndim != 2 or not table.size:
         raise ValueError(f"values have the shape {np.shape(values)}; give (N,) or (N, R), with at least one")
-    n, r = table.shape
-    g = rng.generator(seed, "bootstrap", 0)
-    means = np.empty(repeats)
-    for i in range(repeats):
-        rows = np.bincount(g.integers(n, size=n), minlength=n) / n
-        columns = np.bincount(g.integers(r, size=r), minlength=r) / r
-        means[i] = rows @ table @ columns
-    return Interval(float(table.mean()), *_ends(means))
+    mean, n = float(table.mean()), len(table)
+    off = table.mean(1) - mean
+    if groups is not None:
+        off = np.bincount(np.unique(groups, return_inverse=True)[1], off)
+    g = len(off)
+    of_captions = float(np.square(off).sum()) / n**2 * g / (g - 1) if g > 1 else np.inf
+    return _interval(table.mean(0), of_captions, g)
 
 
-def bootstrap_paired(a: NDArray[np.floating], b: NDArray[np.floating], seed: int, repeats: int = REPEATS) -> Interval:
-    """The mean of a − b, two models on the same captions under the same seeds; arguments as of :func:`bootstrap`. Of one sign: one is better."""
+def paired_interval(a: NDArray[np.floating], b: NDArray[np.floating], groups: NDArray[np.integer] | None = None) -> Interval:
+    """The mean of a − b, two models on the same captions under the same seeds; as :func:`mean_interval`. Of one sign: one is better."""
     if np.shape(a) != np.shape(b):
         raise ValueError(f"a has the shape {np.shape(a)}, b {np.shape(b)}; they must be of the same captions and seeds")
-    return bootstrap(np.asarray(a, np.float64) - np.asarray(b, np.float64), seed, repeats)
+    return mean_interval(np.asarray(a, np.float64) - np.asarray(b, np.float64), groups)
 
 
-def bootstrap_sets(
-    statistic: Callable[..., float], *sets: NDArray[np.floating], seed: int, groups: NDArray[np.int64] | None = None, repeats: int = 200
-) -> Interval:
-    """A statistic of whole sets of pictures, such as a Fréchet distance, or the difference of two models' distances.
+def sets_interval(statistic: Callable[..., float], *sets: NDArray[np.floating], seed: int, repeats: int = REPEATS) -> Interval:
+    """A statistic of whole sets, such as a distance or the difference of two models' distances; as :func:`mean_interval`.
 
-    Rows that are drawn twice make such a distance larger, so the replicates' spread is laid around the value of the sets themselves.
+    The captions' variance is a bootstrap's. Rows that are drawn twice make a distance larger, so only the spread of the draws counts.
 
     Args:
-        statistic: of the sets.
-        sets: each (N, …); row i of each belongs to the same caption and seed. A reference that is not to be drawn anew is the statistic's own.
+        statistic: of the sets under one seed.
+        sets: each (N, R, …); row i of each belongs to the same caption, column r to the same seed.
         seed: of the draws.
-        groups: (N,) rows that are drawn together, such as those of one caption; ``None``: each is alone.
         repeats: how often.
 
     Raises:
-        ValueError: the sets are not equally large.
+        ValueError: the sets are not of the same captions and seeds.
     """
-    n = len(sets[0])
-    if any(len(one) != n for one in sets) or (groups is not None and len(groups) != n):
-        raise ValueError(f"sets have {[len(one) for one in sets]} rows; row i of each must belong to the same caption")
-    _, own = np.unique(np.arange(n) if groups is None else groups, return_inverse=True)
-    members = np.split(np.argsort(own, kind="stable"), np.cumsum(np.bincount(own))[:-1])
+    n, r = sets[0].shape[:2]
+    if any(one.shape[:2] != (n, r) for one in sets):
+        raise ValueError(f"sets have {[one.shape[:2] for one in sets]} captions and seeds; they must have the same")
+    each = lambda chosen: np.array([statistic(*(one[:, i] for one in chosen)) for i in range(r)])  # noqa: E731
     g = rng.generator(seed, "bootstrap-sets", 0)
-    found = np.empty(repeats)
-    for i in range(repeats):
-        rows = np.concatenate([members[k] for k in g.integers(len(members), size=len(members))])
-        found[i] = statistic(*(one[rows] for one in sets))
-    value = float(statistic(*sets))
-    low, high = _ends(found - found.mean())
-    return Interval(value, value + low, value + high)
+    draws = [each([one[rows] for one in sets]).mean() for rows in (g.integers(n, size=n) for _ in range(repeats))]
+    return _interval(each(sets), float(np.var(draws, ddof=1)), n)
+
+
+def _interval(of_seeds: NDArray[np.float64], of_captions: float, captions: int) -> Interval:
+    """Of a mean over seeds.
+
+    Args:
+        of_seeds: (R,) the number under each.
+        of_captions: variance of the mean as captions are drawn anew.
+        captions: how many there are.
+    """
+    value, r, upper = float(of_seeds.mean()), len(of_seeds), (1 + LEVEL) / 2
+    square = float(student.ppf(upper, captions - 1)) ** 2 * of_captions if captions > 1 else np.inf
+    if r > 1:
+        square += float(student.ppf(upper, r - 1)) ** 2 * float(of_seeds.var(ddof=1)) / r
+    half = float(np.sqrt(square))
+    return Interval(value, value - half, value + half, r, int((np.sign(of_seeds) == np.sign(value)).sum()))
 
 
 def split_floor(
@@ -127,8 +144,3 @@ def split_floor(
         order = rng.permutation(seed, "split-floor", i, n)
         found.append(float(statistic(reference[order[taken:]], reference[order[:taken]])))
     return Interval(float(np.mean(found)), min(found), max(found))
-
-
-def _ends(replicates: NDArray[np.float64]) -> tuple[float, float]:
-    low, high = np.quantile(replicates, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
-    return float(low), float(high)

@@ -23,14 +23,6 @@ KID_SUBSET = 1000
 _ROWS = 64
 
 
-def independent(judge: str, clustering: str) -> None:
-    """Raise ValueError when the fingerprint of a judge is that of the encoder which made the clusters (``embedding`` of ``RUN/encoders``)."""
-    if judge == clustering:
-        raise ValueError(
-            f"judge: its fingerprint {judge} is that of the encoder which made the clusters; judge with another one, such as another backbone of timm"
-        )
-
-
 class Inception:
     """Features of Inception-v3 as torch-fidelity makes them, with its resize, on which numbers called FID and KID agree.
 

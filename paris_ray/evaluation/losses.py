@@ -110,9 +110,3 @@ def conditioning(model: ParisModel, prompts: Prompts, captions: Sequence[str]) -
     keys = tuple(text.digest for text in texts)
     states, pooled = [text.states for text in texts], [text.pooled for text in texts]
     return Conditioning(states, pooled, [null.states] * n, torch.ones(n), keys, (null.digest,) * n)
-
-
-def by_expert(losses: NDArray[np.float64], clusters: Sequence[int], num_experts: int) -> NDArray[np.float64]:
-    """Means of losses (T, N) over the rows of each cluster: (K, T), NaN for a cluster without a row."""
-    own = np.asarray(clusters)
-    return np.stack([losses[:, own == k].mean(1) if (own == k).any() else np.full(len(losses), np.nan) for k in range(num_experts)])

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 
 from paris_ray.config import ClipText, ModelConfig, PatchPcaCodec, RunConfig, VaeCodec
 from paris_ray.diffusion.routing import Routing
-from paris_ray.training.budget import Inputs, expert_flops, router_flops, text_flops
+from paris_ray.training.budget import RAMP, Inputs, expert_flops, router_flops, text_flops
 
 _TEXT_WIDTH = {"clip": 768, "minilm": 384}
 _VAE = (4, 8)
@@ -91,7 +91,7 @@ class Matched:
         router_flops: of the router's.
         batch: of all experts together, in images a step.
         steps: of the expert that has most.
-        ema_share: half-life of the averaged weights, as a share of the training.
+        ema_share: half-life of the averaged weights at the end, as a share of the training.
         learning_rate: of the experts.
         shape: experts × width × depth.
         picture_flops: of one picture with the row's own routing.
@@ -124,7 +124,7 @@ def matched(config: RunConfig, routing: str) -> Matched:
         0.0 if config.num_experts == 1 else router_training_flops(config, inputs),
         sum(spec.train.batch_size for spec in config.experts),
         max(n // spec.train.batch_size for n, spec in zip(images, config.experts, strict=True)),
-        first.train.ema_half_life_images * config.num_experts / sum(images),
+        min(first.train.ema_half_life_images * config.num_experts / sum(images), RAMP),
         first.train.learning_rate,
         f"{config.num_experts} × {first.model.hidden_size} × {first.model.num_layers}",
         picture_flops(config, inputs, routing),

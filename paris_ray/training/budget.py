@@ -14,6 +14,10 @@ PEAK_TFLOPS = {"A40": 149.7, "A100": 312.0, "H100 PCIe": 756.0, "H100 NVL": 835.
 MFU = 0.4
 """Share of the peak that training is assumed to reach; an assumption, not a measurement."""
 
+RAMP = 0.1
+"""The half-life of averaged weights is at most this share of the images so far, so that early averages do not remember the initial weights (ours; the
+form is EDM2's, arXiv 2312.02696, which has 0.05)."""
+
 
 def peak_flops(device_name: str) -> float | None:
     """Peak of a GPU, in operations a second, by the name that its driver gives it; ``None`` if its words hold no name of :data:`PEAK_TFLOPS`."""

@@ -8,13 +8,11 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-RAMP = 0.1
-"""The half-life is at most this share of the images so far, so that early averages do not remember the initial weights (ours; the form is
-EDM2's, arXiv 2312.02696, which has 0.05)."""
+from paris_ray.training.budget import RAMP
 
 
 def decay(images: int, batch: int, half_life: int) -> float:
-    """Share that the old average keeps in an update.
+    """Share that the old average keeps in an update; the half-life is at most :data:`paris_ray.training.budget.RAMP` of the images so far.
 
     Args:
         images: images trained on, with this batch.

@@ -16,11 +16,12 @@ import torch
 
 from paris_ray import config as configs
 from paris_ray import stages
-from paris_ray.config import ConfigError
+from paris_ray.config import ConfigError, ScenesSource
 from paris_ray.data import attempts, cut, fit, partition, schema
 from paris_ray.data.cut import cut_all
 from paris_ray.data.kmeans import Rows, kmeans
 from paris_ray.data.remote_rows import RemoteRows, load, ranges
+from paris_ray.data.scenes import Scenes
 from paris_ray.manifest import StaleError
 from paris_ray.storage import Folder
 from paris_ray.training.shard import read_rows
@@ -191,6 +192,23 @@ def test_the_random_control_deals_out_groups_in_equal_shares(tmp_path: Path) -> 
     assert summary["method"] == "random"
     assert summary["sizes"] == summary["fine_sizes"] == np.bincount(expert[train], minlength=3).tolist()
     assert summary["inertia"][0] == [pytest.approx(((x - means[expert]) ** 2).sum(1)[train].sum(), rel=1e-5)]
+
+
+def test_where_the_source_gives_the_split_random_parts_say_nothing_of_groups(tmp_path: Path) -> None:
+    """Groups of such a source have a meaning: 14,000 scenes of 8 things have 71, and experts dealt by group would know their things by heart."""
+    from sklearn.metrics import mutual_info_score
+
+    source = Scenes(ScenesSource(seen=14_000, objects=8), 32)
+    groups = [" + ".join(sorted(one.name for one in source.scene("seen", i).things)) for i in range(14_000)]
+    kind = schema.pa.schema([("id", schema.pa.string()), ("group", schema.pa.string()), ("split", schema.pa.string())])
+    corpus = Folder(tmp_path / "corpus")
+    with schema.PartWriter(corpus, schema.part_name(0), kind) as writer:
+        writer.notes[schema.SPLIT_GIVEN] = 1
+        writer.write(schema.table(kind, {"id": [f"{i:032x}" for i in range(14_000)], "group": groups, "split": ["train"] * 14_000}))
+    expert = fit.random_experts(corpus, fit.Index.read(corpus), 8, 0)
+    assert np.abs(np.bincount(expert, minlength=8) / 14_000 - 1 / 8).max() < 0.01
+    shuffled = [mutual_info_score(groups, np.random.default_rng(i).permutation(expert)) for i in range(20)]
+    assert abs(mutual_info_score(groups, expert) - np.mean(shuffled)) < 5 * np.std(shuffled)
 
 
 def test_a_run_that_died_goes_on_and_writes_nothing_twice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -19,6 +19,7 @@ from paris_ray.storage import Folder
 from .in_process import in_process  # noqa: F401
 
 FEW = ScenesSource(objects=12, seed=5)
+EASY = ScenesSource(objects=8, things=2, sizes=("large",), colours=("white", "blue", "yellow", "green"), textures=("plain",))
 
 
 def test_the_vocabulary_is_drawn_by_the_font_and_can_be_said():
@@ -113,6 +114,31 @@ def test_unseen_rows_have_combinations_of_one_kind_that_no_seen_row_has_and_only
         new = [kind for kind, found in combinations(scene).items() if found - seen[kind]]
         assert new == [UNSEEN[index % 3]] == source.hold_out.unseen(scene)
         assert not source.hold_out.unseen(source.scene("seen", index))
+
+
+def test_easier_scenes_have_less_in_them_and_hold_out_exactly():
+    source = Scenes(EASY, 32)
+    scenes = [source.scene("seen", index) for index in range(4000)]
+    assert {len(scene.things) for scene in scenes} == {1, 2}
+    assert {scene.colour for scene in scenes} == {*EASY.colours}
+    assert {scene.texture for scene in scenes} == {"plain"}
+    assert {one.size for scene in scenes for one in scene.things} == {"large"}
+    seen = collections.defaultdict(set)
+    for scene in scenes:
+        for kind, found in combinations(scene).items():
+            seen[kind] |= found
+    assert collections.Counter(name for name, _ in seen["place"]) == dict.fromkeys(source.names, 3)
+    assert collections.Counter(name for name, _ in seen["ground"]) == dict.fromkeys(source.names, 3)
+    asked = collections.defaultdict(set)
+    for index in range(300):
+        scene = source.scene("unseen", index)
+        new = {kind: found - seen[kind] for kind, found in combinations(scene).items() if found - seen[kind]}
+        assert [*new] == [UNSEEN[index % 3]] == source.hold_out.unseen(scene)
+        asked[source.hold_out.asked(scene)].add(frozenset(new[UNSEEN[index % 3]]))
+    assert all(len(found) == 1 for found in asked.values())  # equal words, equal combinations
+    assert len({*itertools.chain(*asked.values())}) == len(asked)
+    with pytest.raises(ConfigError, match=r"data.source.colours is \['blue', 'red'\]; name more than 2"):
+        Scenes(EASY.model_copy(update={"colours": ("blue", "red")}), 32)
 
 
 def test_scenes_are_drawn_evenly():

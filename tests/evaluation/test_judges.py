@@ -158,9 +158,3 @@ def test_clip_score_is_a_cosine_cut_off_at_zero():
     np.testing.assert_allclose(judges.clip_score(images, texts), [100, 60, 0], atol=1e-5)
     with pytest.raises(ValueError, match="each picture needs its caption"):
         judges.clip_score(images, texts[:2])
-
-
-def test_the_encoder_of_the_clusters_is_no_judge():
-    judges.independent("a", "b")
-    with pytest.raises(ValueError, match="which made the clusters; judge with another one"):
-        judges.independent("a", "a")

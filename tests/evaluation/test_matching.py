@@ -13,6 +13,7 @@ from paris_ray.evaluation import compare_config, compare_rows, matching
 from paris_ray.evaluation.compare_rows import ROWS, Run
 from paris_ray.models.dit import DiT
 from paris_ray.models.router import Router
+from paris_ray.training import ema
 from paris_ray.training.budget import text_flops
 
 N = 8  # on a CPU matrix products are padded to multiples of eight rows
@@ -47,7 +48,7 @@ def test_a_picture_costs_what_torch_counts(compare):
     routed = counted(lambda: router(x, t, text[:, 0])) / N
     assert text_flops(run.experts[0].model, inputs) == once
     assert matching.picture_flops(run, inputs, "top-2") == 25 * (2 * 2 * step + routed) + 2 * once
-    assert matching.picture_flops(run, inputs, "full", guidance=1.0) == 25 * (8 * step + routed) + 8 * once
+    assert matching.picture_flops(run, inputs, "full", guidance=1.0) == 25 * (4 * step + routed) + 4 * once
     assert matching.picture_flops(run, inputs, "caption", steps=10) == 10 * 2 * step + once + routed
     for alone in ("oracle", "expert-3"):
         assert matching.picture_flops(run, inputs, alone) == 25 * 2 * step + once
@@ -61,27 +62,36 @@ def test_every_row_costs_what_the_main_row_does(compare):
     x, t = torch.randn(N, inputs.channels, inputs.side, inputs.side), torch.rand(N)
     text = torch.randn(N, inputs.text_tokens, inputs.text_width)
     forward, routed = counted(lambda: expert(x, t, text)) / N, counted(lambda: router(x, t, text[:, 0])) / N
-    total = 3 * (81_920 * forward + 16_000 * routed)
+    total = 3 * (122_880 * forward + 16_000 * routed)
     found = {name: matching.matched(compare_rows.run_config(compare, Run(name, 0, 1e-3)), compare_rows.routing(compare, name)) for name in ROWS}
     assert found["experts"].training_flops == total
-    assert found["experts"].images == 81_920
+    assert found["experts"].images == 122_880
     assert found["monolith"].images == pytest.approx(total / 3 / forward, abs=64)
     for name, one in found.items():
         assert one.training_flops == pytest.approx(total, rel=0.005), name
-        assert one.batch == (16 if name == "monolith-steps" else 128)
-        assert one.ema_share == pytest.approx(1600 * 8 / 81_920, rel=0.01), name
+        assert one.batch == (16 if name == "monolith-steps" else 64)
+        assert one.ema_share == pytest.approx(2000 * 4 / 122_880, rel=0.01), name
     wide, main_picture = found["monolith-inference"].picture_flops, found["experts"].picture_flops
     assert wide == pytest.approx(main_picture, rel=0.03)
     assert found["monolith"].picture_flops < 0.5 * main_picture
-    assert found["experts-4"].steps == found["experts"].steps == 640
+    assert found["experts-2"].steps == found["experts"].steps == 1920
+
+
+@pytest.mark.parametrize("half_life", [2000, 20_000])
+def test_the_share_of_the_average_is_the_one_in_force(half_life):
+    """At the end of a training, by what the average itself keeps of an update."""
+    run = compare_config.load("compare_tiny", [f"base.expert.train.ema_half_life_images={half_life}"])
+    main = compare_rows.run_config(run, Run("experts", 0, 1e-3))
+    images, share = main.experts[0].train.images, matching.matched(main, "top-2").ema_share
+    assert ema.decay(images, 16, half_life) == pytest.approx(0.5 ** (16 / (share * images)))
 
 
 def test_images_are_shared_as_rows_are(compare):
     run = compare_rows.run_config(compare, Run("experts-4", 0, 1e-3), sizes=(400, 300, 200, 100))
-    assert [spec.train.images for spec in run.experts] == [32_768, 24_576, 16_384, 8192]
-    assert [spec.train.batch_size for spec in run.experts] == [32] * 4
+    assert [spec.train.images for spec in run.experts] == [49_152, 36_864, 24_576, 12_288]
+    assert [spec.train.batch_size for spec in run.experts] == [16] * 4
     mixed = compare_rows.run_config(compare, Run("mixed", 0, 1e-3))
-    assert [spec.objective for spec in mixed.experts] == ["ddpm"] * 2 + ["flow"] * 6
+    assert [spec.objective for spec in mixed.experts] == ["ddpm"] * 2 + ["flow"] * 2
 
 
 @pytest.mark.parametrize("solver", solvers.SOLVERS)
@@ -101,7 +111,7 @@ def test_a_base_can_be_another_preset():
     changed = compare_config.load("compare_tiny", ["base={preset: paris_b2, router: {train: {images: 100, passes: 1}}}", "learning_rates=[0.001]"])
     assert changed.base.expert.model.size == "B/2"
     assert changed.base.data.source.kind == "folder"
-    assert changed.images == 81_920
+    assert changed.images == 122_880
 
 
 @pytest.mark.parametrize(
@@ -113,8 +123,8 @@ def test_a_base_can_be_another_preset():
         ("learning_rates=[]", "learning_rates: "),
         ("seeds=[1, 1]", "seeds: [1, 1] names something twice"),
         ("base.experts=[{}, {objective: ddpm}]", "at least two experts, all alike"),
-        ("base.expert.train.batch_size=1", "experts-16 has 16 experts, which must divide the batch of all experts together, 8"),
-        ("routing_captions=1000", "routing_captions 1000 is above held_out_captions 320"),
+        ("base.expert.train.batch_size=1", "experts-16 has 16 experts, which must divide the batch of all experts together, 4"),
+        ("judge={kind: inception}", "seen_captions is 256; FID needs more pictures than there are features, 2048"),
         ("base={preset: dmo}", "base.preset: 'dmo' does not exist. Did you mean 'demo'?"),
     ],
 )

@@ -1,0 +1,189 @@
+"""The tables of a comparison as cells of text, and how they were measured: claims, ways to draw, unseen combinations. No torch, no Ray."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+
+import numpy as np
+from numpy.typing import NDArray
+
+from paris_ray.data.scenes import UNSEEN
+from paris_ray.evaluation import compare_cost
+from paris_ray.evaluation.compare_claims import LEAST_SEEDS, Claim
+from paris_ray.evaluation.compare_plan import GRADED, MORE_STEPS, QUALITY
+from paris_ray.evaluation.compare_results import Results, Way
+from paris_ray.evaluation.compare_rows import BLIND, MAIN, ROWS
+from paris_ray.evaluation.intervals import Interval
+from paris_ray.manifest import published
+from paris_ray.pages import charts
+from paris_ray.storage import Folder
+
+# -- claims -------------------------------------------------------------------------------------------------------------
+
+CLAIM_HEADER = (
+    "source", "claim", "published", "router", f"{QUALITY}, first minus second (95 %)", "trainings of that sign", "verdict",
+    "objects (95 %)", "distance, second minus first (95 %)",
+)  # fmt: skip
+VERDICT = CLAIM_HEADER.index("verdict")
+THEIRS, OURS, SAME = "blind, as in the papers", "reads the caption", "as the rows have it"
+
+
+def claims(results: Results, listed: Iterable[Claim], judge: Callable[..., str]) -> list[list[str]]:
+    """Cells under :data:`CLAIM_HEADER`: what papers say with their router first, then with the main row's; questions with that alone."""
+    found = []
+    for one in listed:
+        theirs = one.published != "–" and one.blind() is not None
+        for blind in (True, False) if theirs else (False,):
+            router = THEIRS if blind else OURS if theirs else SAME
+            found.append([one.source, one.text, one.published, router, *_judged(results, one, blind, judge)])
+    return found
+
+
+def _judged(results: Results, claim: Claim, blind: bool, judge: Callable[..., str]) -> list[str]:
+    if claim.experts not in (None, results.compare.base.num_experts):
+        return [f"the main row has {results.compare.base.num_experts} experts", "–", judge(None), "–", "–"]
+    sides = results.sides(claim, blind)
+    assert sides is not None
+    if missing := [side for side in sides if results.way(side) is None]:
+        return [f"no row {', '.join(missing)}", "–", judge(None), "–", "–"]
+    interval = results.difference(*sides)
+    scored = results.score_difference(*sides) is not None
+    objects = results.score_difference(*sides, "objects") if scored else None
+    distance = results.distance_difference(*sides) if scored else None
+    agree = "–" if interval is None else f"{interval.agree} of {interval.seeds}"
+    if not any(results.above_chance(side) for side in sides):
+        return [f"{signed(interval)}; both at chance", agree, judge(None), signed(objects), signed(distance)]
+    return [signed(interval), agree, judge(interval, (objects, distance)), signed(objects), signed(distance)]
+
+
+def signed(interval: Interval | None) -> str:
+    """``+0.031 (+0.010 … +0.052)``, or a dash."""
+    return "–" if interval is None else f"{interval.value:+.3g} ({interval.low:+.3g} … {interval.high:+.3g})"
+
+
+# -- the tables ---------------------------------------------------------------------------------------------------------
+
+
+def way_header(results: Results) -> tuple[str, ...]:
+    """Of :func:`way_rows`."""
+    names = ("FID", "KID") if results.fid else ("Fréchet distance", "kernel distance")
+    return (
+        "way", "what", QUALITY, "95 %", "by chance", "objects", "by chance", *names, "loss", "GFLOP a picture", "rate", "guidance", "steps", "seeds",
+    )  # fmt: skip
+
+
+def way_rows(results: Results) -> list[list[str]]:
+    """A row for each way to draw, of captions like those of training; the last one is the originals, as the codec gives them back."""
+    found = []
+    for way in results.ways.values():
+        name = way.key.partition("/")[2]
+        loss = results.loss(way.row, f"loss-{name}" if name else "routed")
+        distance, kernel = results.distance(way), results.kernel(way)
+        wanted = len(results.compare.seeds) if "/expert-" not in way.key else 1
+        found.append(
+            [
+                way.key,
+                _title(way),
+                *_scored(results, way),
+                "–" if distance is None else charts.number(distance),
+                "–" if kernel is None else f"{kernel:.3g}",
+                "–" if loss is None else f"{loss:.4f}",
+                f"{results.picture_flops(way) / 1e9:.3g}",
+                f"{results.plan.rate(way.row):g}",
+                f"{way.drawing.guidance:g}",
+                str(way.drawing.steps),
+                str(len(way.folders)) if len(way.folders) == wanted else f"{len(way.folders)} of {wanted}",
+            ]
+        )
+    return found + _ceiling(results, "seen", 8)
+
+
+def _title(way: Way) -> str:
+    name = way.key.partition("/")[2]
+    return ("the same, with more steps" if name == MORE_STEPS else name) or ROWS[way.row].title
+
+
+def _scored(results: Results, way: Way, groups: NDArray[np.int64] | None = None) -> list[str]:
+    """Scores of scenes and what chance gives."""
+    found = []
+    for name in (QUALITY, "objects"):
+        quality, chance = results.quality(way, name, groups), results.chance(way, name)
+        found.append("–" if quality is None else f"{quality.value:.3f}")
+        if name == QUALITY:
+            found.append("–" if quality is None else f"{quality.low:.3f} … {quality.high:.3f}")
+        found.append("–" if chance is None else f"{chance:.3f}")
+    return found
+
+
+def _ceiling(results: Results, part: str, rest: int) -> list[list[str]]:
+    right, objects = results.ceiling(part), results.ceiling(part, "objects")
+    if right is None or objects is None:
+        return []
+    said = "as the codec gives them back: the most that can be"
+    return [["originals", said, f"{right:.3f}", "–", "–", f"{objects:.3f}", *["–"] * (rest + 1)]]
+
+
+UNSEEN_HEADER = (
+    "row", "what", QUALITY, "95 %", "by chance", "objects", "by chance", f"{MAIN} minus it, objects (95 %)", *(f"of kind {kind}" for kind in UNSEEN),
+)  # fmt: skip
+
+
+def unseen_rows(results: Results) -> list[list[str]]:
+    """A row for each row of the comparison, of captions that each have a combination which training never sees."""
+    groups, found = results.unseen_groups(), []
+    for way in results.unseen.values():
+        differences = results.unseen_differences(way.row) if way.row != MAIN else [None] * (1 + len(UNSEEN))
+        found.append([way.key, ROWS[way.row].title, *_scored(results, way, groups), *(signed(one) for one in differences)])
+    return found + (_ceiling(results, "held_out", len(UNSEEN) + 1) if found else [])
+
+
+def markdown(results: Results, judged: list[list[str]], asked: list[list[str]]) -> str:
+    """The tables as Markdown."""
+
+    def table(header: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
+        header = list(header)
+        lines = ["| " + " | ".join(header) + " |", "|" + "---|" * len(header)]
+        return "\n".join([*lines, *("| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in rows)])
+
+    return "\n\n".join(
+        [
+            "Captions like those of training:",
+            table(way_header(results), way_rows(results)),
+            table(CLAIM_HEADER, judged),
+            table(CLAIM_HEADER, asked),
+            "Captions with a combination that training never sees, a question of our own:",
+            table(UNSEEN_HEADER, unseen_rows(results)),
+            table(compare_cost.COLUMNS, compare_cost.matched_table(results.compare, results.plan)),
+            protocol(results),
+        ]
+    )
+
+
+def protocol(results: Results) -> str:
+    """How it was measured, in words."""
+    compare = results.compare
+    made = published(Folder(compare.folder) / "reference")
+    judge = (compare.judge or compare.base.data.embedding).kind
+    said = [
+        f"Claims: {compare.seen_captions} captions of validation rows, like those of training and not used for any choice, the first by hash, one "
+        f"picture each under {len(compare.seeds)} seeds of training and noise, the same for all rows; {compare.base.sampling.solver}.",
+        f"Unseen combinations: {compare.held_out_captions} captions of held-out rows; intervals count captions with the same one as one.",
+        f"Learning rate by the loss on {compare.loss_rows} validation rows, for each row alone ({BLIND} has the main row's experts). Guidance, for "
+        f"each way to draw alone, by {compare.validation_captions} validation captions and the mean of {', '.join(GRADED)}: the least within a "
+        "standard error of the best. Both under the first seed, which is judged as well; clusters, codec and what is held out are one draw: what is "
+        "said is conditional on these.",
+        f"The monolith of claims is, of those with an equal training, the better one on validation captions: {results.monolith}.",
+        f"{QUALITY}: whether all that the caption says is in the picture and nothing else; objects: the share of named things at their place; both "
+        "read from the picture (scenes). By chance: the same pictures under shuffled captions, exactly. Distances are in the features of "
+        f"{judge}, to the validation originals as the codec gives them back.",
+        "Intervals: of captions and of trainings, each with Student's t, added as squares; nothing is decided by fewer than "
+        f"{LEAST_SEEDS} trainings, nor where objects or the distance say the contrary, nor where neither side is above chance. Each verdict is at "
+        "95 %: of twenty, one is wrong by chance.",
+        "A claim of a paper is tested with a router that does not read the caption, as theirs, where all of its sides can be, and beside it with "
+        "one that does.",
+    ]
+    if made is not None and (floor := results.floor(compare.seen_captions)) is not None:
+        said.append(f"{made['counts']['rows']} originals; as many of them as there are captions have a Fréchet distance of {floor} to the others.")
+    if made is not None and not made["counts"]["independent"]:
+        said.append("That encoder also made the clusters: its distances are no independent judge.")
+    return " ".join(said)
