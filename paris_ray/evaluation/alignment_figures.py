@@ -108,7 +108,7 @@ def together(parts: Sequence[Part], clusters: NDArray[np.int64], things: NDArray
     known = ~np.isnan(matrix).any(0)
     best = int((matrix[:, known].argmin(0) == np.flatnonzero(known)).sum())
     sides = (np.stack([one.T for one in found], 1) for found in ([part.disagreement for part in parts], [part.excess for part in parts]))
-    strata = np.repeat(things[:, None], len(parts), 1)
+    strata = np.repeat(things[:, None].astype(np.float64), len(parts), 1)
     correlation = sets_interval(rank_correlation, *sides, strata, seed=seed)
     shares = np.mean([part.share for part in parts], 0)
     losses = np.stack([part.losses for part in parts], 2)
@@ -157,7 +157,7 @@ def asked_and_not(losses: NDArray[np.float64], router: NDArray[np.float64], k: i
     return sorted_losses[..., :k].mean(2), others.mean(2) if others.shape[2] else np.full(others.shape[:2], np.nan)
 
 
-def rank_correlation(a: NDArray[np.floating], b: NDArray[np.floating], strata: NDArray[np.integer]) -> float:
+def rank_correlation(a: NDArray[np.floating], b: NDArray[np.floating], strata: NDArray[np.floating]) -> float:
     """Spearman's of rows (N, T), within each stratum (N,); the mean over columns, and over strata by their rows."""
     total = rows = 0.0
     for stratum in np.unique(strata):

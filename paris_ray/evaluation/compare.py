@@ -53,7 +53,8 @@ def settle(compare: CompareConfig) -> None:
     if before is not None:
         now = yaml.safe_load(text)
         grown = [key for key in GROWING if {*before.get(key, ())} <= {*now[key]} and (key != "seeds" or before[key][:1] == now[key][:1])]
-        changes = differences(*({k: v for k, v in tree.items() if k not in (*FREE, *grown)} for tree in (before, now)))
+        old, new = ({k: v for k, v in tree.items() if k not in (*FREE, *grown)} for tree in (before, now))
+        changes = differences(old, new)
         if changes:
             listed = "\n".join(f"  - {change}" for change in changes[:20])
             raise StaleError(f"{folder.uri} holds a comparison with other settings:\n{listed}\nPut back what changed, or choose another folder.")

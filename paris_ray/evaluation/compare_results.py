@@ -288,7 +288,8 @@ class Results:
         a, b = self.losses_by_seed(better), self.losses_by_seed(worse)
         if not (seeds := sorted(a.keys() & b.keys())):
             return None
-        return paired_interval(*(np.stack([one[seed] for seed in seeds], 1) for one in (b, a)))
+        stacked_b, stacked_a = (np.stack([one[seed] for seed in seeds], 1) for one in (b, a))
+        return paired_interval(stacked_b, stacked_a)
 
     def faults(self) -> list[tuple[str, Interval | None, Interval | None]]:
         """Of each planted fault: by how much quality and loss are worse than the main row's."""
