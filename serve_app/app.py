@@ -103,12 +103,13 @@ def build(args: Args) -> Application:
         options = {"num_cpus": args.cpus if group.cpus is None else group.cpus, "num_gpus": gpus, "resources": group.resources}
         if group.labels:
             options["label_selector"] = group.labels
-        # A sampler sends so many pieces at once as it has rows for, and a watcher asks now and then.
+        # All that the samplers can have on its way at once, each a piece for every expert and replica, and questions: a call never waits for a place.
         scale: dict[str, Any] = {"num_replicas": group.replicas}
         if isinstance(group.replicas, tuple):
             least, most = group.replicas
             scale = {"autoscaling_config": AutoscalingConfig(min_replicas=least, max_replicas=most, target_ongoing_requests=1)}
-        made = serve.deployment(name=name, ray_actor_options=options, max_ongoing_requests=8 * args.samplers, **scale, **lasting, **changed)
+        places = args.samplers * (len(group.experts) * group.most_replicas + 8)
+        made = serve.deployment(name=name, ray_actor_options=options, max_ongoing_requests=places, **scale, **lasting, **changed)
         return made(ExpertGroup).bind(indices=group.experts, gpus=gpus, **common)
 
     cpus, gpus = (args.sampler_cpus, args.sampler_gpus) if groups else (args.cpus, args.gpus)

@@ -30,10 +30,12 @@ log = logging.getLogger("ray.serve")
 
 CALL_SECONDS = 60.0
 """A group that has not answered a call for so long counts as lost, even if it lives."""
+PLACE_SECONDS = 3.0
+"""A group of which no process has taken a call for so long is lost: the call would wait in Serve's queue until the next process has started, which is
+longer than a picture takes without the group. Every process takes all that samplers can send at once, so a busy one is not meant."""
 PING_SECONDS = 5.0
-"""After so long without an answer a group is asked whether it lives, and has as long to say so. Without that, a call to a process that died between
-two calls would wait in Serve's queue until the next one has started."""
-CHECK_SECONDS = 5.0
+"""After so long without an answer a group that has taken a call is asked whether it lives, and has as long to say so."""
+CHECK_SECONDS = 2.0
 """How often a group that answers is asked what it holds."""
 RETRY_SECONDS = 1.0
 """Pause after a group was lost before it is asked again."""
@@ -279,6 +281,7 @@ class RemoteExperts:
 
     def _await(self, piece: _Piece, response: DeploymentResponse[Any], seconds: float | None = None) -> Answer:
         """The answer to a call. Raises TimeoutError when the group is gone or stuck, and whatever the other side raised."""
+        _placed(response, piece.sent + PLACE_SECONDS - time.monotonic())
         end = piece.sent + (CALL_SECONDS if seconds is None else seconds)
         while True:
             try:
@@ -317,6 +320,8 @@ class RemoteExperts:
             try:
                 response = group.handle.states.remote()
                 # One that was there answers at once or is gone; one that is starting may take its time.
+                if group.states:
+                    _placed(response, PLACE_SECONDS)
                 patience = PING_SECONDS if group.states else CALL_SECONDS
                 states = {state.index: state for state in response.result(timeout_s=patience) if state.index in group.indices}
             except Exception as error:
@@ -333,6 +338,11 @@ class RemoteExperts:
             if group.asked.is_set():
                 group.asked.clear()
                 self._closed.wait(RETRY_SECONDS)
+
+
+def _placed(response: DeploymentResponse[Any], seconds: float) -> None:
+    """Wait until a process has been found for a call. Raises TimeoutError."""
+    response._to_object_ref_sync(max(seconds, 0.0))  # the one thing of Serve's interface that says so
 
 
 def _died(error: Exception) -> bool:

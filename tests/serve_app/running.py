@@ -73,6 +73,24 @@ class Application:
     def states(self):
         return [one["state"] for one in self.get("/v1/experts")["data"]]
 
+    def whole(self, samplers, **replicas):
+        """Whether Serve has so many replicas of deployments running, and each of the samplers says that all experts are ready."""
+        from ray import serve
+
+        deployments, heard = serve.status().applications[self.name].deployments, set()
+        for name, count in replicas.items():
+            name = name.replace("_", "-")
+            if deployments[name].replica_states.get("RUNNING", 0) != count or len(self.processes(name)) != count:
+                return False
+        for _ in range(20 * samplers):  # which one answers is Serve's choice
+            said = httpx.get(f"{self.url}/v1/experts", timeout=30)
+            if said.status_code != 200 or any(one["state"] != "ready" for one in said.json()["data"]):
+                return False
+            heard.add(said.json()["load"]["sampler"])
+            if len(heard) == samplers:
+                return True
+        return False
+
     def idle(self):
         load = self.get("/v1/experts")["load"]
         return (load["queued"], load["active"]) == (0, 0)

@@ -34,6 +34,7 @@ class Line:
             def work(self):
                 try:
                     handle.held.wait()
+                    handle.running.wait()
                     if handle.cut:
                         raise ConnectionError("the process has died")
                     if handle_method == "velocities":
@@ -42,6 +43,10 @@ class Line:
                 except Exception as error:
                     self.error = error
                 self.done.set()
+
+            def _to_object_ref_sync(self, timeout_s=None):
+                if not handle.held.wait(timeout_s):
+                    raise TimeoutError
 
             def result(self, timeout_s=None):
                 if not self.done.wait(timeout_s):
@@ -64,6 +69,8 @@ class Handle:
         self.callee, self.cut, self.delay, self.log = callee, False, 0.0, []
         self.held = threading.Event()  # cleared: calls wait, as in a queue without a process
         self.held.set()
+        self.running = threading.Event()  # cleared: a process has taken them, and hangs
+        self.running.set()
 
     @property
     def states(self):
@@ -189,16 +196,18 @@ def test_a_dead_group_is_masked_and_comes_back(files, pair):
     assert len(experts.velocities(calls(files))) == 3
 
 
-def test_a_call_that_waits_for_a_process_that_is_gone_is_given_up(files, pair, monkeypatch):
+@pytest.mark.parametrize(("gone", "waits"), [("held", "PLACE_SECONDS"), ("running", "PING_SECONDS")])
+def test_a_call_to_a_process_that_is_gone_or_hangs_is_given_up(files, pair, monkeypatch, gone, waits):
     experts, handles = pair
-    monkeypatch.setattr(remote, "PING_SECONDS", 0.1)
-    handles[1].held.clear()
+    for name in ("PLACE_SECONDS", "PING_SECONDS"):
+        monkeypatch.setattr(remote, name, 0.1 if name == waits else 30.0)
+    getattr(handles[1], gone).clear()
     began = time.monotonic()
     with pytest.raises(ExpertError):
         experts.velocities(calls(files))
     assert time.monotonic() - began < 5
     assert experts.available() == [True, False, True]
-    handles[1].held.set()
+    getattr(handles[1], gone).set()
     wait_for(lambda: all(experts.available()))
 
 
@@ -215,9 +224,14 @@ def test_a_slow_group_that_lives_is_waited_for(files, pair, monkeypatch):
 def test_a_death_between_calls_is_noticed(files, pair, monkeypatch):
     experts, handles = pair
     monkeypatch.setattr(remote, "CHECK_SECONDS", 0.05)
-    experts._groups[0].asked.set()  # wakes the watcher, which now checks often
+    monkeypatch.setattr(remote, "PLACE_SECONDS", 0.1)
+    for group in experts._groups:
+        group.asked.set()  # wakes the watcher, which now checks often
     handles[0].cut = True
     wait_for(lambda: experts.available() == [False, True, False])
+    # Serve knows that the process is gone, and keeps the question for the next one.
+    handles[1].held.clear()
+    wait_for(lambda: experts.available() == [False, False, False], 3.0)
 
 
 def test_an_answer_from_before_a_loss_does_not_undo_it(files, pair, monkeypatch):
@@ -336,11 +350,11 @@ def test_of_several_replicas_one_that_hangs_costs_time_and_no_expert(files, monk
     monkeypatch.setattr(remote, "CALL_SECONDS", 2.0)
     experts = RemoteExperts([((0,), First(), 2)], files.num_experts)
     wait_for(lambda: experts.available()[0])
-    hung.held.clear()
+    hung.running.clear()
     (velocities,) = experts.velocities(asked := calls(files, experts=(0,)))
     assert torch.equal(velocities, LocalExperts(files).velocities(asked)[0])
     assert experts.available()[0]
-    hung.held.set()
+    hung.running.set()
     experts.close()
 
 
