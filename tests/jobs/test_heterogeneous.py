@@ -115,13 +115,22 @@ def trained_and_served(folder: Path, models: list[dict[str, Any]], **more: Any) 
     return {"log": done.stdout, "trained": trained, "bills": bills, "counts": counts, "seconds": seconds, "pictures": pictures}
 
 
-def test_unlike_experts_on_unlike_machines_are_one_model_that_serves(tmp_path):
-    small, large = {"hidden_size": 32, "num_layers": 2, "num_heads": 2}, {"hidden_size": 48, "num_layers": 1, "num_heads": 4}
-    train = {"images": 1600, "checkpoint_images": 800}  # long enough that its machine is seen
-    seen = trained_and_served(tmp_path, [small, large, small], expert={"train": train})
+SMALL, LARGE = {"hidden_size": 32, "num_layers": 2, "num_heads": 2}, {"hidden_size": 48, "num_layers": 1, "num_heads": 4}
+LONG = {"images": 1600, "checkpoint_images": 800}  # long enough that its machine is seen
+SHORT = {"images": 32, "batch_size": 4, "micro_batch": 4, "checkpoint_images": 32, "log_images": 16}  # B/2 makes one image a second here
+
+
+@pytest.mark.parametrize(
+    ("models", "widths", "train", "more"),
+    [((SMALL, LARGE), (32, 48), LONG, {}), (({"size": "S/2"}, {"size": "B/2"}), (384, 768), SHORT, {"max_parallel": 1})],
+    ids=["small", "S/2 and B/2"],
+)
+def test_unlike_experts_on_unlike_machines_are_one_model_that_serves(tmp_path, models, widths, train, more):
+    small, large = models
+    seen = trained_and_served(tmp_path, [small, large, small], expert={"train": train}, **more)
     exported = [json.loads((tmp_path / f"run/model/expert_{k}/config.json").read_text()) for k in range(8)]
     assert [one["objective"] for one in exported] == ["ddpm" if k in DDPM else "flow" for k in range(8)]
-    assert [one["hidden_size"] for one in exported] == [48 if k % 3 == 1 else 32 for k in range(8)]
+    assert [one["hidden_size"] for one in exported] == [widths[k % 3 == 1] for k in range(8)]
     # Each was where it asked to be.
     asked = {k: list(NODES)[k % 2] for k in range(8) if k != ELSEWHERE}
     assert {k: bill["node"] for k, bill in seen["bills"].items() if k != ELSEWHERE} == asked
