@@ -30,6 +30,8 @@ from typing import Any, TypeVar
 from jobs import access_facts, store_facts
 from paris_ray import host_memory
 
+T = TypeVar("T")
+
 PROJECT = Path(__file__).resolve().parent.parent
 MARK = "PARIS-RAY-FACTS "
 """What the lines begin with in which a job tells its facts."""
@@ -161,9 +163,6 @@ def cluster(tell: Callable[[dict[str, Any]], None], probe: tuple[str, str, str |
             except lost as error:
                 told["store"] = {**told["store"], "error": _said(error)}
             tell({"nodes": [told], "scales": scales})
-
-
-T = TypeVar("T")
 
 
 def as_they_come(asked: dict[Any, T], seconds: float) -> Iterator[tuple[T, Any]]:
