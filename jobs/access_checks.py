@@ -13,6 +13,7 @@ from typing import Any
 from jobs.access_facts import is_public
 from jobs.findings import Facts, Finding, clouds, fault
 from paris_ray.config import RunConfig
+from paris_ray.progress import clock
 from paris_ray.storage import Folder
 from paris_ray.training import memory, preemption
 from paris_ray.training.budget import Inputs
@@ -25,6 +26,8 @@ SHORT = 4
 """A checkpoint goes up in many parts side by side, the file that is tried in two: so much faster it may be."""
 MEASURED_BYTES = 100_000
 """What a smaller file takes says nothing of a rate."""
+RENEWED = 0.85
+"""Of a token's time, after which there should be another: a kubelet's comes after 80 %, that of multi_cloud/s3_from_gcp.sh after a third."""
 TYPICAL = Inputs(4, 32, 77, 768)
 """What a network reads, where the run has no encoders yet; it hardly tells in the size of a checkpoint."""
 
@@ -96,7 +99,9 @@ def _store_remedy(one: dict[str, Any]) -> str:
         return "give this user or the node's role the right to write there (python -m cluster_configs.policies prints it), or name another run_dir"
     if re.search(r"no_such_bucket|bucket does not exist|not found|404|errno 2\b", said):
         return "make the bucket or the folder first, and look at its name and region"
-    if re.search(r"connect|resolve|timed? ?out|timeout|network", said):
+    if re.search(r"not a directory|file exists|errno (17|20)\b", said):
+        return "move away the file that stands where a folder belongs"
+    if re.search(r"connect|resolve|timed? ?out|timeout|no answer|network", said):
         return "look at AWS_ENDPOINT_URL, the region, DNS and the way out of the nodes' network"
     return "look at the message; `python -m jobs.doctor` on a node says whether it is the same there"
 
@@ -221,6 +226,28 @@ def _token_file(key: str, one: dict[str, Any], needed: bool) -> Iterator[Finding
         )
     else:
         yield Finding("tokens", where, f"mode {one['mode']:04o}")
+
+
+def web_identities(facts: Facts) -> Iterator[Finding]:
+    """Whether somebody renews the tokens for which AWS gives nodes their role."""
+    for node in facts.all_nodes():
+        one = node["web_identity"]
+        if one is None:
+            continue
+        where, value = f"{node['node']}: AWS_WEB_IDENTITY_TOKEN_FILE ({one['path']})", one["error"]
+        if value is None and one["left_s"] > (1 - RENEWED) * one["good_s"]:
+            yield Finding("tokens", where, f"good for {clock(one['left_s'])} of {clock(one['good_s'])}")
+            continue
+        if value is None:
+            ends = f"it ends in {clock(one['left_s'])}" if one["left_s"] > 0 else f"it ended {clock(-one['left_s'])} ago"
+            value = f"{ends}, and was good for {clock(one['good_s'])}"
+        yield fault(
+            "tokens",
+            where,
+            value,
+            f"a new one is there before {RENEWED:.0%} of its time are over: with one that has ended the store refuses everything",
+            "on a machine see that cron runs (`pgrep cron`), and run what it runs, refresh.sh beside the token; in a pod read the kubelet's log",
+        )
 
 
 def ports(facts: Facts) -> Iterator[Finding]:

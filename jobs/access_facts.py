@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import base64
 import ipaddress
+import json
 import os
 import re
 import socket
 import stat
+import time
 import urllib.error
 import urllib.request
 import uuid
+from http.client import HTTPException
 from pathlib import Path
 from typing import Any
 
@@ -83,6 +87,26 @@ def token_of_file(path: Path) -> dict[str, Any]:
     return found
 
 
+def web_identity() -> dict[str, Any] | None:
+    """The token for which AWS gives a role, if its file is named here: for how many seconds it is good in all (``good_s``) and still (``left_s``).
+
+    Somebody puts a new one there before it ends: cron on another cloud's machine, the kubelet in a pod.
+    """
+    path = os.environ.get("AWS_WEB_IDENTITY_TOKEN_FILE")
+    if not path:
+        return None
+    found: dict[str, Any] = {"path": path, "good_s": None, "left_s": None, "error": None}
+    try:
+        payload = Path(path).read_text().strip().split(".")[1]
+        told = json.loads(base64.urlsafe_b64decode(payload + "=" * (-len(payload) % 4)))
+        found |= {"good_s": float(told["exp"] - told["iat"]), "left_s": told["exp"] - time.time()}
+    except OSError as error:
+        found["error"] = error.strerror or type(error).__name__
+    except (ValueError, IndexError, KeyError, TypeError):  # whose message may hold some of it
+        found["error"] = "it holds no token (JWT) that says when it ends"
+    return found
+
+
 def dashboard(address: str, token: str | None, timeout: float = 10.0) -> dict[str, Any]:
     """What a dashboard answers to a question about its jobs: with no token, a wrong one, ours. Codes of HTTP, or why none came."""
 
@@ -93,8 +117,8 @@ def dashboard(address: str, token: str | None, timeout: float = 10.0) -> dict[st
                 return int(answer.status)
         except urllib.error.HTTPError as error:
             return error.code
-        except OSError as error:
-            return str(getattr(error, "reason", error))
+        except (OSError, HTTPException, ValueError) as error:  # nobody, somebody who speaks no HTTP, no such URL
+            return " ".join(str(getattr(error, "reason", error)).split()) or type(error).__name__
 
     return {"address": address, "without": ask(None), "wrong": ask(uuid.uuid4().hex * 2), "ours": ask(token) if token else None}
 

@@ -17,13 +17,14 @@ import json
 import shlex
 import sys
 import time
+import urllib.parse
 import uuid
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from jobs import access_checks, access_facts, cli, clusters, facts, node_checks, store_facts
+from jobs import access_checks, access_facts, cli, clusters, facts, node_checks, quota_checks, store_facts
 from jobs.clusters import ENDED, AwayError, Cluster
 from jobs.findings import Facts, Finding, clouds
 from paris_ray import config as configs
@@ -33,12 +34,14 @@ from paris_ray.storage import Folder
 
 JOB_SECONDS = 600.0
 """How long a cluster may take to tell its facts."""
+NO_MARK = {"name": None, "error": None}
+"""Of a store where none was tried."""
 RAY_PORTS = (6379, 8265, 10001)
 """Where `ray start --head` listens, unless told otherwise."""
 
 CHECKS: tuple[Callable[[Facts], Iterator[Finding]], ...] = (
-    node_checks.reached, node_checks.versions, node_checks.gpus, access_checks.storage, access_checks.tokens, access_checks.ports, node_checks.room,
-    node_checks.limits, node_checks.clocks, node_checks.cloud_quotas,
+    node_checks.reached, node_checks.versions, node_checks.gpus, access_checks.storage, access_checks.tokens, access_checks.web_identities,
+    access_checks.ports, node_checks.room, node_checks.limits, node_checks.clocks, quota_checks.quotas,
 )  # fmt: skip
 
 
@@ -52,12 +55,23 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         if args.sets and not args.config:
             raise ConfigError("--set: there is nothing to change without --config")
+        if args.address is not None and not is_url(args.address):
+            raise ConfigError(f"--address: {args.address!r} is no URL of a Ray dashboard; give the one that `ray start` printed: http://HOST:8265")
         config = cli.load(args) if args.config else None
         found = judge(gather(config, args.address))
     except ConfigError as error:
         return cli.complain(parser, error)
     print("\n".join(json.dumps(asdict(one)) for one in found) if args.json else text(found))
     return int(any(one.state == "fault" for one in found))
+
+
+def is_url(address: str) -> bool:
+    """Whether a web server may be there."""
+    try:
+        parts = urllib.parse.urlsplit(address)
+    except ValueError:
+        return False
+    return parts.scheme in ("http", "https") and bool(parts.hostname)
 
 
 def judge(found: Facts) -> list[Finding]:
@@ -105,18 +119,19 @@ def gather(config: RunConfig | None, address: str | None) -> Facts:
         if any(url.rstrip("/") == one["address"].rstrip("/") for one in found.dashboards.values()):
             continue  # the same by another name
         found.dashboards[name] = access_facts.dashboard(url, token)
+        part = store_facts.within(config, cluster.name) if config else ""
         writable = run_dir is not None and found.stores["here"]["error"] is None
-        try:
-            if config is not None and run_dir is not None and writable:
-                part = store_facts.within(config, cluster.name)
-                with store_facts.mark(run_dir, part) as seen:
-                    told = ask(cluster, storage, part, seen)
-            else:
-                told = ask(cluster, storage)
-        except (AwayError, ConfigError, RuntimeError, ValueError) as error:
-            found.silent[name] = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-            continue
-        found.nodes[name], found.scales[name] = told["nodes"], told["scales"]
+        with store_facts.mark(run_dir, part) if run_dir is not None and writable else contextlib.nullcontext(NO_MARK) as mark:
+            try:
+                told = ask(cluster, storage, part, mark["name"])
+            except (AwayError, ConfigError, RuntimeError, ValueError) as error:
+                told = {"nodes": [], "scales": False, "lacks": (str(error).strip() or type(error).__name__).splitlines()[0]}
+        if mark["error"] is not None:
+            found.stores[f"here, for {name}"] = mark
+        if told["lacks"] is not None:
+            found.silent[name] = told["lacks"]
+        if told["nodes"]:
+            found.nodes[name], found.scales[name] = told["nodes"], told["scales"]
         found.stores |= {one["node"]: one["store"] for one in told["nodes"] if one.get("store")}
     for cloud in clouds(config):
         found.quotas[cloud] = access_facts.quotas(cloud)
@@ -132,9 +147,12 @@ def ask(cluster: Cluster, storage: str | None, part: str = "", seen: str | None 
         part: where in it the cluster may write.
         seen: a file that must be there.
 
+    Returns:
+        ``nodes`` and ``scales``, as far as they were told; ``lacks`` says why that may not be all, ``None`` if it is.
+
     Raises:
         AwayError, ConfigError: it does not answer, or refuses our token.
-        RuntimeError: the job failed, or took too long; the message has the end of what it said.
+        RuntimeError, ValueError: it refuses the job.
     """
     job = f"doctor-{uuid.uuid4().hex[:12]}"
     told = ["--store", storage, *(["--within", part] if part else []), *(["--mark", seen] if seen else [])] if storage else []
@@ -148,11 +166,9 @@ def ask(cluster: Cluster, storage: str | None, part: str = "", seen: str | None 
         cluster.end(job)
     with contextlib.suppress(AwayError, RuntimeError):  # one that does not end stays in the cluster's list
         cluster.call("delete_job", job)
-    for line in said.splitlines():
-        if line.startswith(facts.MARK):
-            return dict(json.loads(line.removeprefix(facts.MARK)))
-    last = (said.strip().splitlines() or ["it said nothing"])[-1]
-    raise RuntimeError(f"the job that asks its nodes did not tell ({state}): {last}"[:400])
+    last = ([line for line in said.strip().splitlines() if not line.startswith(facts.MARK)] or ["it said nothing else"])[-1]
+    lacks = None if state == "SUCCEEDED" else f"the job that asks its nodes did not come to its end ({state}): {last}"[:400]
+    return {**(facts.heard(said) or {"nodes": [], "scales": False}), "lacks": lacks}
 
 
 if __name__ == "__main__":

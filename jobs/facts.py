@@ -23,21 +23,25 @@ import sys
 import tempfile
 import time
 import tomllib
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
-
-import psutil
+from typing import Any, TypeVar
 
 from jobs import access_facts, store_facts
+from paris_ray import host_memory
+
+T = TypeVar("T")
 
 PROJECT = Path(__file__).resolve().parent.parent
 MARK = "PARIS-RAY-FACTS "
-"""What the line begins with in which a job tells its facts."""
-NODE_SECONDS = 120.0
-"""How long a node may take to answer; on a busy one its worker starts for half a minute."""
-STORE_SECONDS = 180.0
-"""How long a node may take to write and read its file: a store that is away is asked again for a minute and a half."""
+"""What the lines begin with in which a job tells its facts."""
+NODES_SECONDS = 120.0
+"""How long the nodes may take to answer, all of them together; on a busy one its worker starts for half a minute."""
+CLOCK_SECONDS = 5.0
+"""How long one that has answered may take to say what time it is."""
+STORE_SECONDS = 150.0
+"""How long nodes may take to write and read a file, first the one that measures, then the others together: a store that is away is asked again for a
+minute and a half."""
 SMALL_BYTES = 1000
 """What nodes write to a store but one, which measures it."""
 
@@ -51,17 +55,28 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     probe = (args.store, args.within, args.mark) if args.store else None
     if os.environ.get("RAY_ADDRESS"):
-        found = cluster(probe)
+        cluster(tell, probe)
     else:
         seen = store_facts.store(args.store, folder=args.within, mark=args.mark) if args.store else None
-        found = {"nodes": [{**node(), "store": seen}], "scales": False}
-    print(f"{MARK}{json.dumps(found)}", flush=True)
+        tell({"nodes": [{**node(), "store": seen}], "scales": False})
     return 0
+
+
+def tell(found: dict[str, Any]) -> None:
+    """Print some facts."""
+    print(f"{MARK}{json.dumps(found)}", flush=True)
+
+
+def heard(said: str) -> dict[str, Any] | None:
+    """All facts that a job has told, from what it printed; ``None`` for none."""
+    lines = [json.loads(line.removeprefix(MARK)) for line in said.splitlines() if line.startswith(MARK)]
+    nodes = {one["node"]: one for line in lines for one in line["nodes"]}
+    return {"nodes": list(nodes.values()), "scales": lines[-1]["scales"]} if lines else None
 
 
 def node() -> dict[str, Any]:
     """The facts of this machine, as JSON."""
-    memory, shm, temp = psutil.virtual_memory(), _disk("/dev/shm"), _disk(tempfile.gettempdir())
+    (memory, memory_free), shm, temp = host_memory.memory(), _disk("/dev/shm"), _disk(tempfile.gettempdir())
     return {
         "node": socket.gethostname(),
         "python": platform.python_version(),
@@ -70,14 +85,15 @@ def node() -> dict[str, Any]:
         "torch_cuda": torch_cuda(),
         "driver": driver(),
         "gpus": len(list(Path("/proc/driver/nvidia/gpus").glob("*"))),
-        "memory": memory.total,
-        "memory_free": memory.available,
+        "memory": memory,
+        "memory_free": memory_free,
         "disk": temp,
         "shm": shm,
         "open_files": resource.getrlimit(resource.RLIMIT_NOFILE)[0],
         "open_files_most": resource.getrlimit(resource.RLIMIT_NOFILE)[1],
         "processes": resource.getrlimit(resource.RLIMIT_NPROC)[0],
         "auth_mode": os.environ.get("RAY_AUTH_MODE"),
+        "web_identity": access_facts.web_identity(),
         "cloud": cloud(),
         "public_addresses": access_facts.public_addresses(),
         "open_ports": access_facts.open_ports(),
@@ -88,13 +104,15 @@ def node() -> dict[str, Any]:
     }
 
 
-def cluster(probe: tuple[str, str, str | None] | None = None) -> dict[str, Any]:
-    """The facts of all nodes of the Ray cluster that ``RAY_ADDRESS`` names, and whether it has an autoscaler (``scales``).
+def cluster(tell: Callable[[dict[str, Any]], None], probe: tuple[str, str, str | None] | None = None) -> None:
+    """Tell the facts of all nodes of the Ray cluster that ``RAY_ADDRESS`` names, and whether it has an autoscaler (``scales``).
+
+    They are told as they come, so that whatever comes after, so much is known: first that there are such nodes, then what each is like, then what it
+    sees of the store. What is told later of a node takes the place of what was told before. One that has not answered has ``error`` instead.
 
     Args:
+        tell: called with ``nodes``, some of them, and ``scales``.
         probe: a run directory, the part of it in which to write, and a file that must be there: each node looks (``store``), and the first measures.
-
-    A node that does not answer has ``error`` instead.
     """
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
@@ -115,32 +133,49 @@ def cluster(probe: tuple[str, str, str | None] | None = None) -> dict[str, Any]:
         def store(self, uri: str, size: int, folder: str, mark: str | None) -> dict[str, Any]:
             return store_facts.store(uri, size, folder, mark)
 
-    alive = [one for one in ray.nodes() if one["Alive"]]
-    actor = ray.remote(num_cpus=0)(Asked)
-    actors = [actor.options(scheduling_strategy=NodeAffinitySchedulingStrategy(one["NodeID"], soft=False)).remote() for one in alive]
-    asked, found = [one.facts.remote() for one in actors], []
-    for one, handle, answer in zip(alive, actors, asked, strict=True):
-        name = f"{one['NodeManagerHostname']} ({one['NodeID'][:8]})"
+    scales, actor, asked, lost = _scales(), ray.remote(num_cpus=0)(Asked), {}, (ray.exceptions.RayError, TimeoutError)
+    for one in ray.nodes():
+        if one["Alive"]:
+            handle = actor.options(scheduling_strategy=NodeAffinitySchedulingStrategy(one["NodeID"], soft=False)).remote()
+            asked[handle.facts.remote()] = (one, handle, f"{one['NodeManagerHostname']} ({one['NodeID'][:8]})")
+    tell({"nodes": [{"node": name, "error": f"it has not answered in {NODES_SECONDS:.0f} s"} for _, _, name in asked.values()], "scales": scales})
+
+    answering: list[tuple[Any, dict[str, Any]]] = []
+    uri, folder, mark = probe or ("", "", None)
+    unseen = {"uri": uri, "step": "ask", "error": f"no answer in {STORE_SECONDS:.0f} s", "offset": None} if probe else None
+    for (one, handle, name), answer in as_they_come(asked, NODES_SECONDS):
         try:
-            facts = ray.get(answer, timeout=NODE_SECONDS)
+            told = ray.get(answer)
             # Of three questions the one that came back fastest: the other clock is known to half of that.
-            took, offset = min(store_facts.asked_clock(lambda handle=handle: ray.get(handle.now.remote(), timeout=NODE_SECONDS)) for _ in range(3))
-            facts |= {"node": name, "clock_offset": offset, "clock_error": took / 2}
-            facts["object_store"] = int(one["Resources"].get("object_store_memory", 0))
-            facts["gpus"] = max(facts["gpus"], int(one["Resources"].get("GPU", 0)))
-        except (ray.exceptions.RayError, TimeoutError) as error:
-            facts = {"node": name, "error": (str(error).strip() or type(error).__name__).splitlines()[0]}
-        found.append(facts)
-    answering = [(handle, facts) for handle, facts in zip(actors, found, strict=True) if "error" not in facts]
-    for some, size in ((answering[:1], store_facts.PROBE_BYTES), (answering[1:], SMALL_BYTES)):
-        uri, folder, mark = probe or ("", "", None)
-        seen = [handle.store.remote(uri, size, folder, mark) for handle, _ in some] if probe else []
-        for (_, facts), one in zip(some, seen, strict=False):
+            took, offset = min(store_facts.asked_clock(lambda handle=handle: ray.get(handle.now.remote(), timeout=CLOCK_SECONDS)) for _ in range(3))
+            told |= {"node": name, "clock_offset": offset, "clock_error": took / 2, "store": unseen}
+            told["object_store"] = int(one["Resources"].get("object_store_memory", 0))
+            told["gpus"] = max(told["gpus"], int(one["Resources"].get("GPU", 0)))
+            answering.append((handle, told))
+        except lost as error:
+            told = {"node": name, "error": _said(error)}
+        tell({"nodes": [told], "scales": scales})
+    for some, size in ((answering[:1], store_facts.PROBE_BYTES), (answering[1:], SMALL_BYTES)) if probe else ():
+        looking = {handle.store.remote(uri, size, folder, mark): told for handle, told in some}
+        for told, answer in as_they_come(looking, STORE_SECONDS):
             try:
-                facts["store"] = ray.get(one, timeout=STORE_SECONDS)
-            except (ray.exceptions.RayError, TimeoutError) as error:
-                facts["store"] = {"uri": uri, "step": "ask", "error": f"{type(error).__name__} in {STORE_SECONDS:.0f} s", "offset": None}
-    return {"nodes": found, "scales": _scales()}
+                told["store"] = ray.get(answer)
+            except lost as error:
+                told["store"] = {**told["store"], "error": _said(error)}
+            tell({"nodes": [told], "scales": scales})
+
+
+def as_they_come(asked: dict[Any, T], seconds: float) -> Iterator[tuple[T, Any]]:
+    """What was asked, each with its answer's reference as soon as that is there; those that take longer than ``seconds`` from now never come."""
+    import ray
+
+    deadline = time.monotonic() + seconds
+    while asked and (ready := ray.wait(list(asked), timeout=max(0.0, deadline - time.monotonic()))[0]):
+        yield asked.pop(ready[0]), ready[0]
+
+
+def _said(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def _scales() -> bool:

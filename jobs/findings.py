@@ -7,7 +7,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from paris_ray.config import RunConfig
-from paris_ray.resources import Resources
 
 
 @dataclass(frozen=True)
@@ -71,14 +70,9 @@ def clouds(config: RunConfig | None) -> list[str]:
     return sorted({one.preemption for one in (*asked, *(r.fallback for r in asked if r.fallback)) if one.preemption is not None})
 
 
-def machines_with_gpus(config: RunConfig | None) -> dict[str, Resources]:
-    """What the parts of a run's config ask for that train on GPUs."""
-    if config is None:
-        return {}
-    parts = [*((f"experts.{k}", one.resources) for k, one in enumerate(config.experts)), ("router", config.router.resources)]
-    return {name: one for name, one in parts if one.gpus > 0}
-
-
 def asks_for_gpus(config: RunConfig | None) -> list[str]:
     """The parts of a run's config that train on GPUs."""
-    return list(machines_with_gpus(config))
+    if config is None:
+        return []
+    parts = [*((f"experts.{k}", one.resources) for k, one in enumerate(config.experts)), ("router", config.router.resources)]
+    return [name for name, one in parts if one.gpus > 0]

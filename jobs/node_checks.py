@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 
-from jobs.findings import Facts, Finding, asks_for_gpus, fault, machines_with_gpus
-from paris_ray.resources import Resources
+from jobs.findings import Facts, Finding, asks_for_gpus, fault
 
 MEMORY = 4 << 30
 """What the smallest run takes, with Ray."""
@@ -227,46 +225,3 @@ def clocks(facts: Facts) -> Iterator[Finding]:
             )
         else:
             yield Finding("clock", where, f"the store's is within {abs(one['offset']):.1f} s")
-
-
-FAMILIES = {"T4": "G and VT", "L4": "G and VT", "A10G": "G and VT", "L40S": "G and VT", "V100": "P3", "A100": "P4", "H100": "P5", "H200": "P5"}
-"""AWS's family of machines for each GPU; those of 40 GB and more are in none of G."""
-LARGE_GB = 40
-
-
-def quotas_of(asked: Resources, names: Iterable[str]) -> list[str]:
-    """Which of AWS's quotas a machine with such a GPU comes out of; several where the settings leave it open."""
-    memory = re.search(r"\d+", asked.labels.get("gpu_memory", ""))
-    if asked.accelerator_type:
-        families = {FAMILIES.get(asked.accelerator_type, "")}
-    else:
-        families = {family for family in FAMILIES.values() if memory is None or (int(memory[0]) > LARGE_GB) == (family != "G and VT")}
-    markets = {"spot", "on-demand"} if (market := asked.labels.get("market")) not in ("spot", "on-demand") else {market}
-    if asked.preemption:
-        markets = {"spot"}
-    # On demand, all of P are one.
-    kinds = {(market, "P" if market == "on-demand" and family.startswith("P") else family) for market in markets for family in families}
-    return [name for name in names if any(name.startswith(f"{market} ") and family and family in name for market, family in kinds)]
-
-
-def cloud_quotas(facts: Facts) -> Iterator[Finding]:
-    """Whether the account's quotas let the machines start that the run's GPUs are in."""
-    for cloud, told in facts.quotas.items():
-        if isinstance(told, str):
-            yield Finding("quotas", cloud, told, "not asked")
-            continue
-        lacking: dict[str, list[str]] = {}
-        for name, asked in machines_with_gpus(facts.config).items():
-            of = quotas_of(asked, told)
-            if asked.preemption in (None, cloud) and of and not any(told[one] for one in of):
-                lacking.setdefault(", ".join(f"{one}: 0 vCPUs" for one in of), []).append(name)
-        for none, names in lacking.items():
-            yield fault(
-                "quotas",
-                cloud,
-                none,
-                f"{', '.join(names)} ask for GPUs, and the account may start machines with them",
-                "ask for more in Service Quotas, in the region of the cluster; it takes days",
-            )
-        if not lacking:
-            yield Finding("quotas", cloud, ", ".join(f"{name}: {vcpus:.0f} vCPUs" for name, vcpus in told.items()))

@@ -9,9 +9,8 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-import re
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 from jobs import cli
 from jobs.attempt import Attempt
@@ -19,7 +18,9 @@ from jobs.board import Board
 from jobs.clusters import ENDED, LOST, AwayError, Cluster
 from jobs.departures import Departures, Leaving
 from jobs.forecast import training_to_go, work
+from jobs.job_logs import JobLogs, tail
 from jobs.nodes import Nodes
+from jobs.spending import Spending
 from paris_ray import stages
 from paris_ray.config import RunConfig
 from paris_ray.manifest import fingerprint
@@ -27,7 +28,7 @@ from paris_ray.progress import clock
 from paris_ray.resources import HERE
 from paris_ray.storage import Folder
 from paris_ray.training import stopping
-from paris_ray.training.machines import QUEUED, read_bill, wants
+from paris_ray.training.machines import QUEUED, wants
 from paris_ray.training.worker import resources
 
 POLL_SECONDS = 1.0
@@ -35,7 +36,6 @@ LOOK_SECONDS = 5.0
 """How often the events of trainings are looked at for what they wait for and what they have cost."""
 LOST_SECONDS = 60.0
 """How long the cluster here may not answer before it counts as gone."""
-LOG_LINES = 30
 
 
 class ClusterLostError(RuntimeError):
@@ -75,7 +75,7 @@ class Runner:
         self.clusters = {one.name: one for one in (here, *others)}
         self.run_folder = Folder(config.run_dir)
         self.events = self.run_folder / "events"
-        self.logs = self.events / "logs"
+        self.logs = JobLogs(self.events)
         self.prefix = f"{config.name}-{hashlib.sha256(self.run_folder.uri.encode()).hexdigest()[:8]}"
         self.running: dict[str, Attempt] = {}
         self.leaving = Departures()
@@ -87,7 +87,7 @@ class Runner:
             one.say = self._say
         self._met: dict[str, int] = {}  # after which of its losses each cluster's jobs have been looked at
         self._looked = 0.0
-        self._costs: dict[str, float] = {}  # of trainings, as last read
+        self._spending = Spending(config, self.events)
         self._nodes = Nodes(self.events)
 
     def _say(self, text: str) -> None:
@@ -137,7 +137,7 @@ class Runner:
             time.sleep(POLL_SECONDS)
         self._nodes.keep(self.clusters.values())
         for name in failed:
-            self.board.say(f"{name}: failed; its logs are in {self.logs.uri}/{name}-a*.log")
+            self.board.say(f"{name}: failed; its logs are in {self.logs.folder.uri}/{name}-a*.log")
         if todo:
             self.board.say(f"not started, because what they need failed: {', '.join(todo)}")
         return not failed and not todo
@@ -153,7 +153,7 @@ class Runner:
             cluster = self._cluster(attempt.stage)
             try:
                 cluster.end(attempt.id)
-                self._save_log(attempt)
+                self.logs.save(attempt, cluster)
             except AwayError:
                 self.board.say(f"{attempt.stage}: {cluster.label} does not answer, so {attempt.id} may go on there")
 
@@ -227,19 +227,12 @@ class Runner:
             return
         self._looked = time.monotonic()
         self._nodes.keep(self.clusters.values())
-        if self.max_cost is not None and any(map(stages.trains, todo)) and (spent := self.spent()) >= self.max_cost:
+        if self.max_cost is not None and any(map(stages.trains, todo)) and (spent := self._spending.total()) >= self.max_cost:
             self._stop_in_order(f"{spent:.2f} is spent, and --max-cost is {self.max_cost:g}")
         for name, attempt in list(self.running.items()):
             event = self.board.event(name, attempt.since)
             if event is not None and event["state"] == QUEUED:
                 self._no_room(attempt, event["message"], arguments.get(name, ()))
-
-    def spent(self) -> float:
-        """Money that this run's trainings have cost, over all their starts; of a bill that cannot be read now, what it last said."""
-        for name in filter(stages.trains, stages.names(self.config)):
-            with contextlib.suppress(OSError, ValueError):
-                self._costs[name] = read_bill(self.events, name)["cost"] or 0.0
-        return sum(self._costs.values())
 
     def _no_room(self, attempt: Attempt, message: str, arguments: Sequence[str]) -> None:
         """A training's machines do not come: take the fallback, or say it once."""
@@ -251,7 +244,7 @@ class Runner:
             return
         with contextlib.suppress(AwayError):
             self._cluster(name).end(attempt.id)
-            self._save_log(attempt)
+            self.logs.save(attempt, self._cluster(name))
             self.board.say(f"{name}: {message}; now its fallback: {wants(fallback())}")
             del self.running[name]
             self._submit(name, arguments, fallback=True)
@@ -299,7 +292,7 @@ class Runner:
         if not self._known(cluster):
             return
         with contextlib.suppress(AwayError):
-            number = self._next_number(name)
+            number = self.logs.next_number(name, self._job_ids())
             attempt = Attempt(name, number, f"{self.prefix}-{name}-a{number}", rebuild=name in self.rebuild, fallback=fallback)
             arguments = [*arguments, *(["--set", f"run_dir={cluster.run_dir}"] if cluster.run_dir != self.run_folder.uri else [])]
             meta = {"run_dir": self.run_folder.uri, "stage": name, "attempt": str(number), "config": self._fingerprint(name)}
@@ -322,14 +315,10 @@ class Runner:
             self.running[name] = attempt
             self.board.say(f"{name}: submitted{self._at(name)} as {attempt.id}")
 
-    def _next_number(self, name: str) -> int:
-        """One above every attempt that the clusters or the saved logs know."""
-        pattern = re.compile(rf"{re.escape(name)}-a(\d+)(\.log)?$")
-        known = [entry.name for entry in self.logs.files()]
-        for cluster in self.clusters.values():
-            if self._known(cluster):
-                known += [job.submission_id for job in cluster.call("list_jobs") if (job.submission_id or "").startswith(self.prefix)]
-        return 1 + max((int(found[1]) for one in known if (found := pattern.search(one))), default=0)
+    def _job_ids(self) -> Iterator[str]:
+        """The ids of this run's jobs, in the clusters that answer."""
+        for cluster in filter(self._known, self.clusters.values()):
+            yield from (job.submission_id for job in cluster.call("list_jobs") if (job.submission_id or "").startswith(self.prefix))
 
     def _ended(self) -> dict[str, str]:
         """The jobs that have ended, and how, as far as their clusters answer."""
@@ -344,7 +333,7 @@ class Runner:
         """Account for an ended job; whether its stage is valid now."""
         attempt, cluster = self.running[name], self._cluster(name)
         try:
-            text = self._save_log(attempt)
+            text = self.logs.save(attempt, cluster)
             info = None if status == LOST else cluster.call("get_job_info", attempt.id)
         except AwayError:
             return False  # asked again when it is back
@@ -369,9 +358,8 @@ class Runner:
         self.failures[name] = self.retries + 1 if info.driver_exit_code == cli.USER_ERROR else self.failures.get(name, 0) + 1
         again = self.failures[name] <= self.retries
         why = f"exit code {info.driver_exit_code}" if info.driver_exit_code is not None else (info.message or str(info.status))
-        tail = "\n".join(f"    {line}" for line in text.splitlines()[-LOG_LINES:])
         self.board.say(
-            f"{name}: {attempt.id} ended without finishing the stage ({why}; the stage is {state}). Its last lines:\n{tail}\n"
+            f"{name}: {attempt.id} ended without finishing the stage ({why}; the stage is {state}). Its last lines:\n{tail(text)}\n"
             f"{name}: {'trying again' if again else 'giving up'}"
         )
         if cluster.name != HERE and (status == "SUCCEEDED" or info.driver_exit_code == cli.USER_ERROR):
@@ -388,17 +376,6 @@ class Runner:
             if isinstance(value, int | float)
         ]
         return f" ({', '.join(shown[:6])})" if shown else ""
-
-    def _save_log(self, attempt: Attempt) -> str:
-        """Keep a job's log in the run directory. Raises AwayError."""
-        try:
-            text = str(self._cluster(attempt.stage).call("get_job_logs", attempt.id))
-        except AwayError:
-            raise
-        except RuntimeError as error:
-            text = f"(no log: {error})"
-        self.logs.write_bytes(f"{attempt.stage}-a{attempt.number}.log", text.encode())
-        return text
 
     def _fingerprint(self, name: str) -> str:
         return fingerprint(json.loads(json.dumps([stages.config_part(self.config, part) for part in cli.parts(self.config, name)])))

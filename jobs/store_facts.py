@@ -13,6 +13,7 @@ import urllib.error
 import urllib.request
 import uuid
 from collections.abc import Iterator
+from http.client import HTTPException
 from typing import Any
 
 from paris_ray.config import RunConfig
@@ -31,16 +32,36 @@ def within(config: RunConfig, cluster: str) -> str:
 
 
 @contextlib.contextmanager
-def mark(uri: str, folder: str) -> Iterator[str]:
-    """A small file that lies in a part of a run's folder for as long as others look for it; yields its name, which is its content too."""
-    name = f"{folder}_doctor-seen-{uuid.uuid4().hex}"
-    there, made = Folder(uri), _missing(uri, name)
-    there.write_bytes(name, name.encode())
+def mark(uri: str, folder: str) -> Iterator[dict[str, Any]]:
+    """A small file that lies in a part of a run's folder for as long as others look for it.
+
+    Yields:
+        its ``name``, which is its content too, ``None`` if it could not be written; ``error`` says why it could not, or in the end why it could not
+        be deleted (``step``).
+    """
+    name, made = f"{folder}_doctor-seen-{uuid.uuid4().hex}", list[str]()
+    found: dict[str, Any] = {"uri": f"{uri}/{folder}".rstrip("/"), "step": "write", "name": None, "error": None, "offset": None}
+    with _noted(found):
+        there = Folder(uri)
+        made = _missing(uri, name)
+        there.write_bytes(name, name.encode())
+        found["name"] = name
     try:
-        yield name
+        yield found
     finally:
-        there.delete(name)
+        if found["name"] is not None:
+            found["step"] = "delete"
+            with _noted(found):
+                there.delete(name)
         _remove(made)
+
+
+@contextlib.contextmanager
+def _noted(found: dict[str, Any]) -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:  # whatever a store's library raises is what there is to say
+        found["error"] = f"{type(error).__name__}: {' '.join(str(error).split())}"[:400]
 
 
 def store(uri: str, size: int = PROBE_BYTES, folder: str = "", mark: str | None = None) -> dict[str, Any]:
@@ -55,7 +76,7 @@ def store(uri: str, size: int = PROBE_BYTES, folder: str = "", mark: str | None 
     found: dict[str, Any] = {"uri": uri, "bytes": size, "step": "open", "error": None, "offset": None, "sees": None}
     data = os.urandom(size)
     name = f"{folder}_doctor-{uuid.uuid4().hex}"
-    try:
+    with _noted(found):
         there = Folder(uri)
         if mark is not None:
             found["step"], found["sees"] = "look", _sees(there, mark)
@@ -74,8 +95,6 @@ def store(uri: str, size: int = PROBE_BYTES, folder: str = "", mark: str | None 
             _remove(made)
         found["deleted"] = not there.exists(name)
         found["step"] = "done"
-    except Exception as error:  # whatever a store's library raises is what there is to say
-        found["error"] = f"{type(error).__name__}: {' '.join(str(error).split())}"[:400]
     found["offset"] = store_clock(uri)
     return found
 
@@ -142,5 +161,5 @@ def store_clock(uri: str, timeout: float = 5.0) -> float | None:
 
     try:
         return asked_clock(ask)[1]
-    except (OSError, TypeError, ValueError):
+    except (OSError, HTTPException, TypeError, ValueError):
         return None

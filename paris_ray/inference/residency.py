@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
 from collections import OrderedDict
 from collections.abc import Callable
-from pathlib import Path
 from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from paris_ray.diffusion.path import Objective
+from paris_ray.host_memory import memory
 from paris_ray.models import DiT
 
 Loaded = tuple[DiT, Objective]
@@ -21,8 +20,6 @@ T = TypeVar("T")
 HEADROOM = 1.5
 """An expert comes beside others when this many times its size is free: itself, and activations. It comes in its final precision, tensor by tensor, so
 that coming takes no more than its size."""
-
-CGROUP = Path("/sys/fs/cgroup")
 
 
 class Residents:
@@ -150,11 +147,4 @@ def free_memory(device: torch.device) -> int:
         free, _ = torch.cuda.mem_get_info(device)
         # What torch keeps for itself after a tensor has gone is free as well.
         return int(free) + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    import psutil
-
-    free = int(psutil.virtual_memory().available)
-    with contextlib.suppress(OSError, ValueError):  # no container, or one without a limit ("max")
-        limit, used = (int((CGROUP / name).read_text()) for name in ("memory.max", "memory.current"))
-        cached = dict(line.split() for line in (CGROUP / "memory.stat").read_text().splitlines())
-        free = min(free, limit - used + int(cached.get("file", 0)))
-    return free
+    return memory()[1]

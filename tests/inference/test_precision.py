@@ -287,17 +287,6 @@ def test_free_memory_is_what_the_system_says():
     assert 0 < free <= psutil.virtual_memory().total
 
 
-def test_the_container_has_the_last_word(tmp_path, monkeypatch):
-    from paris_ray.inference import residency
-
-    for name, text in (("memory.max", "1000\n"), ("memory.current", "700\n"), ("memory.stat", "anon 400\nfile 300\n")):
-        (tmp_path / name).write_text(text)
-    monkeypatch.setattr(residency, "CGROUP", tmp_path)
-    assert free_memory(torch.device("cpu")) == 600  # the cache of files gives way
-    (tmp_path / "memory.max").write_text("max\n")
-    assert free_memory(torch.device("cpu")) > 600
-
-
 def test_a_lazy_expert_that_does_not_load_fails_those_who_ask_for_it(tmp_path):
     model = tiny_model.open_model(tmp_path, tiny_model.write_model(tmp_path))
     path = tmp_path / "expert_1" / "diffusion_pytorch_model.safetensors"

@@ -16,7 +16,7 @@ def healthy(**changes):
         "node": "a", "python": "3.11.7", "pins": pins, "packages": dict(pins), "torch_cuda": "13.0", "driver": None, "gpus": 0,
         "memory": 32 * GIB, "memory_free": 16 * GIB, "disk": {"path": "/tmp", "total": 100 * GIB, "free": 50 * GIB},
         "shm": {"path": "/dev/shm", "total": 8 * GIB, "free": 8 * GIB}, "open_files": 65536,
-        "open_files_most": 65536, "cloud": None, "processes": -1, "auth_mode": "token",
+        "open_files_most": 65536, "cloud": None, "processes": -1, "auth_mode": "token", "web_identity": None,
         "public_addresses": [], "open_ports": [], "object_store": GIB, "clock_offset": 0.01, "clock_error": 0.02,
     }  # fmt: skip
     return {**copy.deepcopy(node), **changes}

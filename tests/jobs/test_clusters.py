@@ -15,6 +15,7 @@ from ray._private.runtime_env.packaging import create_package
 from jobs import cli, clusters, run_all, runner
 from jobs.clusters import AwayError
 from jobs.runner import CostReachedError, Runner
+from jobs.spending import Spending
 from paris_ray import config as configs
 from paris_ray import stages
 from paris_ray.config import ConfigError
@@ -340,16 +341,16 @@ def test_at_the_limit_of_cost_they_also_stop_where_nobody_answers(tmp_path, monk
 
 
 def test_a_bill_that_cannot_be_read_counts_as_what_it_last_said(tmp_path):
-    both = Both(tmp_path)
-    machines = Folder(tmp_path) / "events" / "machines"
+    events = Folder(tmp_path) / "events"
+    machines = events / "machines"
     machines.write_json("expert-1.json", {"hours": 1.5, "cost": 3.0, "node": "A100"})
     machines.write_json("expert-2.json", {"hours": 1.0, "cost": 2.0, "node": "A100"})
-    one = both.runner()
-    assert one.spent() == 5.0
+    one = Spending(tiny(tmp_path), events)
+    assert one.total() == 5.0
     machines.delete("expert-1.json")
     (tmp_path / "events/machines/expert-1.json").mkdir()  # no file: the store does not say
     machines.write_json("expert-2.json", {"hours": 1.5, "cost": 3.0, "node": "A100"})
-    assert one.spent() == 6.0
+    assert one.total() == 6.0
 
 
 def test_a_limit_of_cost_needs_prices():

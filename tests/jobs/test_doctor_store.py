@@ -134,7 +134,7 @@ def test_two_machines_with_a_folder_of_their_own_under_one_name(tmp_path):
     """What is written here is seen by who shares the folder, and not by who has another one."""
     here, other = str(tmp_path / "here"), str(tmp_path / "other")
     with store_facts.mark(here, "") as seen:
-        shared, apart = store_facts.store(here, 1000, "", seen), store_facts.store(other, 1000, "", seen)
+        shared, apart = store_facts.store(here, 1000, "", seen["name"]), store_facts.store(other, 1000, "", seen["name"])
     assert not faults(Facts(stores={"a": shared}))
     the_fault(Facts(stores={"a": shared, "b": apart}), "storage", "is not there", "mount a shared one")
     assert not list(tmp_path.iterdir())
@@ -164,7 +164,7 @@ def test_an_experts_cluster_is_asked_to_write_only_what_its_role_may(tmp_path, m
     monkeypatch.setattr(Recorded, "protocol", "recorded")
     with store_facts.mark("recorded://bucket/run", folder) as seen:
         asked.clear()
-        found = store_facts.store("recorded://bucket/run", 1000, folder, seen)
+        found = store_facts.store("recorded://bucket/run", 1000, folder, seen["name"])
         mine = list(asked)
     assert (found["error"], found["sees"]) == (None, True)
     assert {action for action, _ in mine} == {"s3:PutObject", "s3:GetObject", "s3:DeleteObject"}

@@ -157,7 +157,7 @@ def test_stop_ends_what_runs_and_saves_its_log(config):
     one._submit("embed", [])
     one.stop()
     assert [job.status for job in client.list_jobs()] == ["STOPPED"]
-    assert (one.logs / "").exists("embed-a1.log")
+    assert one.logs.folder.exists("embed-a1.log")
 
 
 def test_a_job_that_its_head_forgot_does_not_keep_the_others_from_being_stopped(config, capsys):

@@ -78,8 +78,8 @@ class Application:
         from ray import serve
 
         deployments, heard = serve.status().applications[self.name].deployments, set()
-        for name, count in replicas.items():
-            name = name.replace("_", "-")
+        for word, count in replicas.items():
+            name = word.replace("_", "-")
             if deployments[name].replica_states.get("RUNNING", 0) != count or len(self.processes(name)) != count:
                 return False
         for _ in range(20 * samplers):  # which one answers is Serve's choice
