@@ -21,8 +21,9 @@ from typing import Any
 import yaml
 
 from cluster_configs.check import HEAD_GB
+from cluster_configs.check_operator import no_containers, refused
 from cluster_configs.check_serve import serve_problems
-from cluster_configs.check_together import CLUSTER_SPEC, cluster_of, names, together, unfilled
+from cluster_configs.check_together import CLUSTER_SPEC, cluster_of, names, namespaces, together, unfilled
 from cluster_configs.providers import SCHEMAS, WORLD, schema_problems
 from paris_ray.config import ConfigError
 
@@ -32,8 +33,8 @@ LONGEST = {"RayCluster": 53, "RayJob": 47, "RayService": 47}
 """Letters of a name, to which KubeRay adds some."""
 GRACE_S = 20
 """Seconds between the end of a preStop and the end of the pod."""
-SERVING_HEAD_GB = 8
-"""Memory of a head that only serves: no training's driver runs there."""
+ONE_DRIVER_GB = 8
+"""Memory of a head that serves, where no training's driver runs, or that of a job which trains, where one does."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -81,6 +82,7 @@ def problems(documents: list[dict[str, Any]]) -> Iterator[str]:
     for twice in sorted({f"{kind}/{name}" for kind, name in called if called.count((kind, name)) > 1}):
         yield f"{twice} is there twice"
     yield from names(documents)
+    yield from namespaces(documents)
     clusters = [one for one in documents if one.get("kind") in CLUSTER_SPEC]
     if any(one["kind"] != "RayJob" for one in clusters):  # jobs are applied to a namespace that has these
         yield from together(documents)
@@ -130,19 +132,18 @@ def _ray_problems(one: dict[str, Any], accounts: set[str]) -> Iterator[str]:
     if len(name) > LONGEST[kind] or not re.fullmatch(r"[a-z]([-a-z0-9]*[a-z0-9])?", name):
         yield f"metadata.name must be small letters, digits and -, at most {LONGEST[kind]}"
     schema = {"$defs": _ray_schema()["$defs"], **_ray_schema()[kind]}
-    said = list(schema_problems(schema, spec, "spec"))
+    said = [*schema_problems(schema, spec, "spec")] or [*no_containers(one)]
     yield from said
     if said:
         return
+    yield from refused(one)
     if cluster := cluster_of(one):
-        yield from _cluster(cluster, accounts, HEAD_GB if kind != "RayService" else SERVING_HEAD_GB)
+        trains = kind == "RayJob" and str(spec["entrypoint"]).startswith("python -m jobs.train_")
+        yield from _cluster(cluster, accounts, ONE_DRIVER_GB if trains or kind == "RayService" else HEAD_GB)
     if kind == "RayJob":
         yield from _job(spec)
     if kind == "RayService":
         yield from (f"spec.serveConfigV2: {text}" for text in serve_problems(spec["serveConfigV2"]))
-        strategy = spec.get("upgradeStrategy") or {}
-        if (strategy.get("type") == "NewClusterWithIncrementalUpgrade") != bool(strategy.get("clusterUpgradeOptions")):
-            yield "spec.upgradeStrategy: NewClusterWithIncrementalUpgrade and clusterUpgradeOptions go together"
 
 
 def _cluster(cluster: dict[str, Any], accounts: set[str], head_gb: int) -> Iterator[str]:

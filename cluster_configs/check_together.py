@@ -10,6 +10,7 @@ from cluster_configs.check import placeholders
 
 CLUSTER_SPEC = {"RayCluster": (), "RayJob": ("rayClusterSpec",), "RayService": ("rayClusterConfig",)}
 """Where a cluster is in the ``spec`` of a kind."""
+OF_NO_NAMESPACE = {"Namespace", "ClusterRole", "ClusterRoleBinding", "PersistentVolume", "StorageClass", "PriorityClass", "Kustomization"}
 NEVER = 1000
 """More pods than there are: a budget that wants so many lets none go."""
 SUBMITTER = {"ray.io/originated-from-crd": "RayJob"}
@@ -70,6 +71,19 @@ def names(documents: list[dict[str, Any]]) -> Iterator[str]:
     for name, kinds in by.items():
         if len(set(kinds)) > 1:
             yield f"{' and '.join(kinds)} are both called {name}, so they would share the service {name}-head-svc, and each other's nodes; rename one"
+
+
+def namespaces(documents: list[dict[str, Any]]) -> Iterator[str]:
+    """All go to one namespace: kubectl sends what names none to wherever its context points. Kustomize names none for what a component adds."""
+    by: dict[str, list[str]] = {}
+    for one in documents:
+        if one.get("kind") not in OF_NO_NAMESPACE:
+            told = one.get("metadata") or {}
+            by.setdefault(str(told.get("namespace") or "none"), []).append(f"{one.get('kind')}/{told.get('name')}")
+    most = max(by, key=lambda name: len(by[name]), default="")
+    for name, which in by.items():
+        if name != most:
+            yield f"{', '.join(which)}: namespace {name}, and the others are in {most}; give the overlay `namespace: {most}`"
 
 
 def together(documents: list[dict[str, Any]]) -> Iterator[str]:

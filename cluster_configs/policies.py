@@ -5,6 +5,7 @@
     python -m cluster_configs.policies azure abfs://container@account.dfs.core.windows.net/run --experts 4,5    # for `az role assignment create`
     python -m cluster_configs.policies aws   s3://bucket/run --whole --source s3://bucket/pictures              # of the cluster where all stages run
     python -m cluster_configs.policies aws   --head --workers paris-workers         # what the head of a cluster needs besides, to start machines
+    python -m cluster_configs.policies aws   --you paris-head --workers paris-workers    # what you need, who give such a cluster to `ray up`
 
 An expert reads the config, the encoders and its own shard, and writes its own folder: nothing of its siblings, and nothing that it learns from.
 """
@@ -150,6 +151,25 @@ def aws_head(workers: str, cluster: str = CLUSTER, account: str = "*") -> dict[s
     }
 
 
+def aws_you(head: str, workers: str, cluster: str = CLUSTER, account: str = "*") -> dict[str, Any]:
+    """What who runs `ray up`, and the commands that go to its machines, needs: a head's rights, and what Ray asks only where you sit."""
+    mine, others = aws_head(workers, cluster, account), f"arn:aws:ec2:*:{account}"
+    look, role = (next(one for one in mine["Statement"] if one["Sid"] == sid) for sid in ("Look", "Role"))
+    # Ray looks for its key, and for the network of the security group.
+    look["Action"] += ["ec2:DescribeKeyPairs", "ec2:DescribeSecurityGroups"]
+    role["Resource"].append(f"arn:aws:iam::{account}:role/{head}")
+    # A session's name begins with that of who began it, which is this for users and for roles.
+    sessions = ["arn:aws:ssm:*:*:session/${aws:userid}-*"]
+    mine["Statement"] += [
+        _statement("Key", ["ec2:CreateKeyPair"], [f"{others}:key-pair/ray-autoscaler_*"]),
+        _statement("Ssh", ["ssm:StartSession"], ["arn:aws:ssm:*::document/AWS-StartSSHSession"]),
+        _statement("SshTo", ["ssm:StartSession"], [f"{others}:instance/*"], {"StringEquals": {"ssm:resourceTag/ray-cluster-name": cluster}}),
+        _statement("SshEnd", ["ssm:TerminateSession", "ssm:ResumeSession"], sessions),
+        _statement("SshData", ["ssmmessages:OpenDataChannel"], sessions),
+    ]
+    return mine
+
+
 def _statement(sid: str, actions: list[str], resources: list[str], condition: dict[str, Any] | None = None) -> dict[str, Any]:
     made = {"Sid": sid, "Effect": "Allow", "Action": actions, "Resource": resources}
     return made if condition is None else {**made, "Condition": condition}
@@ -234,9 +254,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     what.add_argument("--whole", action="store_true", help="all of the run")
     what.add_argument("--serve", action="store_true", help="read its model")
     what.add_argument("--head", action="store_true", help="start and end machines (aws)")
+    what.add_argument("--you", metavar="ROLE", help="run `ray up` for a cluster whose head has this role (aws)")
     parser.add_argument("--source", metavar="URI", help="where the pictures are, to be read")
-    parser.add_argument("--workers", metavar="ROLE", help="with --head: the role of the machines that it starts")
-    parser.add_argument("--cluster-name", default=CLUSTER, metavar="NAME", help=f"with --head: cluster_name of its file (default {CLUSTER})")
+    parser.add_argument("--workers", metavar="ROLE", help="with --head and --you: the role of the machines that the head starts")
+    parser.add_argument("--cluster-name", default=CLUSTER, metavar="NAME", help=f"with these: cluster_name of its file (default {CLUSTER})")
     args = parser.parse_args(argv)
     try:
         print(json.dumps(_asked(args), indent=2))
@@ -247,10 +268,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _asked(args: argparse.Namespace) -> Any:
-    if args.head:
+    if args.head or args.you:
         if args.cloud != "aws" or not args.workers:
-            raise ConfigError("--head is for aws, with --workers ROLE; on gcp and azure the README names the roles that are there for it")
-        return aws_head(args.workers, args.cluster_name)
+            raise ConfigError("--head and --you are for aws, with --workers ROLE; on gcp and azure the README names the roles that are there for it")
+        return aws_you(args.you, args.workers, args.cluster_name) if args.you else aws_head(args.workers, args.cluster_name)
     if args.run is None:
         raise ConfigError("name the run's folder in the store, such as s3://bucket/run")
     try:

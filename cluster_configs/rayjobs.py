@@ -25,7 +25,7 @@ from typing import Any
 import yaml
 
 from cluster_configs import render
-from cluster_configs.check_kubernetes import LONGEST
+from cluster_configs.check_kubernetes import LONGEST, ONE_DRIVER_GB
 from cluster_configs.demand import Demand, demands, fits
 from jobs.attempt import module
 from paris_ray import config as configs
@@ -96,6 +96,7 @@ def _job(config: RunConfig, stage: str, name: str, account: str, config_map: str
     if stages.trains(stage):
         del spec["autoscalerOptions"]
         spec["enableInTreeAutoscaling"] = head["automountServiceAccountToken"] = False
+        _small(head)
     for pod in (head, *(one["template"]["spec"] for one in spec["workerGroupSpecs"])):
         pod["serviceAccountName"] = account
         pod["containers"][0]["image"] = image
@@ -115,6 +116,16 @@ def _job(config: RunConfig, stage: str, name: str, account: str, config_map: str
             "rayClusterSpec": spec,
         },
     }
+
+
+def _small(head: dict[str, Any]) -> None:
+    """A head for one training's driver, which needs about a GB."""
+    disk = {"ephemeral-storage": "20Gi"}
+    memory = {"memory": f"{ONE_DRIVER_GB}Gi"}
+    head["containers"][0]["resources"] = {"requests": {"cpu": "2", **memory, **disk}, "limits": {**memory, **disk}}
+    for volume in head["volumes"]:
+        if "emptyDir" in volume:
+            volume["emptyDir"]["sizeLimit"] = disk["ephemeral-storage"]
 
 
 def _groups(config: RunConfig, stage: str, groups: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -151,7 +162,9 @@ def _trains(config: RunConfig, stage: str, asked: list[Demand], groups: list[dic
         raise ConfigError(
             f"{where}.num_workers is {one.workers}, and takes {count} pods of {group['groupName']}, whose maxReplicas is {group['maxReplicas']}"
         )
-    return {**group, "minReplicas": count, "replicas": count, "maxReplicas": count}
+    # Which only an autoscaler heeds: KubeRay refuses them without.
+    kept = {key: value for key, value in group.items() if key not in ("idleTimeoutSeconds", "priority")}
+    return {**kept, "minReplicas": count, "replicas": count, "maxReplicas": count}
 
 
 def _asked(config: RunConfig, stage: str) -> list[Demand]:

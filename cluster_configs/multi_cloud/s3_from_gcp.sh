@@ -18,9 +18,9 @@ chmod 600 '$token.new' && mv '$token.new' '$token'
 END
 bash "$folder/refresh.sh"
 
-# The token is good for an hour.
-command -v crontab >/dev/null || {
-  echo "There is no crontab here, so nobody would renew the token, which ends after an hour; install cron (apt-get install cron)" >&2
+# The token is good for an hour. A crontab that no daemon reads renews nothing.
+{ command -v crontab && { pgrep -x cron || pgrep -x crond; }; } >/dev/null || {
+  echo "No cron runs here, so nobody would renew the token, which ends after an hour; install and start it (apt-get install cron; systemctl enable --now cron)" >&2
   exit 1
 }
 line="*/20 * * * * bash $folder/refresh.sh"

@@ -8,11 +8,11 @@ import re
 import shutil
 import subprocess
 from pathlib import Path
-from typing import Any
 
 import pytest
 import yaml
 from kustomize import build
+from mistakes import change
 
 from cluster_configs import check_kubernetes, check_together, rayjobs, serve
 from cluster_configs.check_kubernetes import problems
@@ -37,24 +37,42 @@ def test_each_overlay_passes(overlay):
     assert list(problems(build(KUBERAY / overlay))) == []
 
 
-@pytest.mark.parametrize("cloud", ["eks", "gke", "aks"])
-def test_each_clouds_component_passes(cloud, tmp_path):
-    shutil.copytree(KUBERAY, tmp_path / "kuberay")
-    plan = tmp_path / "kuberay/overlays/paris_xl2/kustomization.yaml"
+def overlay_of(cloud: str, folder: Path) -> Path:
+    """The larger overlay with the component of a cloud."""
+    shutil.copytree(KUBERAY, folder / "kuberay")
+    plan = folder / "kuberay/overlays/paris_xl2/kustomization.yaml"
+    assert "components/eks" in plan.read_text()
     plan.write_text(plan.read_text().replace("components/eks", f"components/{cloud}"))
-    made = build(plan.parent)
+    return plan.parent
+
+
+CLOUDS = ("eks", "gke", "aks")
+
+
+@pytest.mark.parametrize("cloud", CLOUDS)
+def test_each_clouds_component_passes(cloud, tmp_path):
+    made = build(overlay_of(cloud, tmp_path))
     assert list(problems(made)) == []
+    assert {one["metadata"].get("namespace") for one in made if one["kind"] != "Namespace"} == {"paris"}
     accounts = [one["metadata"] for one in made if one["kind"] == "ServiceAccount"]
     assert len(accounts) == 2
     assert all(one["annotations"] for one in accounts)  # tied to a role of the cloud
 
 
-@pytest.mark.parametrize("overlay", OVERLAYS)
+def test_a_namespace_that_a_component_does_not_have_is_missed(tmp_path):
+    plan = overlay_of("gke", tmp_path) / "kustomization.yaml"
+    plan.write_text(plan.read_text().replace("namespace: paris\n", ""))
+    [said] = problems(build(plan.parent))
+    assert said.startswith("NetworkPolicy/workload-identity: namespace none, and the others are in paris")
+
+
+@pytest.mark.parametrize("which", [*OVERLAYS, *CLOUDS])
 @pytest.mark.skipif(shutil.which("kubectl") is None, reason="no kubectl")
-def test_kustomize_makes_the_same(overlay):
-    made = subprocess.run(["kubectl", "kustomize", str(KUBERAY / overlay)], capture_output=True, text=True, check=True).stdout
+def test_kustomize_makes_the_same(which, tmp_path):
+    folder = overlay_of(which, tmp_path) if which in CLOUDS else KUBERAY / which
+    made = subprocess.run(["kubectl", "kustomize", str(folder)], capture_output=True, text=True, check=True).stdout
     theirs = {(one["kind"], one["metadata"]["name"]): one for one in yaml.safe_load_all(made)}
-    ours = {(one["kind"], one["metadata"]["name"]): one for one in build(KUBERAY / overlay)}
+    ours = {(one["kind"], one["metadata"]["name"]): one for one in build(folder)}
     assert ours == theirs
 
 
@@ -76,6 +94,8 @@ def test_unlike_groups_scale_from_nothing(base):
 def test_groups_have_what_a_preset_asks_for(preset):
     config = configs.load(preset, ["run_dir=s3://bucket/run"])
     made = list(rayjobs.manifests(config, stages.names(config), "r/p:1"))
+    for one in made:  # as `kubectl apply -n paris` does
+        one["metadata"]["namespace"] = "paris"
     assert list(problems([*made, *build(KUBERAY / "base")])) == []
     jobs = {one["metadata"]["labels"]["paris-ray/stage"]: one for one in made if one["kind"] == "RayJob"}
     assert list(jobs) == stages.names(config)
@@ -89,6 +109,8 @@ def test_groups_have_what_a_preset_asks_for(preset):
             assert job["spec"]["rayClusterSpec"]["enableInTreeAutoscaling"] is False
             assert all(one["template"]["spec"]["automountServiceAccountToken"] is False for one in pods)
             assert len(pods) == 2
+            # What only an autoscaler heeds, which the operator refuses without one.
+            assert not {"idleTimeoutSeconds", "priority"} & set(pods[1])
         assert job["spec"]["backoffLimit"] == 0
     [stored] = [one for one in made if one["kind"] == "ConfigMap"]
     assert configs.build(yaml.safe_load(stored["data"]["run.yaml"])) == config
@@ -146,19 +168,6 @@ HEAD = "headGroupSpec"
 POD = "template spec"
 FIRST = "workerGroupSpecs 0"
 L4 = "workerGroupSpecs 1"
-
-
-def change(documents: list[dict[str, Any]], kind: str, path: str, value: Any) -> None:
-    """Set, or with ``None`` take away, what is at a path in the first object of a kind."""
-    tree: Any = next(one for one in documents if one["kind"] == kind)
-    *parents, last = path.split()
-    for key in parents:
-        tree = tree[int(key) if isinstance(tree, list) else key]
-    key = int(last) if isinstance(tree, list) else last
-    if value is None:
-        del tree[key]
-    else:
-        tree[key] = value
 
 
 C, S = "RayCluster", "RayService"
@@ -274,8 +283,9 @@ def test_what_is_yours_to_fill_in_is_said(capsys, tmp_path):
 
 def test_what_else_must_not_be_in_a_manifest(base):
     documents = json.loads(base)
-    secret = {"apiVersion": "v1", "kind": "Secret", "metadata": {"name": "k"}, "stringData": {"api_keys": "x"}}
-    service = {"apiVersion": "v1", "kind": "Service", "metadata": {"name": "s"}, "spec": {"type": "LoadBalancer", "ports": [{"port": 8000}]}}
+    secret = {"apiVersion": "v1", "kind": "Secret", "metadata": {"name": "k", "namespace": "paris"}, "stringData": {"api_keys": "x"}}
+    named = {"name": "s", "namespace": "paris"}
+    service = {"apiVersion": "v1", "kind": "Service", "metadata": named, "spec": {"type": "LoadBalancer", "ports": [{"port": 8000}]}}
     found = list(problems([*documents, secret, service, copy.deepcopy(documents[0])]))
     assert [one.partition(":")[0] for one in found] == ["Secret/k", "Service/s", "Namespace/paris is there twice"]
 

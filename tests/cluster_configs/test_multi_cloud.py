@@ -84,16 +84,22 @@ def test_a_machine_of_google_gets_a_token_for_aws(tmp_path):
         (tools / "crontab").chmod(0o755)
         env = {"HOME": str(tmp_path), "PATH": str(tools), "GCE_METADATA_HOST": f"127.0.0.1:{server.server_port}"}
         command = ["bash", str(FOLDER / "s3_from_gcp.sh"), "arn:aws:iam::1:role/paris-gcp", "us-west-2"]
+        (tools / "pgrep").write_text('#!/bin/bash\n[ "$*" = "-x cron" ]\n')
+        (tools / "pgrep").chmod(0o755)
         for _ in range(2):
             subprocess.run(command, env=env, check=True)
+        (tools / "pgrep").write_text("#!/bin/bash\nfalse\n")  # installed, and not started
+        stopped = subprocess.run(command, env=env, check=False, capture_output=True, text=True)
+        (tools / "pgrep").write_text("#!/bin/bash\ntrue\n")
         (tools / "crontab").rename(tools / "away")
         without = subprocess.run(command, env=env, check=False, capture_output=True, text=True)
         server.shutdown()
-    assert without.returncode == 1  # after an hour nothing would reach the store
-    assert "install cron" in without.stderr
+    for one in (stopped, without):
+        assert one.returncode == 1  # after an hour nothing would reach the store
+        assert "install and start it" in one.stderr
     assert (tmp_path / "cron").read_text() == f"*/20 * * * * bash {tmp_path}/.aws_from_gcp/refresh.sh\n"
     token = tmp_path / ".aws_from_gcp/token"
-    assert token.read_text() == "token-3"
+    assert token.read_text() == "token-4"
     assert token.stat().st_mode & 0o777 == 0o600
     assert set(Metadata.asked) == {"audience=sts.amazonaws.com&format=full"}
     # node.env hands it on.
