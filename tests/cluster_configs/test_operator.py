@@ -138,7 +138,7 @@ def test_the_head_of_one_training_is_small_and_that_of_other_stages_is_not():
     made = [one for one in rayjobs.manifests(config, ["embed", "expert-0", "router"], "r/p:1") if one["kind"] == "RayJob"]
     heads = [one["spec"]["rayClusterSpec"]["headGroupSpec"]["template"]["spec"] for one in made]
     asked = [(one["containers"][0]["resources"]["requests"]["cpu"], one["containers"][0]["resources"]["requests"]["memory"]) for one in heads]
-    assert asked == [("7", "32Gi"), ("2", "8Gi"), ("2", "8Gi")]
+    assert asked == [("6", "32Gi"), ("2", "8Gi"), ("2", "8Gi")]
     for head in heads:  # what may be spilled is no more than the pod may have
         assert head["volumes"][0]["emptyDir"]["sizeLimit"] == head["containers"][0]["resources"]["limits"]["ephemeral-storage"]
     accounts = {"apiVersion": "v1", "kind": "ServiceAccount", "metadata": {"name": "paris-stages"}}

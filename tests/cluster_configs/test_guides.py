@@ -1,0 +1,203 @@
+"""The guides from an empty account to a picture: what of them can be run without a cloud is run, and the names in them are those of the files."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+import yaml
+from kustomize import build
+
+from cluster_configs import check, check_kubernetes, check_together, render
+from cluster_configs.providers import machines
+from jobs.access_facts import AWS_QUOTAS
+from jobs.plan import plan
+from paris_ray import config as configs
+
+ROOT = Path(__file__).parents[2]
+PAGES = {cloud: (ROOT / f"docs/{cloud}.md").read_text() for cloud in ("aws", "gcp", "azure", "kubernetes")}
+OPERATIONS = (ROOT / "docs/operations.md").read_text()
+YOURS = {
+    "aws": {"AWS_REGION": "eu-west-1", "GROUP": "sg-0a1", "SUBNETS": "(subnet-0a1 subnet-0a2 subnet-0a3)", "BUCKET": "paris-1", "RUN": "first"},
+    "gcp": {"PROJECT": "their-project", "REGION": "europe-west4", "ZONE": "europe-west4-b", "BUCKET": "their-runs", "RUN": "first"},
+    "azure": {"LOCATION": "westeurope", "RUNS": "abfs://runs@theirs.dfs.core.windows.net/first"},
+}
+
+
+def blocks(page: str) -> list[str]:
+    return re.findall(r"^ *```sh\n(.*?)^ *```", PAGES[page], re.M | re.S)
+
+
+def lines(page: str, *begins: str) -> str:
+    """Commands of a page that begin so, with the lines that they go on in."""
+    joined = "\n".join(blocks(page))
+    return "\n".join(re.findall(rf"^(?:{'|'.join(begins)})(?:[^\n]*\\\n)*[^\n]*", joined, re.M))
+
+
+def bash(script: str, folder: Path) -> str:
+    done = subprocess.run(["bash", "-euo", "pipefail", "-c", script], cwd=folder, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_blocks_are_bash_and_say_what_was_run(page):
+    assert len(blocks(page)) >= 6
+    for block in blocks(page):
+        done = subprocess.run(["bash", "-n"], input=block, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, f"{block[:200]}\n{done.stderr}"
+    assert re.search(r"\*\*No command here has met (a )?[A-Z]", PAGES[page])
+    # In this order, whatever is between.
+    told = "\n".join(blocks(page))
+    places = [told.index(one) for one in ("jobs.doctor", "jobs.run_all", "model=" if page != "kubernetes" else '"suspend": false', "lion face")]
+    assert places == sorted(places)
+
+
+@pytest.mark.parametrize("cloud", YOURS)
+def test_a_clusters_file_is_made_as_the_page_says(cloud, tmp_path, capsys):
+    """Its own `sed` and `printf`, then the renderer and the check: sound, and nothing of anybody's is left to fill in."""
+    shutil.copytree(ROOT / "cluster_configs", tmp_path / "cluster_configs", ignore=shutil.ignore_patterns("__pycache__"))
+    given = "\n".join(f"{name}={value}" for name, value in YOURS[cloud].items())
+    bash(f"{given}\n{lines(cloud, 'sed ', 'printf ')}", tmp_path)
+    told = lines(cloud, rf"python -m cluster_configs\.render mine_{cloud}\.yaml --size demo > {cloud}\.yaml")
+    assert told
+    assert render.main([str(tmp_path / f"mine_{cloud}.yaml"), "--size", "demo"]) == 0
+    made = tmp_path / f"{cloud}.yaml"
+    made.write_text(capsys.readouterr().out)
+    assert check.main([str(made), "--run", str(tmp_path / "mine.yaml")]) == 0
+    assert capsys.readouterr().out == f"{made}: nothing found\n"
+    text = yaml.safe_dump({key: value for key, value in yaml.safe_load(made.read_text()).items() if key != "file_mounts"})
+    assert not re.search("us-west-2|us-central1|eastus", text)  # where the project's file is
+    assert not re.search("europe-west4-[^b]", text)  # the zone's own sed, before the region's
+    config = configs.load(str(tmp_path / "mine.yaml"))
+    assert config.run_dir.endswith("/first")
+    assert config.name == "first"
+
+
+@pytest.mark.parametrize(("cloud", "component"), [("aws", "eks"), ("gcp", "gke"), ("azure", "aks")])
+def test_an_overlay_is_made_as_the_page_says(cloud, component, tmp_path):
+    shutil.copytree(ROOT / "cluster_configs/kuberay", tmp_path / "cluster_configs/kuberay")
+    model = {"aws": "s3://theirs/first/model", "gcp": "gs://theirs/first/model", "azure": "abfs://runs@theirs.dfs.core.windows.net/first/model"}[
+        cloud
+    ]
+    ids = "STAGES=11111111-2222-3333-4444-555555555555 SERVE=11111111-2222-3333-4444-666666666666"
+    said = lines("kubernetes", "cp -r ", "sed -i ").replace("s3://$BUCKET/$RUN/model#", f"{model}#")
+    said = said.replace("components/gke#", f"components/{component}#")  # as its comment says
+    bash(f"REGISTRY=their.registry/x BUCKET=theirs RUN=first ACCOUNT=123456789012 PROJECT=theirs {ids}\n{said}", tmp_path)
+    made = build(tmp_path / "mine/overlays/demo")
+    assert list(check_kubernetes.problems(made)) == []
+    assert check_together.unfilled(made) == []
+    accounts = {str(one["metadata"]["annotations"]) for one in made if one["kind"] == "ServiceAccount"}
+    assert len(accounts) == 2
+    theirs = {"eks": "123456789012", "gke": "@theirs.iam", "aks": "11111111-2222"}[component]
+    assert all(theirs in one for one in accounts)
+    assert any(model in one["spec"]["serveConfigV2"] for one in made if one["kind"] == "RayService")
+
+
+def test_kubernetes_names_are_those_of_the_files():
+    page, made = PAGES["kubernetes"], build(ROOT / "cluster_configs/kuberay/base")
+    called = {one["kind"]: one["metadata"]["name"] for one in made}
+    cluster, service = called["RayCluster"], called["RayService"]
+    # KubeRay's GenerateHeadServiceName and GenerateServeServiceName.
+    assert set(re.findall(r"(?<!ray)service/([\w-]+)", page)) == {f"{cluster}-head-svc", f"{service}-serve-svc"}
+    assert set(re.findall(r"rayservice[ /]([\w-]+)", page)) == {service}
+    assert f"get secret {cluster} -o" in page
+    pools = {
+        group["template"]["spec"]["nodeSelector"]["paris-ray/pool"]
+        for one in made
+        if one["kind"] in check_together.CLUSTER_SPEC
+        for group in (check_together.cluster_of(one)["headGroupSpec"], *check_together.cluster_of(one)["workerGroupSpecs"])
+    }
+    eks = page[page.index("cat > eks.yaml") : page.index("eksctl create")]
+    for pool in pools:
+        assert re.search(rf"\b{pool}\b", eks), pool
+    assert set(re.findall(r"paris-ray/pool: ([\w-]+)", eks)) <= pools
+    assert set(re.findall(r"^#? ?pool ([\w-]+) ", page, re.M)) <= pools
+    accounts = {one["metadata"]["name"] for one in made if one["kind"] == "ServiceAccount"}
+    for cloud in re.findall(r"for (?:role|who) in ([\w -]+);", page):
+        assert set(cloud.split()) == accounts
+    assert "--from-file=api_keys" in page
+    keys = next(one for one in made if one["kind"] == "RayService")["spec"]["rayClusterConfig"]["headGroupSpec"]["template"]["spec"]
+    assert {"name": "PARIS_API_KEYS_FILE", "value": "/etc/paris/api_keys"} in keys["containers"][0]["env"]
+    assert "--version 1.7.0" in page
+
+
+def test_what_the_eks_file_says_is_yaml_with_machines_that_pods_fit_on():
+    page = PAGES["kubernetes"]
+    text = page[page.index("apiVersion: eksctl") : page.index("\nEND\n")]
+    groups = {one["name"]: one for one in yaml.safe_load(text)["managedNodeGroups"]}
+    assert set(groups) == {"head", "cpu"}  # the demo's
+    made = build(ROOT / "cluster_configs/kuberay/overlays/demo")
+    for one in made:
+        if one["kind"] not in check_together.CLUSTER_SPEC:
+            continue
+        cluster = check_together.cluster_of(one)
+        for spec in (cluster["headGroupSpec"], *cluster["workerGroupSpecs"]):
+            pod = spec["template"]["spec"]
+            group = groups[pod["nodeSelector"]["paris-ray/pool"]]
+            machine = machines("aws")[group.get("instanceType") or group["instanceTypes"][0]]
+            asked = pod["containers"][0]["resources"]["requests"]
+            beside = 0.5 if spec is cluster["headGroupSpec"] else 0.0  # the autoscaler, in the head's pod
+            assert float(asked["cpu"]) + beside + 0.5 <= machine.cpus  # and the system's own pods
+            assert float(asked["memory"].removesuffix("Gi")) <= 0.85 * machine.memory
+            assert float(asked["ephemeral-storage"].removesuffix("Gi")) * 2 <= group["volumeSize"]
+            spot = [taint["key"] for taint in group.get("taints", [])]
+            assert set(spot) <= {each["key"] for each in pod.get("tolerations", [])}
+
+
+def test_quotas_and_machines_are_those_of_the_files():
+    page, known = PAGES["aws"], machines("aws")
+    assert set(re.findall(r"L-[0-9A-F]{8}", page)) - {"L-1216C47A", "L-34B43A08"} <= set(AWS_QUOTAS)
+    for name, count in re.findall(r"\(`(\w+\.\w+)`\)(?: takes)? (\d+) of", page):
+        assert known[name].cpus == int(count), name
+    demo = yaml.safe_load((ROOT / "cluster_configs/sizes.yaml").read_text())["demo"]
+    assert f"{demo['cpu'] * 16} on spot" in page
+    assert "64 for four machines of 16" in PAGES["gcp"]
+
+
+def test_rays_commands_have_these_options():
+    from ray.dashboard.modules.job.cli import submit
+    from ray.scripts.scripts import cli
+
+    commands = {**cli.commands, "job submit": submit}
+    seen = set()
+    for page in PAGES:
+        for found in re.finditer(r"(?:^|[;&] |/bin/)ray (job submit|[\w-]+)((?:[^\n]*\\\n)*[^\n]*)", "\n".join(blocks(page)), re.M):
+            name, rest = found[1], re.split(r" -- | #|[;&|]", found[2])[0]
+            options = {one for each in commands[name].params for one in (*each.opts, *each.secondary_opts)}
+            used = {one for one in rest.split() if re.fullmatch(r"--?[a-z][\w-]*", one)}
+            assert used <= options, (page, name, used - options)
+            seen.add(name)
+    assert {"up", "down", "dashboard", "job submit"} <= seen
+
+
+def test_what_it_costs_is_what_the_plan_says():
+    encoders = {"codec": {"channels": 4, "latent_size": 32}, "text": {"max_length": 77, "width": 768}}
+    for preset in ("paris_b2", "paris_xl2"):
+        config = configs.load(preset, ["evaluation.control_router=false"])
+        asked = plan.trainings(config, [1_375_000] * 8, encoders)
+        cells = []
+        for device, price in (("A100", 1.6), ("H100", 3.0)):
+            spot = {"hours_between_preemptions": 4, "preemption": "aws"}
+            where = plan.Devices(name=device, device=device, count=9, memory_gib=80, storage_mb_per_s=300, price_per_hour=price, **spot)
+            made = plan.make(asked, [where]).placement
+            cells.append(f"{made.hours:.0f} hours, {made.cost:,.0f} $")
+        assert f"| `{preset}` | {' | '.join(cells)} |" in OPERATIONS
+
+
+@pytest.mark.skipif(shutil.which("kubectl") is None, reason="no kubectl")
+def test_kubectls_commands_have_these_options():
+    """Of those that say what they take without a cluster."""
+    told = "\n".join(blocks("kubernetes"))
+    for name in ("create secret generic", "port-forward", "patch", "wait", "delete", "apply", "get", "logs"):
+        said = subprocess.run(
+            ["kubectl", *name.split(), "--help"], capture_output=True, text=True, check=True, env={**os.environ, "HOME": "/nonexistent"}
+        ).stdout
+        used = re.findall(rf"kubectl (?:-n paris )?{name} ([^\n|#]*)", told)
+        assert used, name
+        for one in (each for line in used for each in line.split() if re.fullmatch(r"--[a-z-]+(=.*)?", each)):
+            assert f"{one.partition('=')[0]}=" in said, (name, one)
