@@ -75,6 +75,17 @@ def test_links_lead_somewhere(path):
             assert anchor in titles, f"{path.name}: {target}"
 
 
+def test_files_in_commands_are_there():
+    """Of folders that this project has; what a command makes is elsewhere."""
+    found = 0
+    for path in DOCS:
+        for block in re.findall(r"```sh\n(.*?)```", path.read_text(), re.S):
+            for name in re.findall(r"(?<![\w/.-])((?:docs|cluster_configs|serve_app|jobs|benchmarks)/[\w./-]*\w)", block):
+                assert (ROOT / name).exists(), f"{path.name}: {name}"
+                found += 1
+    assert found > 15
+
+
 def test_make_targets():
     targets = set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), re.M))
     for path in DOCS:

@@ -32,10 +32,13 @@ def blocks(page: str) -> list[str]:
     return re.findall(r"^ *```sh\n(.*?)^ *```", PAGES[page], re.M | re.S)
 
 
+def told(page: str) -> str:
+    return "\n".join(blocks(page))
+
+
 def lines(page: str, *begins: str) -> str:
     """Commands of a page that begin so, with the lines that they go on in."""
-    joined = "\n".join(blocks(page))
-    return "\n".join(re.findall(rf"^(?:{'|'.join(begins)})(?:[^\n]*\\\n)*[^\n]*", joined, re.M))
+    return "\n".join(re.findall(rf"^(?:{'|'.join(begins)})(?:[^\n]*\\\n)*[^\n]*", told(page), re.M))
 
 
 def bash(script: str, folder: Path) -> str:
@@ -51,9 +54,9 @@ def test_blocks_are_bash_and_say_what_was_run(page):
         done = subprocess.run(["bash", "-n"], input=block, capture_output=True, text=True, check=False)
         assert done.returncode == 0, f"{block[:200]}\n{done.stderr}"
     assert re.search(r"\*\*No command here has met (a )?[A-Z]", PAGES[page])
+    assert "--max-cost" not in told(page) or "price_per_hour" in told(page)  # without which run_all refuses it
     # In this order, whatever is between.
-    told = "\n".join(blocks(page))
-    places = [told.index(one) for one in ("jobs.doctor", "jobs.run_all", "model=" if page != "kubernetes" else '"suspend": false', "lion face")]
+    places = [told(page).index(one) for one in ("jobs.doctor", "jobs.run_all", "model=" if page != "kubernetes" else '"suspend": false', "lion face")]
     assert places == sorted(places)
 
 
@@ -63,8 +66,7 @@ def test_a_clusters_file_is_made_as_the_page_says(cloud, tmp_path, capsys):
     shutil.copytree(ROOT / "cluster_configs", tmp_path / "cluster_configs", ignore=shutil.ignore_patterns("__pycache__"))
     given = "\n".join(f"{name}={value}" for name, value in YOURS[cloud].items())
     bash(f"{given}\n{lines(cloud, 'sed ', 'printf ')}", tmp_path)
-    told = lines(cloud, rf"python -m cluster_configs\.render mine_{cloud}\.yaml --size demo > {cloud}\.yaml")
-    assert told
+    assert lines(cloud, rf"python -m cluster_configs\.render mine_{cloud}\.yaml --size demo > {cloud}\.yaml")
     assert render.main([str(tmp_path / f"mine_{cloud}.yaml"), "--size", "demo"]) == 0
     made = tmp_path / f"{cloud}.yaml"
     made.write_text(capsys.readouterr().out)
@@ -166,7 +168,7 @@ def test_rays_commands_have_these_options():
     commands = {**cli.commands, "job submit": submit}
     seen = set()
     for page in PAGES:
-        for found in re.finditer(r"(?:^|[;&] |/bin/)ray (job submit|[\w-]+)((?:[^\n]*\\\n)*[^\n]*)", "\n".join(blocks(page)), re.M):
+        for found in re.finditer(r"(?:^|[;&] |/bin/)ray (job submit|[\w-]+)((?:[^\n]*\\\n)*[^\n]*)", told(page), re.M):
             name, rest = found[1], re.split(r" -- | #|[;&|]", found[2])[0]
             options = {one for each in commands[name].params for one in (*each.opts, *each.secondary_opts)}
             used = {one for one in rest.split() if re.fullmatch(r"--?[a-z][\w-]*", one)}
@@ -192,12 +194,11 @@ def test_what_it_costs_is_what_the_plan_says():
 @pytest.mark.skipif(shutil.which("kubectl") is None, reason="no kubectl")
 def test_kubectls_commands_have_these_options():
     """Of those that say what they take without a cluster."""
-    told = "\n".join(blocks("kubernetes"))
     for name in ("create secret generic", "port-forward", "patch", "wait", "delete", "apply", "get", "logs"):
         said = subprocess.run(
             ["kubectl", *name.split(), "--help"], capture_output=True, text=True, check=True, env={**os.environ, "HOME": "/nonexistent"}
         ).stdout
-        used = re.findall(rf"kubectl (?:-n paris )?{name} ([^\n|#]*)", told)
+        used = re.findall(rf"kubectl (?:-n paris )?{name} ([^\n|#]*)", told("kubernetes"))
         assert used, name
         for one in (each for line in used for each in line.split() if re.fullmatch(r"--[a-z-]+(=.*)?", each)):
             assert f"{one.partition('=')[0]}=" in said, (name, one)
