@@ -174,11 +174,11 @@ def status(config: RunConfig, name: str) -> Status:
 PLAN = {"absent": "run", "partial": "resume", "valid": "skip", "stale": "refuse", "damaged": "refuse", "waiting": "run after its parents"}
 
 
-def print_plan(config: RunConfig, rebuild: Sequence[str] = ()) -> None:
-    """Print the resolved config, what each stage would do, and what training would cost."""
+def print_plan(config: RunConfig, rebuild: Sequence[str] = (), names: Sequence[str] | None = None) -> None:
+    """Print the resolved config, what each stage, or each of ``names``, would do, and what training would cost."""
     print(configs.dump(config))
     print(f"{'stage':<16}{'found':<10}would")
-    for name in [*stages.names(config), "evaluate"]:
+    for name in names or [*stages.names(config), "evaluate"]:
         found, would, problem = status(config, name), "", ""
         if name == "partition":
             try:
