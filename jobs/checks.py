@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from paris_ray import stages
 from paris_ray.config import ConfigError, RunConfig
 from paris_ray.manifest import require
+from paris_ray.opening import open_folder, why
 from paris_ray.storage import Folder
 
 
@@ -70,11 +71,11 @@ def check_source(config: RunConfig, argument: str = "--set data.source.uri") -> 
         uri = getattr(source, key, None)
         if uri is None:
             continue
+        folder = open_folder(f"data.source.{key}", uri)
         try:
-            folder = Folder(uri)
             there, is_file = folder.exists(), folder.is_file()
-        except (ValueError, ImportError, OSError) as error:
-            raise ConfigError(f"data.source.{key}: {uri!r} cannot be opened: {_one_line(error)}; {remedy}") from None
+        except Exception as error:  # whatever a store's library raises is what there is to say
+            raise ConfigError(f"data.source.{key}: {uri!r} cannot be opened: {why(error)}; {remedy}") from None
         if not there:
             raise ConfigError(f"data.source.{key}: {folder.uri} does not exist; {remedy}")
         if is_file and (source.kind == "folder" or key == "images"):
@@ -99,7 +100,3 @@ def check_clusters(config: RunConfig, rebuild: Sequence[str] = ()) -> None:
     train = corpus.manifest["counts"].get("splits", {}).get("train")
     if train is not None:
         config.check_train_rows(train)
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())

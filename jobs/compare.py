@@ -20,6 +20,7 @@ from paris_ray.config import ConfigError
 from paris_ray.evaluation import compare_captions, compare_config, compare_rows
 from paris_ray.evaluation.compare_config import CompareConfig
 from paris_ray.manifest import Lock, LockedError, StaleError, published
+from paris_ray.opening import open_folder
 from paris_ray.storage import Folder, link_all
 
 
@@ -66,7 +67,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def load(source: str, sets: Sequence[str]) -> CompareConfig:
     """The config, with an absolute folder: the processes may have another working directory. Raises ConfigError."""
     config = compare_config.load(source, sets)
-    return config.model_copy(update={"folder": Folder(config.folder).uri})
+    return config.model_copy(update={"folder": open_folder("folder", config.folder).uri})
 
 
 def cut(compare: CompareConfig) -> None:

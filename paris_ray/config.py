@@ -373,14 +373,19 @@ def overlay(base: dict[str, Any], overlay: dict[str, Any]) -> dict[str, Any]:
 
 
 def _read_yaml(source: str, presets: Iterable[str] = PRESETS) -> dict[str, Any]:
-    from paris_ray.storage import Folder
+    from paris_ray.opening import open_folder, why
 
     parent, name = os.path.split(source)
+    folder = open_folder("config", parent or ".")
     try:
-        text = Folder(parent or ".").read_bytes(name)
-    except (FileNotFoundError, IsADirectoryError, OSError) as error:
+        text = folder.read_bytes(name)
+    except (FileNotFoundError, IsADirectoryError) as error:
+        if "://" in source:
+            raise ConfigError(f"config: {source!r} does not exist; look at the names of bucket and file") from error
         hint = nearest(source, presets) if not parent else ""
         raise ConfigError(f"config: {source!r} is neither a preset ({', '.join(presets)}) nor a readable file.{hint}") from error
+    except Exception as error:  # whatever a store's library raises is what there is to say
+        raise ConfigError(f"config: {source!r} cannot be read: {why(error)}") from error
     try:
         tree = yaml.safe_load(text)
     except yaml.YAMLError as error:

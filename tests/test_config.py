@@ -5,8 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import fsspec
 import pytest
 import yaml
+from fsspec.implementations.memory import MemoryFileSystem
 
 from cluster_configs.demand import demands, fits, selects
 from paris_ray import config
@@ -200,6 +202,40 @@ def test_files_that_are_not_configs(tmp_path: Path) -> None:
     assert "neither a preset" in fails(source=str(tmp_path / "none.yaml"))
 
 
+class Refusing(MemoryFileSystem):
+    """A store that says no."""
+
+    protocol = "refusing"
+    said = ""
+
+    def isfile(self, path: str) -> bool:
+        return True
+
+    def _open(self, path: str, mode: str = "rb", **options: Any) -> Any:
+        raise OSError(self.said)
+
+
+@pytest.mark.parametrize(
+    ("said", "remedy"),
+    [
+        ("AWS Error NO_SUCH_BUCKET during HeadBucket operation: no such bucket", "make the bucket first"),
+        ("AWS Error NETWORK_CONNECTION during HeadObject operation: curlCode: 7, Could not connect", "look at the network"),
+        ("AWS Error ACCESS_DENIED during GetObject operation: Access Denied", "look at the credentials"),
+    ],
+)
+def test_what_a_store_says_of_a_config_is_passed_on(monkeypatch: pytest.MonkeyPatch, said: str, remedy: str) -> None:
+    fsspec.register_implementation("refusing", Refusing, clobber=True)
+    monkeypatch.setattr(Refusing, "said", said)
+    text = fails(source="refusing://bucket/config.yaml")
+    assert f"config: 'refusing://bucket/config.yaml' cannot be read: {said}; {remedy}" in text
+    assert "neither a preset" not in text
+
+
+def test_a_store_that_is_none() -> None:
+    assert "config: 'gss://bucket' cannot be opened: Protocol not known: gss; write s3://" in fails(source="gss://bucket/config.yaml")
+    assert "config: 'memory://nowhere/config.yaml' does not exist" in fails(source="memory://nowhere/config.yaml")
+
+
 def test_merge_is_by_key_and_kind() -> None:
     base: dict[str, Any] = {"a": {"b": 1, "c": [1, 2]}, "s": {"kind": "x", "n": 1}}
     assert config.merge(base, {"a": {"c": [3]}}) == {"a": {"b": 1, "c": [3]}, "s": {"kind": "x", "n": 1}}
@@ -214,7 +250,7 @@ def test_the_dump_is_plain_yaml_of_the_whole_schema() -> None:
     assert tree["experts"] == [{}, {"objective": "ddpm"}, {"model": {"hidden_size": 48, "num_layers": 1, "num_heads": 4}}]
 
 
-# Of each size: weights in billions, whose gradients, two moments and averages are in float32 too; activations in GB an image, counted in eager bfloat16
+# Of each size: weights in billions, whose gradients, moments and averages are in float32 too; activations in GB an image, counted in eager bfloat16
 # (docs/notebook.md).
 COUNTED = {"XL/2": (0.606, 0.462), "B/2": (0.129, 0.134)}
 

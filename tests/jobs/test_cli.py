@@ -322,6 +322,15 @@ def test_settings_that_the_work_refuses_leave_no_mark(capsys, tmp_path):
     assert "made from other inputs" in fails(capsys, embed.main, arguments(tmp_path))
 
 
+def test_a_dashboard_is_no_cluster_to_join(capsys, tmp_path, monkeypatch):
+    """Somebody exported the address for `ray job submit`, and later runs a job on this machine."""
+    monkeypatch.setenv("RAY_ADDRESS", "http://head:8265")
+    said = fails(capsys, embed.main, arguments(tmp_path))
+    assert said.startswith("embed: RAY_ADDRESS is http://head:8265, a dashboard, which takes jobs")
+    assert "unset RAY_ADDRESS" in said
+    assert not [path for path in tmp_path.rglob("*") if path.is_file()]
+
+
 def test_ctrl_c_is_no_failure(capsys, tmp_path):
     def interrupted(config, args):
         with Progress(Folder(config.run_dir) / "events", "embed", 153, "rows") as progress:

@@ -225,3 +225,5 @@ def test_the_plan_says_what_is_matched(ran, capsys):
 def test_what_cannot_be_is_one_line(tmp_path, capsys):
     assert job.main(["--config", "compare_tiny", "--set", "rows=[monolith]"]) == cli.USER_ERROR
     assert "compared with experts" in capsys.readouterr().err
+    assert job.main(["--config", "compare_tiny", "--set", "folder=gss://x/y"]) == cli.USER_ERROR
+    assert "folder: 'gss://x/y' cannot be opened: Protocol not known: gss; write s3://" in capsys.readouterr().err
