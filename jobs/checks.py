@@ -31,7 +31,7 @@ def check(config: RunConfig, name: str, rebuild: Sequence[str] = ()) -> None:
     if name == "embed":
         check_source(config)
         if name in rebuild:
-            _list_source(config)
+            listed_rows(config)
     else:
         try:
             stages.stage(config, name)
@@ -82,10 +82,13 @@ def check_source(config: RunConfig, argument: str = "--set data.source.uri") -> 
             raise ConfigError(f"data.source.{key}: {folder.uri} is a file; name the folder that holds it and the others")
 
 
-def _list_source(config: RunConfig) -> None:
+def listed_rows(config: RunConfig) -> int | None:
+    """The rows that the source lists, of which no picture is read; ``None`` where only reading tells. Raises ConfigError when there is none."""
     from paris_ray.data.sources import open_source
 
-    open_source(config.data).units(config.data.rows_per_part)
+    rows = [unit.rows for unit in open_source(config.data).units(config.data.rows_per_part)]
+    known = [one for one in rows if one is not None]
+    return sum(known) if len(known) == len(rows) else None
 
 
 def check_clusters(config: RunConfig, rebuild: Sequence[str] = ()) -> None:

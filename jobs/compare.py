@@ -15,7 +15,8 @@ import sys
 import time
 from collections.abc import Sequence
 
-from jobs import cli
+from jobs import checks, cli
+from paris_ray import config as configs
 from paris_ray.config import ConfigError
 from paris_ray.evaluation import compare_captions, compare_config, compare_rows
 from paris_ray.evaluation.compare_config import CompareConfig
@@ -43,6 +44,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         config = load(args.config, args.sets)
         if args.dry_run:
             print(compare_cost.text(config))
+            if config.base.expert.resources.price_per_hour is None:
+                print("What that is in money: --set base.expert.resources.price_per_hour=…")
+            print_rows(config)
             return 0
         if args.report_only:
             return report(config)
@@ -64,8 +68,32 @@ def main(argv: Sequence[str] | None = None) -> int:
         return cli.INTERRUPTED
 
 
+def print_rows(compare: CompareConfig) -> None:
+    """Print how many rows are asked for, and how many there are. Raises ConfigError when the source is not there, or has too few for validation."""
+    choose, judge, held_out = (compare.asked(part) for part in compare_captions.PARTS)
+    print(f"Rows asked for: {choose + judge:,} for validation, {choose:,} to choose by and {judge:,} to judge by; {held_out:,} held out.")
+    checks.check_source(compare.base, "--set base.data.source.uri")
+    source, share = compare.base.data.source, compare.base.data.split.validation_rows
+    listed = checks.listed_rows(compare.base)
+    if listed is None:
+        print(f"The source is there; how many rows a {source.kind} has, only reading tells.")
+        return
+    drawn = listed - getattr(source, "unseen", 0)
+    print(f"The source lists {listed:,} rows, of which about {share * drawn:,.0f} are for validation (base.data.split.validation_rows {share:g}).")
+    if share * drawn < choose + judge:
+        raise ConfigError(
+            f"base.data.split.validation_rows is {share:g}, of {drawn:,} rows about {share * drawn:,.0f}, and {choose + judge:,} are asked for; "
+            "raise it or the rows, or lower validation_captions, seen_captions or loss_rows"
+        )
+
+
 def load(source: str, sets: Sequence[str]) -> CompareConfig:
     """The config, with an absolute folder: the processes may have another working directory. Raises ConfigError."""
+    if source in configs.PRESETS:
+        raise ConfigError(
+            f"--config: {source} is a preset of a run, and a comparison has {', '.join(compare_config.PRESETS)}; to compare with that run "
+            f"as its base: --config compare_tiny --set base.preset={source}"
+        )
     config = compare_config.load(source, sets)
     return config.model_copy(update={"folder": open_folder("folder", config.folder).uri})
 
