@@ -6,7 +6,7 @@ import os
 from collections.abc import Sequence
 
 from paris_ray import stages
-from paris_ray.config import ConfigError, RunConfig
+from paris_ray.config import ConfigError, RunConfig, ScenesSource
 from paris_ray.manifest import require
 from paris_ray.opening import open_folder, why
 from paris_ray.storage import Folder
@@ -89,6 +89,15 @@ def listed_rows(config: RunConfig) -> int | None:
     rows = [unit.rows for unit in open_source(config.data).units(config.data.rows_per_part)]
     known = [one for one in rows if one is not None]
     return sum(known) if len(known) == len(rows) else None
+
+
+def expected_rows(config: RunConfig, listed: int) -> dict[str, int]:
+    """How many rows will be for training and for validation, on average, of those that the source lists, if none is refused."""
+    split, held_out = config.data.split, 1 - (1 - config.data.split.held_out_groups) * (1 - config.data.split.held_out_rows)
+    watched = (1 - split.held_out_groups) * split.validation_rows
+    if isinstance(config.data.source, ScenesSource):  # it says itself what is held out
+        listed, held_out, watched = listed - config.data.source.unseen, 0.0, split.validation_rows
+    return {"train": round(listed * (1 - held_out - watched)), "validation": round(listed * watched)}
 
 
 def check_clusters(config: RunConfig, rebuild: Sequence[str] = ()) -> None:

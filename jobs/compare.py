@@ -78,11 +78,11 @@ def print_rows(compare: CompareConfig) -> None:
     if listed is None:
         print(f"The source is there; how many rows a {source.kind} has, only reading tells.")
         return
-    drawn = listed - getattr(source, "unseen", 0)
-    print(f"The source lists {listed:,} rows, of which about {share * drawn:,.0f} are for validation (base.data.split.validation_rows {share:g}).")
-    if share * drawn < choose + judge:
+    there = checks.expected_rows(compare.base, listed)["validation"]
+    print(f"The source lists {listed:,} rows, of which about {there:,} are for validation (base.data.split.validation_rows {share:g}).")
+    if there < choose + judge:
         raise ConfigError(
-            f"base.data.split.validation_rows is {share:g}, of {drawn:,} rows about {share * drawn:,.0f}, and {choose + judge:,} are asked for; "
+            f"base.data.split.validation_rows is {share:g}, of {listed:,} rows about {there:,}, and {choose + judge:,} are asked for; "
             "raise it or the rows, or lower validation_captions, seen_captions or loss_rows"
         )
 

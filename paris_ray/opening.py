@@ -1,10 +1,15 @@
-"""Folders that somebody names: opened, or refused with what their store said and what to do. Imports nothing heavy."""
+"""Folders and files that somebody names: opened, or refused with what their store said and what to do. Imports nothing heavy."""
 
 from __future__ import annotations
 
+import os
 import re
-from typing import TYPE_CHECKING
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
 
+import yaml
+
+from paris_ray.config_errors import nearest
 from paris_ray.strict import ConfigError
 
 if TYPE_CHECKING:
@@ -47,3 +52,42 @@ def absolute(uri: str) -> str:
     from paris_ray.storage import Folder
 
     return uri.rstrip("/") if "://" in uri and not uri.startswith("file://") else Folder(uri).uri
+
+
+def read_yaml(source: str, key: str, presets: Iterable[str] = ()) -> dict[str, Any]:
+    """The keys and values of a YAML file, local or in a store.
+
+    Args:
+        source: its path or URI.
+        key: the setting or argument that names it.
+        presets: what could have been named in its place.
+
+    Raises:
+        ConfigError: it is not there, cannot be read, or holds something else.
+    """
+    parent, name = os.path.split(source)
+    folder = open_folder(key, parent or ".")
+    try:
+        text = folder.read_bytes(name)
+    except (FileNotFoundError, IsADirectoryError) as error:
+        if "://" in source:
+            raise ConfigError(f"{key}: {source!r} does not exist; look at the names of bucket and file") from error
+        if not presets:
+            raise ConfigError(f"{key}: {source!r} is not a readable file") from error
+        hint = nearest(source, presets) if not parent else ""
+        raise ConfigError(f"{key}: {source!r} is neither a preset ({', '.join(presets)}) nor a readable file.{hint}") from error
+    except Exception as error:  # whatever a store's library raises is what there is to say
+        raise ConfigError(f"{key}: {source!r} cannot be read: {why(error)}") from error
+    try:
+        tree = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{key}: {source} is not valid YAML: {_where(error)}") from error
+    if not isinstance(tree, dict):
+        raise ConfigError(f"{key}: {source} must hold keys and values, not {type(tree).__name__}")
+    return tree
+
+
+def _where(error: yaml.YAMLError) -> str:
+    """An error of YAML in a line."""
+    mark = getattr(error, "problem_mark", None)
+    return f"line {mark.line + 1}, column {mark.column + 1}: {error.problem}" if mark else " ".join(str(error).split())  # type: ignore[attr-defined]

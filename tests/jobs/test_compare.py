@@ -247,8 +247,8 @@ def pictures(folder, count):
     ("rows", "code", "said"),
     [
         (None, 2, "data.source.uri: {there} does not exist; name what holds the images and captions, --set base.data.source.uri=…"),
-        (100, 2, "base.data.split.validation_rows is 0.25, of 100 rows about 25, and 30 are asked for; raise it"),
-        (200, 0, "The source lists 200 rows, of which about 50 are for validation (base.data.split.validation_rows 0.25)."),
+        (100, 2, "base.data.split.validation_rows is 0.25, of 100 rows about 24, and 30 are asked for; raise it"),
+        (200, 0, "The source lists 200 rows, of which about 48 are for validation (base.data.split.validation_rows 0.25)."),
     ],
 )
 def test_the_plan_looks_at_the_data(tmp_path, capsys, rows, code, said):
