@@ -20,7 +20,7 @@ from paris_ray.config import ConfigError, RunConfig
 from paris_ray.data.report import cost
 from paris_ray.diffusion.routing import Routing
 from paris_ray.manifest import Lock, LockedError, StaleError, Status
-from paris_ray.opening import absolute, open_folder, why
+from paris_ray.opening import absolute, heard, open_folder, why
 from paris_ray.storage import Folder
 
 CONFIG = "config.yaml"
@@ -54,10 +54,11 @@ def run(parser: argparse.ArgumentParser, action: Action, argv: Sequence[str] | N
     name = stage if isinstance(stage, str) else stage(args)
     try:
         config = load(args, [name])
-        if args.dry_run:
-            print_plan(config, args.rebuild)
-            return 0
-        checks.check(config, name, args.rebuild)
+        with heard("run_dir", config.run_dir):
+            if args.dry_run:
+                print_plan(config, args.rebuild)
+                return 0
+            checks.check(config, name, args.rebuild)
         with config_of_run(config, name, args.rebuild), Lock(stages.folder(config, name), f"the stage {name}", wait=LOCK_SECONDS):
             if name in args.rebuild:
                 clear(config, name)
@@ -252,8 +253,9 @@ def written_config(config: RunConfig) -> bytes | None:
 @contextlib.contextmanager
 def config_of_run(config: RunConfig, name: str, rebuild: Sequence[str] = ()) -> Iterator[None]:
     """:func:`write_config`; when settings are refused before the stage has made anything, what was there before is put back."""
-    before = written_config(config)
-    write_config(config, rebuild)
+    with heard("run_dir", config.run_dir):
+        before = written_config(config)
+        write_config(config, rebuild)
     try:
         yield
     except ConfigError:

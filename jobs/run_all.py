@@ -25,6 +25,7 @@ from paris_ray import stages
 from paris_ray.config import ConfigError, RunConfig
 from paris_ray.config_errors import nearest
 from paris_ray.manifest import Lock, LockedError, StaleError
+from paris_ray.opening import heard
 from paris_ray.progress import clock
 from paris_ray.storage import Folder
 
@@ -124,7 +125,9 @@ def print_goodput(config: RunConfig) -> None:
 
 def check_source(config: RunConfig, rebuild: Sequence[str] = ()) -> None:
     """Raise ConfigError when the folder of images is not there and has yet to be read."""
-    if "embed" in rebuild or cli.status(config, "embed").state != "valid":
+    with heard("run_dir", config.run_dir):
+        made = "embed" not in rebuild and cli.status(config, "embed").state == "valid"
+    if not made:
         checks.check_source(config)
 
 

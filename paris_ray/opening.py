@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import yaml
@@ -45,6 +46,19 @@ def open_folder(key: str, uri: str) -> Folder:
         return Folder(uri)
     except Exception as error:  # whatever a store's library raises is what there is to say
         raise ConfigError(f"{key}: {uri!r} cannot be opened: {why(error)}") from None
+
+
+@contextlib.contextmanager
+def heard(key: str, uri: str) -> Iterator[None]:
+    """While a job looks at a folder of a store before it does anything: what the store says is a ConfigError; that a file is missing is not."""
+    try:
+        yield
+    except FileNotFoundError:
+        raise
+    except OSError as error:
+        if "://" not in uri:
+            raise
+        raise ConfigError(f"{key}: {uri} cannot be read: {why(error)}") from None
 
 
 def absolute(uri: str) -> str:
