@@ -6,8 +6,9 @@ import os
 from collections.abc import Sequence
 
 from paris_ray import stages
-from paris_ray.config import ConfigError, RunConfig
+from paris_ray.config import ConfigError, RunConfig, ScenesSource
 from paris_ray.manifest import require
+from paris_ray.opening import open_folder, why
 from paris_ray.storage import Folder
 
 
@@ -30,7 +31,7 @@ def check(config: RunConfig, name: str, rebuild: Sequence[str] = ()) -> None:
     if name == "embed":
         check_source(config)
         if name in rebuild:
-            _list_source(config)
+            listed_rows(config)
     else:
         try:
             stages.stage(config, name)
@@ -70,21 +71,33 @@ def check_source(config: RunConfig, argument: str = "--set data.source.uri") -> 
         uri = getattr(source, key, None)
         if uri is None:
             continue
+        folder = open_folder(f"data.source.{key}", uri)
         try:
-            folder = Folder(uri)
             there, is_file = folder.exists(), folder.is_file()
-        except (ValueError, ImportError, OSError) as error:
-            raise ConfigError(f"data.source.{key}: {uri!r} cannot be opened: {_one_line(error)}; {remedy}") from None
+        except Exception as error:  # whatever a store's library raises is what there is to say
+            raise ConfigError(f"data.source.{key}: {uri!r} cannot be opened: {why(error)}; {remedy}") from None
         if not there:
             raise ConfigError(f"data.source.{key}: {folder.uri} does not exist; {remedy}")
         if is_file and (source.kind == "folder" or key == "images"):
             raise ConfigError(f"data.source.{key}: {folder.uri} is a file; name the folder that holds it and the others")
 
 
-def _list_source(config: RunConfig) -> None:
+def listed_rows(config: RunConfig) -> int | None:
+    """The rows that the source lists, of which no picture is read; ``None`` where only reading tells. Raises ConfigError when there is none."""
     from paris_ray.data.sources import open_source
 
-    open_source(config.data).units(config.data.rows_per_part)
+    rows = [unit.rows for unit in open_source(config.data).units(config.data.rows_per_part)]
+    known = [one for one in rows if one is not None]
+    return sum(known) if len(known) == len(rows) else None
+
+
+def expected_rows(config: RunConfig, listed: int) -> dict[str, int]:
+    """How many rows will be for training and for validation, on average, of those that the source lists, if none is refused."""
+    split, held_out = config.data.split, 1 - (1 - config.data.split.held_out_groups) * (1 - config.data.split.held_out_rows)
+    watched = (1 - split.held_out_groups) * split.validation_rows
+    if isinstance(config.data.source, ScenesSource):  # it says itself what is held out
+        listed, held_out, watched = listed - config.data.source.unseen, 0.0, split.validation_rows
+    return {"train": round(listed * (1 - held_out - watched)), "validation": round(listed * watched)}
 
 
 def check_clusters(config: RunConfig, rebuild: Sequence[str] = ()) -> None:
@@ -99,7 +112,3 @@ def check_clusters(config: RunConfig, rebuild: Sequence[str] = ()) -> None:
     train = corpus.manifest["counts"].get("splits", {}).get("train")
     if train is not None:
         config.check_train_rows(train)
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())

@@ -20,6 +20,7 @@ from paris_ray.config import ConfigError, RunConfig
 from paris_ray.data.report import cost
 from paris_ray.diffusion.routing import Routing
 from paris_ray.manifest import Lock, LockedError, StaleError, Status
+from paris_ray.opening import absolute, heard, open_folder, why
 from paris_ray.storage import Folder
 
 CONFIG = "config.yaml"
@@ -53,10 +54,11 @@ def run(parser: argparse.ArgumentParser, action: Action, argv: Sequence[str] | N
     name = stage if isinstance(stage, str) else stage(args)
     try:
         config = load(args, [name])
-        if args.dry_run:
-            print_plan(config, args.rebuild)
-            return 0
-        checks.check(config, name, args.rebuild)
+        with heard("run_dir", config.run_dir):
+            if args.dry_run:
+                print_plan(config, args.rebuild)
+                return 0
+            checks.check(config, name, args.rebuild)
         with config_of_run(config, name, args.rebuild), Lock(stages.folder(config, name), f"the stage {name}", wait=LOCK_SECONDS):
             if name in args.rebuild:
                 clear(config, name)
@@ -73,20 +75,20 @@ def complain(parser: argparse.ArgumentParser, error: Exception) -> int:
     return USER_ERROR
 
 
-def load(args: argparse.Namespace, stages_named: Sequence[str] = ()) -> RunConfig:
+def load(args: argparse.Namespace, stages_named: Sequence[str] = (), opened: bool = True) -> RunConfig:
     """The run's config from the arguments, with local paths made absolute: workers have another working directory.
+
+    Args:
+        args: those of :func:`paris_ray.config.add_arguments`.
+        stages_named: by other arguments.
+        opened: whether the run directory's store must open.
 
     Raises:
         ConfigError: also for a stage, in ``stages_named`` or ``--rebuild``, that the run does not have.
     """
     config = configs.load(args.config, args.sets)
     tree = config.model_dump(mode="json")
-    try:
-        tree["run_dir"] = Folder(config.run_dir).uri
-    except (ValueError, ImportError, OSError) as error:
-        raise ConfigError(
-            f"run_dir: {config.run_dir!r} cannot be opened: {error}; give a local folder, or a URI whose file system is installed"
-        ) from None
+    tree["run_dir"] = open_folder("run_dir", config.run_dir).uri if opened else absolute(config.run_dir)
     try:
         Routing.parse(config.sampling.routing, config.num_experts)
     except ValueError as error:
@@ -174,11 +176,11 @@ def status(config: RunConfig, name: str) -> Status:
 PLAN = {"absent": "run", "partial": "resume", "valid": "skip", "stale": "refuse", "damaged": "refuse", "waiting": "run after its parents"}
 
 
-def print_plan(config: RunConfig, rebuild: Sequence[str] = ()) -> None:
-    """Print the resolved config, what each stage would do, and what training would cost."""
+def print_plan(config: RunConfig, rebuild: Sequence[str] = (), names: Sequence[str] | None = None) -> None:
+    """Print the resolved config, what each stage, or each of ``names``, would do, and what training would cost."""
     print(configs.dump(config))
     print(f"{'stage':<16}{'found':<10}would")
-    for name in [*stages.names(config), "evaluate"]:
+    for name in names or [*stages.names(config), "evaluate"]:
         found, would, problem = status(config, name), "", ""
         if name == "partition":
             try:
@@ -237,7 +239,7 @@ def write_config(config: RunConfig, rebuild: Sequence[str] = ()) -> None:
     try:
         run.write_bytes(CONFIG, text)
     except OSError as error:
-        raise ConfigError(f"run_dir: {run.uri} cannot be written to ({error}); name a folder where you may write, --set run_dir=…") from None
+        raise ConfigError(f"run_dir: {run.uri} cannot be written to: {why(error)}; or name another one, --set run_dir=…") from None
 
 
 def written_config(config: RunConfig) -> bytes | None:
@@ -251,8 +253,9 @@ def written_config(config: RunConfig) -> bytes | None:
 @contextlib.contextmanager
 def config_of_run(config: RunConfig, name: str, rebuild: Sequence[str] = ()) -> Iterator[None]:
     """:func:`write_config`; when settings are refused before the stage has made anything, what was there before is put back."""
-    before = written_config(config)
-    write_config(config, rebuild)
+    with heard("run_dir", config.run_dir):
+        before = written_config(config)
+        write_config(config, rebuild)
     try:
         yield
     except ConfigError:
@@ -288,9 +291,18 @@ def clear(config: RunConfig, name: str) -> None:
 
 
 def connect() -> None:
-    """Connect to the cluster that ``RAY_ADDRESS`` names (a submitted job has it), or start Ray in this process."""
+    """Connect to the cluster that ``RAY_ADDRESS`` names (a submitted job has it), or start Ray in this process.
+
+    Raises:
+        ConfigError: it names a dashboard, which only takes jobs.
+    """
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     address = os.environ.get("RAY_ADDRESS")
+    if address and address.startswith(("http://", "https://")):
+        raise ConfigError(
+            f"RAY_ADDRESS is {address}, a dashboard, which takes jobs: send this there with `ray job submit -- python -m …`, or all stages with "
+            "jobs.run_all --address; to run it on this machine, unset RAY_ADDRESS"
+        )
     if not address and "RAY_AUTH_MODE" not in os.environ:
         # Left unset, a new local cluster would write a token to the home folder and change how later clusters start.
         os.environ["RAY_AUTH_MODE"] = "token"

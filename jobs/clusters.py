@@ -15,9 +15,9 @@ from typing import Any
 
 from jobs.local_cluster import PROJECT, LocalCluster
 from paris_ray.config import ConfigError, RunConfig
+from paris_ray.opening import absolute
 from paris_ray.progress import clock
 from paris_ray.resources import HERE
-from paris_ray.storage import Folder
 
 FIRST_SECONDS, LAST_SECONDS = 1.0, 15.0
 """After how long a cluster that does not answer is asked again: at first, and at last; twice as long each time."""
@@ -193,7 +193,7 @@ def here(config: RunConfig, where: LocalCluster | str) -> Cluster:
         except AuthenticationError as error:
             raise ConfigError(f"--address: {address} wants its token: RAY_AUTH_MODE=token and RAY_AUTH_TOKEN_PATH=FILE in the environment") from error
 
-    run_dir = Folder(config.run_dir).uri
+    run_dir = absolute(config.run_dir)
     return Cluster(HERE, connect, run_dir, shlex.quote(sys.executable) if ours else "python", None if ours else _project(config))
 
 
@@ -219,7 +219,7 @@ def other(config: RunConfig, name: str) -> Cluster:
             ) from None
 
     runtime_env = _project(config) if spec.image is None else {"image_uri": spec.image}
-    return Cluster(name, connect, spec.storage or Folder(config.run_dir).uri, runtime_env=runtime_env)
+    return Cluster(name, connect, spec.storage or absolute(config.run_dir), runtime_env=runtime_env)
 
 
 def _project(config: RunConfig) -> dict[str, Any] | None:

@@ -15,11 +15,13 @@ import sys
 import time
 from collections.abc import Sequence
 
-from jobs import cli
+from jobs import checks, cli
+from paris_ray import config as configs
 from paris_ray.config import ConfigError
 from paris_ray.evaluation import compare_captions, compare_config, compare_rows
 from paris_ray.evaluation.compare_config import CompareConfig
 from paris_ray.manifest import Lock, LockedError, StaleError, published
+from paris_ray.opening import open_folder
 from paris_ray.storage import Folder, link_all
 
 
@@ -42,6 +44,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         config = load(args.config, args.sets)
         if args.dry_run:
             print(compare_cost.text(config))
+            if config.base.expert.resources.price_per_hour is None:
+                print("What that is in money: --set base.expert.resources.price_per_hour=…")
+            print_rows(config)
             return 0
         if args.report_only:
             return report(config)
@@ -63,10 +68,34 @@ def main(argv: Sequence[str] | None = None) -> int:
         return cli.INTERRUPTED
 
 
+def print_rows(compare: CompareConfig) -> None:
+    """Print how many rows are asked for, and how many there are. Raises ConfigError when the source is not there, or has too few for validation."""
+    choose, judge, held_out = (compare.asked(part) for part in compare_captions.PARTS)
+    print(f"Rows asked for: {choose + judge:,} for validation, {choose:,} to choose by and {judge:,} to judge by; {held_out:,} held out.")
+    checks.check_source(compare.base, "--set base.data.source.uri")
+    source, share = compare.base.data.source, compare.base.data.split.validation_rows
+    listed = checks.listed_rows(compare.base)
+    if listed is None:
+        print(f"The source is there; how many rows a {source.kind} has, only reading tells.")
+        return
+    there = checks.expected_rows(compare.base, listed)["validation"]
+    print(f"The source lists {listed:,} rows, of which about {there:,} are for validation (base.data.split.validation_rows {share:g}).")
+    if there < choose + judge:
+        raise ConfigError(
+            f"base.data.split.validation_rows is {share:g}, of {listed:,} rows about {there:,}, and {choose + judge:,} are asked for; "
+            "raise it or the rows, or lower validation_captions, seen_captions or loss_rows"
+        )
+
+
 def load(source: str, sets: Sequence[str]) -> CompareConfig:
     """The config, with an absolute folder: the processes may have another working directory. Raises ConfigError."""
+    if source in configs.PRESETS:
+        raise ConfigError(
+            f"--config: {source} is a preset of a run, and a comparison has {', '.join(compare_config.PRESETS)}; to compare with that run "
+            f"as its base: --config compare_tiny --set base.preset={source}"
+        )
     config = compare_config.load(source, sets)
-    return config.model_copy(update={"folder": Folder(config.folder).uri})
+    return config.model_copy(update={"folder": open_folder("folder", config.folder).uri})
 
 
 def cut(compare: CompareConfig) -> None:

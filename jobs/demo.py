@@ -26,6 +26,7 @@ from paris_ray import config as configs
 from paris_ray import stages
 from paris_ray.config import ConfigError, RunConfig
 from paris_ray.manifest import Lock, LockedError, StaleError
+from paris_ray.opening import heard
 from paris_ray.progress import clock
 from paris_ray.storage import Folder
 
@@ -46,10 +47,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         _watch_parent(args.end_with_parent)
     try:
         config = cli.load(args)
-        if args.dry_run:
-            cli.print_plan(config)
-            return 0
-        if not args.rebuild and _complete(config):
+        with heard("run_dir", config.run_dir):
+            if args.dry_run:
+                cli.print_plan(config)
+                return 0
+            complete = not args.rebuild and _complete(config)
+        if complete:
             if not Folder(config.run_dir).exists(REPORT):
                 _write_report(config)
             _farewell(config, "is complete already")

@@ -29,8 +29,8 @@ from jobs.clusters import ENDED, AwayError, Cluster
 from jobs.findings import Facts, Finding, clouds
 from paris_ray import config as configs
 from paris_ray.config import ConfigError, RunConfig
+from paris_ray.opening import absolute
 from paris_ray.resources import HERE
-from paris_ray.storage import Folder
 
 JOB_SECONDS = 600.0
 """How long a cluster may take to tell its facts."""
@@ -57,7 +57,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise ConfigError("--set: there is nothing to change without --config")
         if args.address is not None and not is_url(args.address):
             raise ConfigError(f"--address: {args.address!r} is no URL of a Ray dashboard; give the one that `ray start` printed: http://HOST:8265")
-        config = cli.load(args) if args.config else None
+        config = cli.load(args, opened=False) if args.config else None  # what its store says is a finding
         found = judge(gather(config, args.address))
     except ConfigError as error:
         return cli.complain(parser, error)
@@ -96,10 +96,12 @@ def gather(config: RunConfig | None, address: str | None) -> Facts:
     Raises:
         ConfigError: nobody answers at ``address``, or it refuses our token.
     """
-    run_dir = Folder(config.run_dir).uri if config else None
+    run_dir = absolute(config.run_dir) if config else None
     found = Facts(config=config, address=address, here=facts.node())
     found.token = None if (path := access_facts.token_file()) is None else access_facts.token_of_file(path)
     if run_dir is not None:
+        if "://" in run_dir:
+            print(f"doctor: asking {run_dir}, which takes a minute or two where nobody answers", file=sys.stderr, flush=True)
         found.stores["here"] = store_facts.store(run_dir)
     if address is None:
         serve = [config.serve.port] if config else []

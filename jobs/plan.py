@@ -3,7 +3,8 @@
     python -m jobs.plan --config RUN/config.yaml                            # measures this machine: the run's own training steps
     python -m jobs.plan --config RUN/config.yaml --machines machines.yaml   # trains nothing
 
-Needs the run's encoders and clusters. What is measured is printed as a table of machines, to be edited and given with ``--machines``.
+Before there are clusters, with ``--machines``, equal shares of the rows are assumed. To measure, the run's encoders and clusters are needed; what was
+measured is printed as a table of machines, to be edited and given with ``--machines``.
 """
 
 from __future__ import annotations
@@ -11,14 +12,16 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
+from typing import Any
 
 import yaml
 
-from jobs import cli
+from jobs import checks, cli
 from paris_ray import config as configs
 from paris_ray import stages
 from paris_ray.config import ConfigError, RunConfig
 from paris_ray.data.report.cost import time_text
+from paris_ray.evaluation.matching import inputs_of
 from paris_ray.manifest import StaleError
 from paris_ray.storage import Folder
 from paris_ray.training import plan
@@ -34,15 +37,63 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     try:
         config = cli.load(args)
-        sizes, encoders = stages.cluster_sizes(config), Folder(config.run_dir).read_json("encoders/encoders.json")
-        if len(sizes) != config.num_experts:
-            raise StaleError(f"the clusters are of {len(sizes)} experts, the config has {config.num_experts}; make them anew, or set experts")
-        found = plan.trainings(config, sizes, encoders)
-        machines = configs.read(MachineTable, args.machines).machines if args.machines else (measured(config),)
-        print(text(plan.make(found, machines), args.equal_hours))
+        table = configs.read(MachineTable, args.machines, "--machines").machines if args.machines else None
+        rows = rows_of(config) if table else stages.cluster_sizes(config)
+        if len(rows) != config.num_experts:
+            raise StaleError(f"the clusters are of {len(rows)} experts, the config has {config.num_experts}; make them anew, or set experts")
+        found = plan.trainings(config, rows, encoders_of(config))
+        print(text(plan.make(found, table or (measured(config),)), args.equal_hours))
     except (ConfigError, StaleError, FileNotFoundError) as error:
         return cli.complain(parser, error)
     return 0
+
+
+def rows_of(config: RunConfig) -> list[int]:
+    """Train rows of each expert; before there are clusters, equal shares of the corpus, or of what the source lists, which is said.
+
+    Raises:
+        ConfigError: a training counts passes over its rows, and nobody knows how many there are.
+    """
+    try:
+        return stages.cluster_sizes(config)
+    except FileNotFoundError:
+        pass
+    parts = {"router": config.router, **{f"experts.{k}": one for k, one in enumerate(config.experts)}}
+    counting = [name for name, one in parts.items() if one.train.images is None]
+    corpus = stages.status(config, "embed").manifest
+    if corpus is not None:
+        total, of = int(corpus["counts"]["splits"]["train"]), "the corpus has"
+    elif counting:
+        total, of = _listed(config, counting), "the source lists, as far as none is refused"
+    else:
+        total, of = config.num_experts, ""
+    print("There are no clusters yet; counted with equal ones" + (f" of the {total:,} rows for training that {of}.\n" if of else ".\n"))
+    return [max(1, total // config.num_experts)] * config.num_experts
+
+
+def _listed(config: RunConfig, counting: Sequence[str]) -> int:
+    """Rows for training, on average, of a source that has not been read."""
+    remedy = f"passes over rows are counted by {', '.join(counting)}; say how many images instead, --set {counting[0]}.train.images=…, or run embed"
+    try:
+        checks.check_source(config)
+        listed = checks.listed_rows(config)
+    except ConfigError as error:
+        raise ConfigError(f"{error}; {remedy}") from None
+    if listed is None:
+        raise ConfigError(f"data.source: how many rows a {config.data.source.kind} has, only reading tells; {remedy}")
+    return checks.expected_rows(config, listed)["train"]
+
+
+def encoders_of(config: RunConfig) -> dict[str, Any]:
+    """What the networks read; before there are encoders, what those of the config have."""
+    try:
+        return dict(Folder(config.run_dir).read_json("encoders/encoders.json"))
+    except FileNotFoundError:
+        inputs = inputs_of(config)
+        return {
+            "codec": {"channels": inputs.channels, "latent_size": inputs.side},
+            "text": {"max_length": inputs.text_tokens, "width": inputs.text_width},
+        }
 
 
 def measured(config: RunConfig) -> Devices:

@@ -2,6 +2,7 @@
 
 python -m jobs.run_all --config demo
 python -m jobs.run_all --config RUN/config.yaml --address http://head:8265
+python -m jobs.run_all --config RUN/config.yaml --address http://head:8265 --until partition   # then look at the clusters
 
 Without an address a Ray cluster is started on this machine for as long as the run takes. Experts whose `cluster` is one of the config's `clusters`
 are trained there. The same command again skips what is done, follows what is running in any of them, and resumes what was cut off.
@@ -22,7 +23,9 @@ from jobs.runner import ClusterLostError, CostReachedError, Runner
 from paris_ray import config as configs
 from paris_ray import stages
 from paris_ray.config import ConfigError, RunConfig
+from paris_ray.config_errors import nearest
 from paris_ray.manifest import Lock, LockedError, StaleError
+from paris_ray.opening import heard
 from paris_ray.progress import clock
 from paris_ray.storage import Folder
 
@@ -32,6 +35,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m jobs.run_all", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     configs.add_arguments(parser)
     parser.add_argument("--address", help="URL of a Ray dashboard, http://HOST:8265; default: a cluster of our own on this machine")
+    parser.add_argument("--until", metavar="STAGE", help="only this stage and what it needs; the same command without it goes on")
     parser.add_argument("--retries", type=int, default=1, metavar="N", help="how often a failed job is tried again (default 1)")
     parser.add_argument(
         "--max-cost",
@@ -44,19 +48,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     exit_on_signals()
     try:
         config = cli.load(args)
+        names = wanted(config, args.until)
         check_source(config, args.rebuild)
         if args.max_cost is not None:
             check_prices(config)
         if args.dry_run:
-            cli.print_plan(config, args.rebuild)
+            cli.print_plan(config, args.rebuild, None if args.until is None else names)
             return 0
         checks.check_run_dir(config)
         with Lock(Folder(config.run_dir), "run_all"):
             prepare(config, args.rebuild)
-            if not args.rebuild and finished(config):
-                print(f"{config.name}: all stages are done, nothing to do; the model is in {stages.folder(config, 'assemble').uri}")
+            if not args.rebuild and finished(config, names):
+                print(farewell(config, args.until, "nothing to do; "))
                 return 0
-            return _run(config, args)
+            return _run(config, names, args)
     except (ConfigError, StaleError, LockedError) as error:
         return cli.complain(parser, error)
     except (ClusterError, ClusterLostError) as error:
@@ -69,7 +74,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return cli.INTERRUPTED
 
 
-def _run(config: RunConfig, args: argparse.Namespace) -> int:
+def _run(config: RunConfig, names: Sequence[str], args: argparse.Namespace) -> int:
     with ExitStack() as stack:
         cluster = None
         if args.address is None:
@@ -79,7 +84,7 @@ def _run(config: RunConfig, args: argparse.Namespace) -> int:
                 stack.callback(cluster.stop)
         runner = make_runner(config, cluster or args.address, retries=args.retries, rebuild=args.rebuild, max_cost=args.max_cost)
         try:
-            if not follow(runner, stages.names(config), detach=args.detach):
+            if not follow(runner, names, detach=args.detach):
                 return 1
         except KeyboardInterrupt:
             if args.detach:
@@ -87,8 +92,26 @@ def _run(config: RunConfig, args: argparse.Namespace) -> int:
             raise
         finally:
             print_goodput(config)
-    print(f"{config.name}: all stages are done; the model is in {stages.folder(config, 'assemble').uri}")
+    print(farewell(config, args.until))
     return 0
+
+
+def wanted(config: RunConfig, until: str | None) -> list[str]:
+    """The stages to run, parents first: all, or one and what it needs. Raises ConfigError when there is no such stage."""
+    names = stages.names(config)
+    if until is None:
+        return names
+    if until not in names:
+        raise ConfigError(f"--until: {until!r} is not a stage of this run.{nearest(until, names)} Known: {', '.join(names)}")
+    return [name for name in names if name == until or _descends(config, until, [name])]
+
+
+def farewell(config: RunConfig, until: str | None, more: str = "") -> str:
+    """What is done, and where to look at it."""
+    if until is None:
+        return f"{config.name}: all stages are done; {more}the model is in {stages.folder(config, 'assemble').uri}"
+    look = f"the clusters to look at, and what training will cost: {stages.folder(config, until).uri}/report.html; " if until == "partition" else ""
+    return f"{config.name}: {until} is done; {more}{look}the same command without --until goes on"
 
 
 def print_goodput(config: RunConfig) -> None:
@@ -102,7 +125,9 @@ def print_goodput(config: RunConfig) -> None:
 
 def check_source(config: RunConfig, rebuild: Sequence[str] = ()) -> None:
     """Raise ConfigError when the folder of images is not there and has yet to be read."""
-    if "embed" in rebuild or cli.status(config, "embed").state != "valid":
+    with heard("run_dir", config.run_dir):
+        made = "embed" not in rebuild and cli.status(config, "embed").state == "valid"
+    if not made:
         checks.check_source(config)
 
 
@@ -137,9 +162,9 @@ def _descends(config: RunConfig, name: str, ancestors: Sequence[str]) -> bool:
     return any(parent in ancestors or _descends(config, parent, ancestors) for parent in stages.parents(config, name))
 
 
-def finished(config: RunConfig) -> bool:
-    """Whether all stages are valid."""
-    return all(cli.status(config, name).state == "valid" for name in stages.names(config))
+def finished(config: RunConfig, names: Sequence[str]) -> bool:
+    """Whether these stages are valid."""
+    return all(cli.status(config, name).state == "valid" for name in names)
 
 
 def local_folder(config: RunConfig) -> str:

@@ -19,6 +19,7 @@ from jobs import cli
 from paris_ray import config as configs
 from paris_ray import stages
 from paris_ray.config import ConfigError, RunConfig
+from paris_ray.opening import heard
 from paris_ray.progress import clock, counted
 from paris_ray.storage import Folder
 from paris_ray.training.machines import QUEUED, bill
@@ -40,11 +41,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--json", action="store_true", help="one object a line, for programs")
     args = parser.parse_args(argv)
     try:
-        config = cli.load(args)
+        config, now = cli.load(args), time.time()
+        with heard("run_dir", config.run_dir):
+            found = [look(config, name, now) for name in [*stages.names(config), "evaluate"]]
     except ConfigError as error:
         return cli.complain(parser, error)
-    now = time.time()
-    found = [look(config, name, now) for name in [*stages.names(config), "evaluate"]]
     if args.json:
         print("\n".join(json.dumps(one) for one in found))
     else:

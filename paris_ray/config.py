@@ -7,7 +7,6 @@ written in full to ``RUN/config.yaml``, which every job then reads. Each stage d
 from __future__ import annotations
 
 import argparse
-import os
 from collections.abc import Callable, Iterable, Mapping
 from typing import Annotated, Any, Literal, TypeVar
 
@@ -39,6 +38,7 @@ from paris_ray.data_config import (  # noqa: F401, the whole schema can be had f
     VaeCodec,
     WebdatasetSource,
 )
+from paris_ray.opening import read_yaml
 from paris_ray.placement import Placement, serve_groups
 from paris_ray.presets import PRESETS
 from paris_ray.resources import HERE, ClusterConfig, Resources  # noqa: F401
@@ -297,7 +297,7 @@ def tree(
     if source in presets:
         found = presets[source]()
     else:
-        found = _read_yaml(source, presets)
+        found = read_yaml(source, "config", presets)
         if (preset := found.pop("preset", None)) is not None:
             if preset not in presets:
                 raise ConfigError(f"{source}: preset {preset!r} does not exist.{nearest(str(preset), presets)} Known: {', '.join(presets)}")
@@ -327,10 +327,10 @@ def build(tree: dict[str, Any]) -> RunConfig:
 T = TypeVar("T", bound=BaseModel)
 
 
-def read(schema: type[T], source: str) -> T:
-    """A YAML file with another schema than a run's. Raises ConfigError as :func:`load` does."""
+def read(schema: type[T], source: str, key: str) -> T:
+    """A YAML file with another schema than a run's, which an argument ``key`` names. Raises ConfigError as :func:`load` does."""
     try:
-        return schema.model_validate(_read_yaml(source))
+        return schema.model_validate(read_yaml(source, key))
     except pydantic.ValidationError as error:
         raise ConfigError(explain(error, schema, source)) from None
 
@@ -370,30 +370,6 @@ def overlay(base: dict[str, Any], overlay: dict[str, Any]) -> dict[str, Any]:
         overlay = {**overlay, "experts": specs}
     merged: dict[str, Any] = merge(base, overlay)
     return merged
-
-
-def _read_yaml(source: str, presets: Iterable[str] = PRESETS) -> dict[str, Any]:
-    from paris_ray.storage import Folder
-
-    parent, name = os.path.split(source)
-    try:
-        text = Folder(parent or ".").read_bytes(name)
-    except (FileNotFoundError, IsADirectoryError, OSError) as error:
-        hint = nearest(source, presets) if not parent else ""
-        raise ConfigError(f"config: {source!r} is neither a preset ({', '.join(presets)}) nor a readable file.{hint}") from error
-    try:
-        tree = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise ConfigError(f"config: {source} is not valid YAML: {_where(error)}") from error
-    if not isinstance(tree, dict):
-        raise ConfigError(f"config: {source} must hold keys and values, not {type(tree).__name__}")
-    return tree
-
-
-def _where(error: yaml.YAMLError) -> str:
-    """An error of YAML in a line."""
-    mark = getattr(error, "problem_mark", None)
-    return f"line {mark.line + 1}, column {mark.column + 1}: {error.problem}" if mark else " ".join(str(error).split())  # type: ignore[attr-defined]
 
 
 def add_arguments(parser: argparse.ArgumentParser, works: bool = True, required: bool = True) -> None:

@@ -35,7 +35,8 @@ class Machine(Strict):
 def in_words(amounts: dict[str, float], accelerator_type: str | None, labels: dict[str, str]) -> str:
     """What is asked of a machine, for people."""
     parts = [f"{amount:g} {name}" for name, amount in amounts.items() if amount]
-    return ", ".join([*parts, *([accelerator_type] if accelerator_type else []), *(f"label {key}={value}" for key, value in labels.items())])
+    selectors = [f"label {key} not {value[1:]}" if value.startswith("!") else f"label {key}={value}" for key, value in labels.items()]
+    return ", ".join([*parts, *([accelerator_type] if accelerator_type else []), *selectors])
 
 
 class Resources(Machine):
@@ -47,15 +48,17 @@ class Resources(Machine):
     max_failures: Annotated[int, Field(ge=-1)] = 3
     # After so many minutes without room for the workers this is said, and the fallback is asked for instead.
     wait_minutes: Annotated[float, Field(gt=0)] = 15.0
-    # Another machine for each worker, such as one that is not taken away; what it does not say is as above.
+    # Another machine for each worker, such as one that is not taken away; what it does not say is as above, each label for itself ({}: no label).
     fallback: Machine | None = None
 
     @model_validator(mode="before")
     @classmethod
     def _inherit(cls, value: Any) -> Any:
         if isinstance(value, dict) and isinstance(value.get("fallback"), dict):
-            first = {key: value[key] for key in Machine.model_fields if key in value}
-            return {**value, "fallback": {**first, **value["fallback"]}}
+            first, other = {key: value[key] for key in Machine.model_fields if key in value}, value["fallback"]
+            if isinstance(labels := other.get("labels"), dict) and labels and isinstance(first.get("labels"), dict):
+                other = {**other, "labels": {**first["labels"], **labels}}
+            return {**value, "fallback": {**first, **other}}
         return value
 
     @model_validator(mode="after")

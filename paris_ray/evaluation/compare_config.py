@@ -239,7 +239,8 @@ def compare_paper() -> dict[str, Any]:
     its own tables hold addresses only.
     """
     base = paris_b2()
-    expert = {**base["expert"], "train": {**base["expert"]["train"], "images": None, "batch_size": 32, "ema_half_life_images": 320_000}}
+    small = {"images": None, "batch_size": 32, "micro_batch": None, "ema_half_life_images": 320_000}
+    expert = {**base["expert"], "train": {**base["expert"]["train"], **small}}
     router = {**base["router"], "train": {**base["router"]["train"], "images": 6_000_000, "batch_size": 256}}
     return {
         "folder": "runs/compare_paper",

@@ -126,7 +126,7 @@ def test_a_training_has_the_first_group_that_fits_and_all_its_workers():
     assert all(one["template"]["spec"]["containers"][0]["image"] == "r/p:1" for one in groups)
     assert job[1]["metadata"]["annotations"] == {"a.b/role": "arn:x/expert-1"}
     none = configs.build({**tree, "run_dir": "s3://bucket/run", "experts": [{}, {"resources": {"gpus": 1, "accelerator_type": "TPU"}}]})
-    with pytest.raises(ConfigError, match="TPU, which no group"):
+    with pytest.raises(ConfigError, match=r"TPU, label gpu_memory not in\(16, 24, 32, 40\), which no group"):
         list(rayjobs.manifests(none, ["expert-1"], "r/p:1"))
 
 
@@ -138,7 +138,7 @@ def test_a_training_has_the_first_group_that_fits_and_all_its_workers():
         ([f"name={'a' * 40}"], {}, "at most 32"),
         (["expert.resources.preemption=aws"], {}, "whose notice no pod sees"),
         (["expert.resources.fallback={labels: {market: on-demand}}"], {}, "a second kind of machine"),
-        (["expert.resources.num_workers=32", "expert.train.micro_batch=8"], {}, "takes 32 pods of l4, whose maxReplicas is 16"),
+        (["expert.resources.num_workers=32", "expert.train.micro_batch=8"], {}, "takes 32 pods of a100, whose maxReplicas is 8"),
         ([], {"image": "paris-ray:0.1.0"}, "names no registry"),
         ([], {"annotation": "a.b/role"}, "is not KEY=VALUE"),
         ([], {"annotation": "a.b/role={expert}"}, "no other braces"),

@@ -10,8 +10,10 @@ import sys
 import time
 from pathlib import Path
 
+import fsspec
 import pytest
 from fabricated_cluster import publish, tiny
+from fsspec.implementations.memory import MemoryFileSystem
 
 from jobs import append, cli, demo, embed, evaluate, partition, run_all, serve, status
 from paris_ray import config as configs
@@ -58,6 +60,29 @@ def test_unknown_key(capsys, tmp_path, main):
 def test_what_would_fail_only_much_later_is_said_at_once(capsys, tmp_path, setting, said):
     for main in (run_all.main, embed.main):
         assert said in fails(capsys, main, arguments(tmp_path, "--set", setting))
+
+
+class Refusing(MemoryFileSystem):
+    """A store that says no to whoever reads."""
+
+    protocol = "refusing"
+
+    def isfile(self, path):
+        return True
+
+    def _open(self, path, mode="rb", **options):
+        raise OSError("AWS Error NO_SUCH_BUCKET during HeadObject operation: no such bucket")
+
+
+@pytest.mark.parametrize(
+    ("main", "more"),
+    [(run_all.main, []), (run_all.main, ["--dry-run"]), (embed.main, []), (embed.main, ["--dry-run"]), (status.main, []), (demo.main, [])],
+)
+def test_what_the_runs_store_says_is_passed_on(capsys, main, more):
+    fsspec.register_implementation("refusing", Refusing, clobber=True)
+    said = fails(capsys, main, arguments("refusing://bucket/run", *more))
+    assert "run_dir: refusing://bucket/run cannot be read: AWS Error NO_SUCH_BUCKET" in said
+    assert "make the bucket first" in said
 
 
 def test_another_cluster_leaves_the_config_to_who_follows_the_run(tmp_path):
@@ -320,6 +345,15 @@ def test_settings_that_the_work_refuses_leave_no_mark(capsys, tmp_path):
     assert cli.run(argparse.ArgumentParser(), leave_something, arguments(tmp_path, "--set", "seed=7"), stage="embed") == 2
     assert configs.load(str(tmp_path / "config.yaml")).seed == 7
     assert "made from other inputs" in fails(capsys, embed.main, arguments(tmp_path))
+
+
+def test_a_dashboard_is_no_cluster_to_join(capsys, tmp_path, monkeypatch):
+    """Somebody exported the address for `ray job submit`, and later runs a job on this machine."""
+    monkeypatch.setenv("RAY_ADDRESS", "http://head:8265")
+    said = fails(capsys, embed.main, arguments(tmp_path))
+    assert said.startswith("embed: RAY_ADDRESS is http://head:8265, a dashboard, which takes jobs")
+    assert "unset RAY_ADDRESS" in said
+    assert not [path for path in tmp_path.rglob("*") if path.is_file()]
 
 
 def test_ctrl_c_is_no_failure(capsys, tmp_path):

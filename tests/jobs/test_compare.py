@@ -10,6 +10,8 @@ import sys
 import time
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import yaml
 
@@ -17,7 +19,7 @@ from jobs import cli
 from jobs import compare as job
 from paris_ray.config import ConfigError
 from paris_ray.data.scenes import Scene, Scenes
-from paris_ray.evaluation import compare_captions, compare_rows
+from paris_ray.evaluation import compare_captions, compare_config, compare_rows
 from paris_ray.evaluation.arrays import load
 from paris_ray.evaluation.compare_plan import Plan
 from paris_ray.evaluation.compare_results import Results
@@ -225,3 +227,38 @@ def test_the_plan_says_what_is_matched(ran, capsys):
 def test_what_cannot_be_is_one_line(tmp_path, capsys):
     assert job.main(["--config", "compare_tiny", "--set", "rows=[monolith]"]) == cli.USER_ERROR
     assert "compared with experts" in capsys.readouterr().err
+    assert job.main(["--config", "demo"]) == cli.USER_ERROR
+    said = capsys.readouterr().err
+    assert "demo is a preset of a run, and a comparison has compare_tiny" in said
+    assert said.strip().endswith("--config compare_tiny --set base.preset=demo")
+    assert compare_config.load("compare_tiny", ["base.preset=demo"]).base.name == "demo"
+    assert job.main(["--config", "compare_tiny", "--set", "folder=gss://x/y"]) == cli.USER_ERROR
+    assert "folder: 'gss://x/y' cannot be opened: Protocol not known: gss; write s3://" in capsys.readouterr().err
+
+
+def pictures(folder, count):
+    """Parquet files as somebody would bring them."""
+    folder.mkdir()
+    pq.write_table(pa.table({"image": [b"not looked at"] * count, "caption": [f"caption {i}" for i in range(count)]}), folder / "part.parquet")
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("rows", "code", "said"),
+    [
+        (None, 2, "data.source.uri: {there} does not exist; name what holds the images and captions, --set base.data.source.uri=…"),
+        (100, 2, "base.data.split.validation_rows is 0.25, of 100 rows about 24, and 30 are asked for; raise it"),
+        (200, 0, "The source lists 200 rows, of which about 48 are for validation (base.data.split.validation_rows 0.25)."),
+    ],
+)
+def test_the_plan_looks_at_the_data(tmp_path, capsys, rows, code, said):
+    there = tmp_path / "pictures" if rows is None else pictures(tmp_path / "pictures", rows)
+    asked = ["validation_captions=12", "loss_rows=8", "seen_captions=18", "held_out_captions=5", "base.data.split.validation_rows=0.25"]
+    sets = [f"base.data.source={{kind: parquet, uri: {there}}}", f"folder={tmp_path}/compare", *asked]
+    assert job.main(["--config", "compare_tiny", "--dry-run", *(word for one in sets for word in ("--set", one))]) == code
+    told = capsys.readouterr()
+    assert "Rows asked for: 30 for validation, 12 to choose by and 18 to judge by; 5 held out." in told.out  # the first of both, the larger ones
+    assert "one H100" in told.out
+    assert "What that is in money: --set base.expert.resources.price_per_hour=…" in told.out
+    assert said.format(there=there) in told.out + told.err
+    assert not (tmp_path / "compare").exists()

@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import errno
 import fnmatch
+import json
 import multiprocessing
 import os
 import time
 
 import fsspec
 import pytest
-from doctor_facts import faults, the_fault
+from doctor_facts import faults, healthy, the_fault
 from fabricated_cluster import tiny
 from fsspec.implementations.memory import MemoryFileSystem
 
 from cluster_configs import policies
-from jobs import access_checks, store_facts
+from jobs import access_checks, doctor, facts, store_facts
 from jobs.findings import Facts
 
 
@@ -79,6 +80,19 @@ def test_a_store(planted, monkeypatch, fault, value, remedy):
         assert not Planted.store
     else:
         the_fault(found, "storage", value, remedy)
+
+
+def test_a_run_whose_store_does_not_open_is_looked_at_all_the_same(capsys, monkeypatch):
+    """No command fails for what is a finding."""
+    monkeypatch.setattr(facts, "node", healthy)
+    monkeypatch.setattr(doctor, "CHECKS", (access_checks.storage,))
+    assert doctor.main(["--config", "tiny", "--set", "run_dir=gss://bucket/run", "--json"]) == 1
+    told = capsys.readouterr()
+    found = [json.loads(line) for line in told.out.splitlines()]
+    assert [(one["where"], one["value"]) for one in found if one["state"] == "fault"] == [
+        ("gss://bucket/run from here", "open: ValueError: Protocol not known: gss")
+    ]
+    assert "doctor: asking gss://bucket/run" in told.err
 
 
 def test_a_store_is_measured_against_the_runs_checkpoints(tmp_path):

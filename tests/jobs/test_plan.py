@@ -95,9 +95,58 @@ def test_what_cannot_be_planned(run, capsys, monkeypatch, more, said):
     assert said in capsys.readouterr().err
 
 
-def test_before_the_clusters_it_says_what_to_run(tmp_path, capsys):
-    assert plan.main(["--config", "tiny", "--set", f"run_dir={tmp_path}", "--machines", "x.yaml"]) == 2
-    assert "run the stage 'partition' first" in capsys.readouterr().err
+def trained(out):
+    return {line.split()[0]: line.split() for line in out.splitlines() if line.startswith(("expert-", "router")) and ": " not in line}
+
+
+def test_before_anything_is_paid_for_the_clusters_are_taken_as_equal(tmp_path, capsys):
+    """Of 96 rows (48 emoji on two grounds) 4 % of the emoji, and of the rest 6 and 4 % of the rows, are not for training: 83 are, 27 an expert."""
+    (tmp_path / "machines.yaml").write_text(MACHINES)
+    sets = ["evaluation.control_router=false", "expert.train.images=null", "expert.train.passes=800", "router.train.images=7200"]
+    command = ["--config", "tiny", *(word for one in (f"run_dir={tmp_path}/run", *sets) for word in ("--set", one))]
+    assert plan.main([*command, "--machines", str(tmp_path / "machines.yaml")]) == 0
+    out = capsys.readouterr().out
+    assert "There are no clusters yet; counted with equal ones of the 83 rows for training that the source lists, as far as none is refused." in out
+    hours = 800 * 27 / 2 / 3600  # 21,600 images at 2 a second
+    assert {name: row[-1] for name, row in trained(out).items()}["expert-0"] == f"{3 * hours:.2f}"
+    # Where budgets are images, nobody asks for the pictures.
+    assert plan.main([*command, "--set", "expert.train.images=7200", "--set", "data.source={kind: folder, uri: /none}", "--machines",
+                      str(tmp_path / "machines.yaml")]) == 0  # fmt: skip
+    out = capsys.readouterr().out
+    assert "There are no clusters yet; counted with equal ones.\n" in out
+    assert trained(out)["expert-0"][-1] == "3.00"
+    assert not (tmp_path / "run").exists() or not list((tmp_path / "run").iterdir())
+
+
+def test_an_embedded_corpus_knows_its_rows(tmp_path, capsys):
+    config = tiny(tmp_path / "run", "expert.train.images=null", "expert.train.passes=80")
+    publish(config, "embed", counts={"rows": 330, "splits": {"train": 300}})
+    (tmp_path / "machines.yaml").write_text(MACHINES)
+    (tmp_path / "config.yaml").write_text(configs.dump(config))
+    assert plan.main(["--config", str(tmp_path / "config.yaml"), "--machines", str(tmp_path / "machines.yaml")]) == 0
+    out = capsys.readouterr().out
+    assert "counted with equal ones of the 300 rows for training that the corpus has." in out
+    assert trained(out)["expert-0"][-1] == f"{3 * 80 * 100 / 2 / 3600:.2f}"
+
+
+@pytest.mark.parametrize(
+    ("sets", "said"),
+    [
+        (["--machines", "x.yaml"], "--machines: 'x.yaml' is not a readable file"),
+        ([], "run the stage 'partition' first"),
+        (["--set", "data.source={kind: folder, uri: /none}"], "/none does not exist; "),
+        (
+            ["--set", "data.source={kind: folder, uri: /none}"],
+            "passes over rows are counted by router; say how many images instead, --set router.train.images=",
+        ),
+    ],
+)
+def test_what_cannot_be_planned_before_the_clusters(tmp_path, capsys, sets, said):
+    (tmp_path / "machines.yaml").write_text(MACHINES)
+    machines = ["--machines", str(tmp_path / "machines.yaml")] if sets and "x.yaml" not in sets else []
+    command = ["--config", "tiny", "--set", f"run_dir={tmp_path}/run", "--set", "router.train.images=null", *machines, *sets]
+    assert plan.main(command) == 2
+    assert said in capsys.readouterr().err
 
 
 def test_what_shares_a_gpu_shares_its_speed_and_a_worker_takes_its_share_of_a_batch(tmp_path, monkeypatch):

@@ -226,3 +226,26 @@ def test_a_run_says_how_much_of_its_trainings_time_was_steps(config, capsys):
         publish(config, name, counts=figures)
     run_all.print_goodput(config)
     assert capsys.readouterr().out == "tiny: 38% of the 6 min 40 s of training were spent in steps (goodput)\n"
+
+
+def test_until_a_stage_nothing_else_is_started_and_the_same_command_goes_on(config, monkeypatch, capsys):
+    client = FakeClient(config)
+    monkeypatch.setattr(run_all, "make_runner", lambda config, where, **options: Runner(config, on(client), **options))
+    command = ["--config", "tiny", "--set", f"run_dir={config.run_dir}", "--address", "http://h:1"]
+    assert run_all.main([*command, "--until", "partition"]) == 0
+    assert client.order == ["embed", "partition"]
+    said = capsys.readouterr().out
+    assert f"partition is done; the clusters to look at, and what training will cost: {config.run_dir}/clusters/report.html" in said
+    assert "the same command without --until goes on" in said
+    assert run_all.main([*command, "--until", "partition"]) == 0
+    assert "nothing to do" in capsys.readouterr().out
+    assert run_all.main([*command, "--until", "expert-1"]) == 0
+    assert client.order == ["embed", "partition", "expert-1"]
+    assert run_all.main(command) == 0
+    assert sorted(client.order) == sorted(names(config))
+    assert run_all.main([*command, "--until", "partitoin"]) == 2
+    assert "--until: 'partitoin' is not a stage of this run. Did you mean 'partition'? Known: embed, partition, expert-0," in capsys.readouterr().err
+    assert run_all.main([*command, "--until", "partition", "--dry-run"]) == 0
+    table = capsys.readouterr().out.split("stage           found")[1]
+    assert [line.split()[0] for line in table.splitlines()[1:3]] == ["embed", "partition"]
+    assert "expert-0" not in table

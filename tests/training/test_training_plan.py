@@ -142,7 +142,7 @@ def test_a_table_that_is_wrong_is_refused_by_key(tmp_path) -> None:
     path = tmp_path / "machines.yaml"
     path.write_text("machines: [{name: a, memory: 80, storage_mb_per_s: 1}, {name: b, memory_gib: 8, storage_mb_per_s: -1}]")
     with pytest.raises(ConfigError) as caught:
-        configs.read(MachineTable, str(path))
+        configs.read(MachineTable, str(path), "--machines")
     said = str(caught.value)
     assert said.startswith(f"{path}: machines.0.")
     assert "machines.0.memory: no such key. Did you mean 'memory_gib'?" in said
