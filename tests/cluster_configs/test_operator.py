@@ -84,9 +84,9 @@ def test_what_the_operator_takes_is_not_found(base):
 
 
 JOBS = [
-    ("spec rayClusterSpec workerGroupSpecs 0 idleTimeoutSeconds", 900, "l4: idleTimeoutSeconds is set without"),
-    ("spec rayClusterSpec workerGroupSpecs 0 idleTimeoutSeconds", 0, "l4: idleTimeoutSeconds is set without"),
-    ("spec rayClusterSpec workerGroupSpecs 0 priority", -1, "l4: priority is set without"),
+    ("spec rayClusterSpec workerGroupSpecs 0 idleTimeoutSeconds", 900, "a100: idleTimeoutSeconds is set without"),
+    ("spec rayClusterSpec workerGroupSpecs 0 idleTimeoutSeconds", 0, "a100: idleTimeoutSeconds is set without"),
+    ("spec rayClusterSpec workerGroupSpecs 0 priority", -1, "a100: priority is set without"),
     (f"spec rayClusterSpec headGroupSpec {CONTAINER} env", env("RAY_enable_autoscaler_v2"), "a cluster that does not scale"),
     ("spec rayClusterSpec upgradeStrategy", {"type": "None"}, "must not be set in a RayJob"),
     ("spec runtimeEnvYAML", "pip: [", "is no YAML"),
@@ -125,7 +125,7 @@ def test_of_a_job_that_is_submitted_otherwise(changes, said):
 
 def test_a_group_that_serves_by_priority_loses_it_in_a_job():
     asked = {"gpus": 1, "labels": {"market": "on-demand"}}
-    tree = configs.load("paris_xl2").model_dump(mode="json", exclude={"experts"})
+    tree = configs.load("paris_b2").model_dump(mode="json", exclude={"experts"})
     config = configs.build({**tree, "run_dir": "s3://bucket/run", "experts": [{}, {"resources": asked}]})
     [*_, job] = rayjobs.manifests(config, ["expert-1"], "r/p:1")
     [group] = job["spec"]["rayClusterSpec"]["workerGroupSpecs"]
