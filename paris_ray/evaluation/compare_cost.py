@@ -10,7 +10,7 @@ from paris_ray.evaluation import compare_rows, matching
 from paris_ray.evaluation.compare import Line
 from paris_ray.evaluation.compare_config import CompareConfig
 from paris_ray.evaluation.compare_plan import EXTRA_RATES, Plan
-from paris_ray.evaluation.compare_rows import ROWS, Run
+from paris_ray.evaluation.compare_rows import ROWS
 from paris_ray.progress import clock
 from paris_ray.training.budget import MFU, gpu_hours
 
@@ -30,13 +30,14 @@ def matched_table(compare: CompareConfig, plan: Plan | None = None) -> list[list
     plan, found = plan or Plan(compare), []
     for name in compare.rows:
         rate = plan.rate(name) or compare.learning_rates[0]
-        one = matching.matched(plan.config(Run(name, compare.seeds[0], rate)), compare_rows.routing(compare, name))
+        teacher = compare_rows.teacher_flops(compare, name, plan.inputs)
+        one = matching.matched(plan.config(plan.run(name, compare.seeds[0], rate)), compare_rows.routing(compare, name), teacher)
         found.append(
             [
                 name,
                 one.shape,
                 f"{one.images:,}".replace(",", " "),
-                f"{one.training_flops / 1e15:.4g}",
+                f"{one.training_flops / 1e15:.4g}" + (" and its teacher's" if teacher else ""),
                 f"{one.router_flops / one.training_flops:.1%}",
                 str(one.batch),
                 str(one.steps),
