@@ -20,7 +20,9 @@ MEANING = (
     "Matched: training FLOPs with the router's, the corpus (every row of it is seen as often as every other), the batch of all experts together (but "
     "for monolith-steps, which has an expert's), and the half-life of the averaged weights as a share of the training, as it is in force at its end. "
     "For monolith-inference also FLOPs a picture, at the base's guidance for both, and for the monolith with more steps, at the guidance that each "
-    "has. Images are what the FLOPs allow, so a wider model sees fewer. "
+    "has. Images are what the FLOPs allow, so a wider model sees fewer, "
+    "and so does a student (distilled), whose training is its own three passes an image and its teacher's forward passes, of the router and of each "
+    "expert that it asks: it costs what the main row's does, and its teacher's own, which is the main row's, comes on top. "
     "A FLOP is a multiplication or an addition of a matrix product, convolution or attention; training is three forward passes an image."
 )
 
