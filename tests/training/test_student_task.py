@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 from paris_ray import stages
 from paris_ray.config import ConfigError
 from paris_ray.layout import router_config
-from paris_ray.manifest import StaleError
+from paris_ray.manifest import Stage, StaleError
 from paris_ray.models import DiT, Router
 from paris_ray.storage import Folder
 from paris_ray.training import checkpoint, worker
@@ -48,27 +48,22 @@ def network(folder: Folder, module, name, config):
     save_file({key: value.contiguous() for key, value in module.state_dict().items()}, folder.local_copy(name))
 
 
-def write_teacher(config, folder: Folder, experts, router, routing="top-2"):
+def write_teacher(config, folder: Folder, experts, router, objective="flow"):
     """A model that assemble would have made of these networks, with the run's own encoders."""
-    meta = fake_meta(config)
+    meta = (Folder(config.run_dir) / "encoders").read_json("encoders.json")
     for k, module in enumerate(experts):
         shape = {"hidden_size": module.patch_embed.weight.shape[0], "num_layers": len(module.layers), "num_heads": 2, "patch_size": 2}
         said = {"model_type": "dit_expert", "architecture": "dit", **SHAPE, **shape, "out_channels": fake.CHANNELS, "mlp_ratio": 4.0}
-        network(folder / f"expert_{k}", module, "diffusion_pytorch_model.safetensors", {**said, "objective": "flow", "noise_schedule": "cosine"})
+        network(folder / f"expert_{k}", module, "diffusion_pytorch_model.safetensors", {**said, "objective": objective, "noise_schedule": "cosine"})
     network(folder / "router", router, "pytorch_model.safetensors", router_config(router))
     info = {
         "format": 1, "name": "teacher", "num_experts": len(experts), "image_size": 32, "latent": {"channels": fake.CHANNELS, "size": fake.SIDE},
         "codec": meta["codec"], "text": meta["text"], "router": {"text": "none" if router.text_embed_dim is None else "pooled"},
-        "sampling": {"steps": 2, "guidance_scale": 7.5, "routing": routing, "solver": "euler"}, "experts": [{"objective": "flow"} for _ in experts],
+        "sampling": {"steps": 2, "guidance_scale": 7.5, "routing": "top-2", "solver": "euler"}, "experts": [{"objective": objective}] * len(experts),
     }  # fmt: skip
     folder.write_json("paris.json", info)
-    stage = stages.Stage("assemble", folder, {}, {})
-    stage.publish()
+    Stage("assemble", folder, {}, {}).publish()
     return folder
-
-
-def fake_meta(config):
-    return (Folder(config.run_dir) / "encoders").read_json("encoders.json")
 
 
 def dit(seed):
@@ -145,6 +140,36 @@ def test_it_draws_what_ordinary_training_draws(tmp_path):
     draw = draw_of(task)
     one, other = task.batch(draw), plain.batch(draw)
     assert all(torch.equal(one[name], other[name]) for name in other)
+
+
+def test_captions_that_are_encoded_as_they_come_give_the_same_losses(tmp_path):
+    config = run(tmp_path / "run")
+    task = StudentTask(config, 0, CPU, 0, write_teacher(config, Folder(tmp_path / "teacher"), [dit(0), dit(1), dit(2)], some_router()))
+    draw = draw_of(task)
+    stored, rows = task.losses(task.model, task.batch(draw))[0], task.train
+
+    class Encoder:
+        def encode(self, ids, lengths):
+            return rows.text.float()[ids[:, 0].long()]
+
+    ids = torch.arange(len(rows), dtype=torch.int32)[:, None].expand(-1, fake.T)
+    task.train, task.text_encoder = type(rows)(rows.ids, rows.latents, None, ids, rows.text_len, rows.labels), Encoder()
+    assert torch.equal(task.losses(task.model, task.batch(draw))[0], stored)
+
+
+@pytest.mark.parametrize("objective", ["flow", "ddpm"])
+def test_in_bfloat16_noise_is_predicted_in_float32_all_the_same(tmp_path, objective):
+    """Near t = 1 an error of it is a hundred times as large in the velocity."""
+    config = run(tmp_path / "run")
+    teacher = Teacher(write_teacher(config, Folder(tmp_path / "teacher"), [dit(0)] * 2, some_router(2), objective), CPU)
+    g = torch.Generator().manual_seed(0)
+    x, text = torch.randn(4, fake.CHANNELS, fake.SIDE, fake.SIDE, generator=g), torch.randn(4, fake.T, fake.WIDTH, generator=g)
+    given = x, torch.tensor([0.1, 0.5, 0.9, 0.99]), text, text.mean(1)
+    exact = teacher(*given)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = teacher(*given)
+    error = (found - exact).abs().max() / exact.abs().max()
+    assert error < 1e-5 if objective == "ddpm" else 1e-4 < error < 0.1
 
 
 class Killed(Exception):
