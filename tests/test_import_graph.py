@@ -27,7 +27,7 @@ WITHOUT_RAY = [
     "paris_ray.data.kmeans", "paris_ray.data.nearest", "paris_ray.data.balance",
     "paris_ray.training.loop", "paris_ray.training.ema", "paris_ray.training.checkpoint", "paris_ray.training.shard", "paris_ray.training.draws",
     "paris_ray.training.budget", "paris_ray.training.memory", "paris_ray.training.goodput", "paris_ray.training.placement", "paris_ray.training.plan",
-    "paris_ray.training.micro_batch", "paris_ray.training.trackers",
+    "paris_ray.training.micro_batch", "paris_ray.training.trackers", "paris_ray.training.student_task",
     "paris_ray.pages.blocks", "paris_ray.pages.charts", "paris_ray.evaluation.metrics",
     "paris_ray.evaluation.compare", "paris_ray.evaluation.compare_report", "paris_ray.evaluation.compare_work", "paris_ray.evaluation.compare_cost",
     "paris_ray.evaluation.distances", "paris_ray.evaluation.intervals", "paris_ray.evaluation.scene_scorer",

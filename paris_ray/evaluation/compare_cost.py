@@ -10,7 +10,7 @@ from paris_ray.evaluation import compare_rows, matching
 from paris_ray.evaluation.compare import Line
 from paris_ray.evaluation.compare_config import CompareConfig
 from paris_ray.evaluation.compare_plan import EXTRA_RATES, Plan
-from paris_ray.evaluation.compare_rows import ROWS, Run
+from paris_ray.evaluation.compare_rows import ROWS
 from paris_ray.progress import clock
 from paris_ray.training.budget import MFU, gpu_hours
 
@@ -20,7 +20,9 @@ MEANING = (
     "Matched: training FLOPs with the router's, the corpus (every row of it is seen as often as every other), the batch of all experts together (but "
     "for monolith-steps, which has an expert's), and the half-life of the averaged weights as a share of the training, as it is in force at its end. "
     "For monolith-inference also FLOPs a picture, at the base's guidance for both, and for the monolith with more steps, at the guidance that each "
-    "has. Images are what the FLOPs allow, so a wider model sees fewer. "
+    "has. Images are what the FLOPs allow, so a wider model sees fewer, "
+    "and so does a student (distilled), whose training is its own three passes an image and its teacher's forward passes, of the router and of each "
+    "expert that it asks: it costs what the main row's does, and its teacher's own, which is the main row's, comes on top. "
     "A FLOP is a multiplication or an addition of a matrix product, convolution or attention; training is three forward passes an image."
 )
 
@@ -30,13 +32,14 @@ def matched_table(compare: CompareConfig, plan: Plan | None = None) -> list[list
     plan, found = plan or Plan(compare), []
     for name in compare.rows:
         rate = plan.rate(name) or compare.learning_rates[0]
-        one = matching.matched(plan.config(Run(name, compare.seeds[0], rate)), compare_rows.routing(compare, name))
+        teacher = compare_rows.teacher_flops(compare, name, plan.inputs)
+        one = matching.matched(plan.config(plan.run(name, compare.seeds[0], rate)), compare_rows.routing(compare, name), teacher)
         found.append(
             [
                 name,
                 one.shape,
                 f"{one.images:,}".replace(",", " "),
-                f"{one.training_flops / 1e15:.4g}",
+                f"{one.training_flops / 1e15:.4g}" + (" and its teacher's" if teacher else ""),
                 f"{one.router_flops / one.training_flops:.1%}",
                 str(one.batch),
                 str(one.steps),

@@ -16,12 +16,12 @@ POINTS = 40
 def training_curves(plan: Plan) -> list[tuple[str, list[float], list[float]]]:
     """Of each row at its learning rate, under the first seed: PFLOP of its experts' training so far, and their loss, weighted by their budgets.
 
-    Losses of DDPM experts are of another kind: rows with them are left out.
+    Losses of DDPM experts, and of students to their teachers, are of other kinds: rows with them are left out.
     """
     found = []
     for row in plan.compare.rows:
         rate = plan.rate(row)
-        if rate is None or ROWS[row].fault or ROWS[row].ddpm:
+        if rate is None or ROWS[row].fault or ROWS[row].ddpm or ROWS[row].student:
             continue
         config = plan.config(Run(row, plan.compare.seeds[0], rate))
         shares, cost, curves = np.linspace(0.05, 1, POINTS), 0.0, []

@@ -108,6 +108,10 @@ class Plan:
         self._chosen: dict[tuple[str, str], float] = {}
         self._losses_of: dict[Run, float] = {}
 
+    def run(self, row: str, seed: int, rate: float) -> Run:
+        """A training of a row; a student's teacher has the rate that is chosen for the main row."""
+        return Run(row, seed, rate, self.rate(MAIN) if ROWS[row].student else None)
+
     # -- what is there ----------------------------------------------------------------------------------------------------
 
     def config(self, run: Run) -> RunConfig:
@@ -158,7 +162,7 @@ class Plan:
     def _losses_at(self, row: str, rates: Sequence[float]) -> dict[float, float]:
         found = {}
         for rate in rates:
-            run = Run(row, self.compare.seeds[0], rate)
+            run = self.run(row, self.compare.seeds[0], rate)
             if self.failed(run):
                 found[rate] = float("inf")
             elif self.done(self._key(run, "losses/validation")):
@@ -178,8 +182,9 @@ class Plan:
         return self._chosen["rate", row]
 
     def lost(self, run: Run) -> bool:
-        """Whether there are no pictures of a training: it, or the one whose experts it has, came to no end."""
-        return self.failed(run) or (ROWS[run.row].borrows and self.failed(Run(MAIN, run.seed, run.rate)))
+        """Whether there are no pictures of a training: it, or the one whose experts it has or learns from, came to no end."""
+        theirs = Run(MAIN, run.seed, run.rate) if ROWS[run.row].borrows else run.teacher
+        return self.failed(run) or (theirs is not None and self.failed(theirs))
 
     def guidance_qualities(self, way: str) -> dict[float, NDArray[np.float64]]:
         """Quality on validation captions by guidance scale, of those that have been drawn."""
@@ -187,7 +192,7 @@ class Plan:
         rate = self.rate(row)
         if rate is None:
             return {}
-        run, found = Run(row, self.compare.seeds[0], rate), {}
+        run, found = self.run(row, self.compare.seeds[0], rate), {}
         for scale in self.compare.guidance_scales:
             drawing = self.drawing(way, scale, "validation")
             if drawing is not None and self.done(self._key(run, drawing.folder)):
@@ -265,17 +270,18 @@ class Plan:
         rate = self.rate(row)
         known = rate is not None
         for trial in [] if borrows else self.rates(row):
-            run = Run(row, first, trial)
+            run = self.run(row, first, trial)
             if not self.failed(run):
                 yield from self._training(run, makers, 1, True)
                 yield self._losses(run, "validation", 1, True)
         for seed in compare.seeds:
-            run = Run(row, seed, compare.learning_rates[0] if rate is None else rate)
+            run = self.run(row, seed, compare.learning_rates[0] if rate is None else rate)
             if known and self.lost(run):
                 continue  # the row has a seed less
             if seed != first or borrows:
                 yield from self._training(run, makers, 2, known)
-            yield self._losses(run, "seen", 3, known)
+            # A student waits until its teacher is put together.
+            yield self._losses(run, "seen", 2 if row == MAIN else 3, known)
             for way in self.ways(row, seed):
                 yield from self._way(run, way, known)
 
@@ -289,10 +295,14 @@ class Plan:
             yield self._draw(run, way, scale, part, 3, known and chosen is not None)
 
     def _key(self, run: Run, below: str) -> str:
-        return f"runs/{run.row}/seed-{run.seed}-rate-{run.rate:g}/{below}"
+        return f"{run.key}/{below}"
 
     def _name(self, run: Run, below: str, known: bool) -> str:
         return self._key(run, below) if known else f"later: {run.row} seed-{run.seed} {below}"
+
+    def _arguments(self, run: Run, known: bool, *more: Any) -> tuple[Any, ...] | None:
+        """Of a unit; none while its rate, or its teacher's, is not chosen."""
+        return (run, *more) if known and (run.teacher is not None or not ROWS[run.row].student) else None
 
     def _training(self, run: Run, makers: dict[str, Run], phase: int, known: bool) -> Iterator[Unit]:
         config, fault = self.config(run), ROWS[run.row].fault
@@ -303,23 +313,26 @@ class Plan:
                 flops = float(matching.router_training_flops(config, self.inputs))
             else:
                 spec = config.experts[int(stage.removeprefix("expert-"))]
-                flops = float((spec.train.images or 0) * matching.expert_training_flops(spec.model, self.inputs))
+                each = matching.expert_training_flops(spec.model, self.inputs) + compare_rows.teacher_flops(self.compare, run.row, self.inputs)
+                flops = float((spec.train.images or 0) * each)
             if fault:
                 source: Run | None = Run(MAIN, run.seed, run.rate)
             else:
                 source = makers.setdefault(self._signature(run, config, stage), run)
             if source is None or source == run or (fault == "router" and stage == "router"):
-                yield Unit(key, "train", (run, stage) if known else None, flops, (), phase)
+                needs = () if stage == "router" or run.teacher is None else (self._put_together(run.teacher),)
+                yield Unit(key, "train", self._arguments(run, known, stage), flops, needs, phase)
                 continue
             theirs = [self._key(source, below)] if not fault else [self._key(source, f"experts/{k}") for k in range(config.num_experts)]
             theirs += [self._key(source, "router")] if fault else []
-            yield Unit(key, "train", (run, stage, source) if known else None, 0.0, tuple(theirs), phase)
+            yield Unit(key, "train", self._arguments(run, known, stage, source), 0.0, tuple(theirs), phase)
 
     def _signature(self, run: Run, config: RunConfig, stage: str) -> str:
         """Stages with equal ones come to the same weights."""
         if (run, stage) not in self._signatures:
             start = None if stage == "router" else config.experts[int(stage.removeprefix("expert-"))].init_from
-            found = [stages.config_part(config, stage), compare_rows.partition_name(self.compare, run.row), start]
+            taught = None if stage == "router" else run.teacher_rate
+            found = [stages.config_part(config, stage), compare_rows.partition_name(self.compare, run.row), start, taught]
             self._signatures[run, stage] = fingerprint(found)
         return self._signatures[run, stage]
 
@@ -332,7 +345,7 @@ class Plan:
         flops = 6.0 * self.compare.loss_rows * asked * expert_flops(config.experts[0].model, self.inputs)
         needs = self._stages(run) if part == "validation" or run.seed != self.compare.seeds[0] or ROWS[run.row].borrows else ()
         needs = needs or (self._key(run, "losses/validation"),)
-        return Unit(key, "losses", (run, part) if known else None, flops, needs, phase)
+        return Unit(key, "losses", self._arguments(run, known, part), flops, needs, phase)
 
     def _draw(self, run: Run, way: str, scale: float, part: str, phase: int, known: bool) -> Unit:
         drawing = self.drawing(way, scale, part)
@@ -341,9 +354,13 @@ class Plan:
         config, name = self.config(run), way.partition("/")[2] or "own"
         key = self._key(run, drawing.folder) if known else f"later: {run.row} seed-{run.seed} {name} {part} {scale:g}"
         each = matching.picture_flops(config, self.inputs, drawing.routing, steps=drawing.steps, guidance=drawing.guidance)
+        needs = (self._put_together(run), "reference")
+        return Unit(key, "draw", self._arguments(run, known, drawing), each * drawing.count, needs, phase)
+
+    def _put_together(self, run: Run) -> str:
+        """Key of the unit that assembles a run's model before it measures."""
         first = run.seed == self.compare.seeds[0] and not ROWS[run.row].borrows
-        needs = (self._key(run, f"losses/{'validation' if first else 'seen'}"), "reference")
-        return Unit(key, "draw", (run, drawing) if known else None, each * drawing.count, needs, phase)
+        return self._key(run, f"losses/{'validation' if first else 'seen'}")
 
 
 def axes_for(compare: CompareConfig, reference: NDArray[np.floating], pictures: int) -> int:

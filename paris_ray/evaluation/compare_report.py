@@ -129,7 +129,10 @@ def _cost(results: Results) -> str:
     learnt = (
         charts.line_chart(curves, "training PFLOP", "training loss", "Loss against training cost") if curves else blocks.absent("No training yet.")
     )
-    learnt += blocks.paragraph("Of experts each on its own rows, of a monolith on all: the curves say how each learns, not which is better.")
+    learnt += blocks.paragraph(
+        "Of experts each on its own rows, of a monolith on all: the curves say how each learns, not which is better. Losses of other kinds, of DDPM "
+        "experts and of students, are left out."
+    )
     return "<h3>Against the cost of a picture</h3>" + drawn + "<h3>Loss against the cost of training</h3>" + learnt
 
 

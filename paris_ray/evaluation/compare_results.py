@@ -74,7 +74,7 @@ class Results:
         drawing = None if guidance is None else self.plan.drawing(key, guidance, part)
         if rate is None or drawing is None:
             return
-        folders = {seed: Folder(Run(row, seed, rate).folder(self.compare)) / drawing.folder for seed in self.compare.seeds}
+        folders = {seed: self.plan.runs_folder(self.plan.run(row, seed, rate)) / drawing.folder for seed in self.compare.seeds}
         there = {seed: folder for seed, folder in folders.items() if published(folder) is not None}
         if there:
             ways[key] = Way(key, row, drawing, there)
@@ -97,8 +97,8 @@ class Results:
 
     def _runs(self, row: str) -> list[Run]:
         first, chosen = self.compare.seeds[0], self.plan.rate(row)
-        runs = [] if ROWS[row].borrows else [Run(row, first, rate) for rate in self.plan.rates(row)]
-        return runs + ([] if chosen is None else [run for seed in self.compare.seeds if (run := Run(row, seed, chosen)) not in runs])
+        runs = [] if ROWS[row].borrows else [self.plan.run(row, first, rate) for rate in self.plan.rates(row)]
+        return runs + ([] if chosen is None else [run for seed in self.compare.seeds if (run := self.plan.run(row, seed, chosen)) not in runs])
 
     # -- arrays -----------------------------------------------------------------------------------------------------------
 
@@ -252,7 +252,7 @@ class Results:
     def picture_flops(self, way: Way) -> float:
         """What a picture costs, with the experts that were asked."""
         counts = [(published(folder) or {})["counts"] for folder in way.folders.values()]
-        run = self.plan.config(Run(way.row, self.compare.seeds[0], self.plan.rate(way.row) or 0.0))
+        run = self.plan.config(self.plan.run(way.row, self.compare.seeds[0], self.plan.rate(way.row) or 0.0))
         return float(
             np.mean(
                 [
@@ -270,7 +270,7 @@ class Results:
         """An array of the row's losses on rows that training did not see; see :func:`paris_ray.evaluation.compare_work.measure_losses`."""
         if (rate := self.plan.rate(row)) is None:
             return None
-        folder = Folder(Run(row, seed, rate).folder(self.compare)) / "losses/seen"
+        folder = self.plan.runs_folder(self.plan.run(row, seed, rate)) / "losses/seen"
         return None if published(folder) is None else self.array(folder, name)
 
     def losses_by_seed(self, row: str, name: str = "routed") -> dict[int, NDArray[np.float64]]:

@@ -34,6 +34,7 @@ class Row:
         blind: the router does not read the caption.
         matched_inference: made so wide that a picture costs as much as one of the main row with top-2.
         small_batch: takes the batch of one expert of the main row, not that of all: as many more steps as there are experts.
+        student: learns what the main row's mixture of the same seed says, in the place of the data's velocity.
         fault: a fault that is planted on purpose, in the main row's own trainings.
     """
 
@@ -45,6 +46,7 @@ class Row:
     blind: bool = False
     matched_inference: bool = False
     small_batch: bool = False
+    student: bool = False
     fault: Literal["router", "swapped", "raw"] | None = None
 
     @property
@@ -58,6 +60,7 @@ ROWS: dict[str, Row] = {
     "monolith": Row("one model, equal training FLOPs", experts=1, partition="random"),
     "monolith-inference": Row("one model, equal training and inference FLOPs (wider)", experts=1, partition="random", matched_inference=True),
     "monolith-steps": Row("one model, equal training FLOPs, an expert's batch", experts=1, partition="random", small_batch=True),
+    "distilled": Row("one model, distilled from the experts", experts=1, partition="random", student=True),
     "random": Row("experts of random parts", partition="random"),
     "experts-2": Row("2 experts", experts=2),
     "experts-4": Row("4 experts", experts=4),
@@ -80,15 +83,28 @@ class Run:
         row: which.
         seed: of the comparison's.
         rate: learning rate of the experts.
+        teacher_rate: of a student, that of its teacher's experts; ``None``: it has no teacher, or that rate is not chosen yet.
     """
 
     row: str
     seed: int
     rate: float
+    teacher_rate: float | None = None
+
+    @property
+    def key(self) -> str:
+        """Where it is below the comparison's folder."""
+        taught = "" if self.teacher_rate is None else f"-teacher-{self.teacher_rate:g}"
+        return f"runs/{self.row}/seed-{self.seed}-rate-{self.rate:g}{taught}"
 
     def folder(self, compare: CompareConfig) -> str:
         """Where it is."""
-        return f"{compare.folder}/runs/{self.row}/seed-{self.seed}-rate-{self.rate:g}"
+        return f"{compare.folder}/{self.key}"
+
+    @property
+    def teacher(self) -> Run | None:
+        """The training of the main row whose mixture it learns."""
+        return None if self.teacher_rate is None else Run(MAIN, self.seed, self.teacher_rate)
 
 
 @dataclass(frozen=True)
@@ -168,7 +184,7 @@ def run_config(compare: CompareConfig, run: Run, sizes: Sequence[int] | None = N
     if row.matched_inference:
         expert["model"] |= {"size": None, "hidden_size": matched_width(compare)}
     tree["experts"] = [expert] * k
-    total = images(compare, configs.build(tree))
+    total = images(compare, run.row, configs.build(tree))
     expert["train"] |= _in_proportion(compare, total / k)
     shares = [total / k] * k if sizes is None else [total * size / sum(sizes) for size in sizes]
     batch = expert["train"]["batch_size"]
@@ -192,15 +208,22 @@ def _in_proportion(compare: CompareConfig, images: float) -> dict[str, Any]:
     return found
 
 
-def images(compare: CompareConfig, run: RunConfig) -> int:
+def images(compare: CompareConfig, name: str, run: RunConfig) -> int:
     """Images that a row's experts are trained on, all together, so that its training costs what that of the main row does, routers included.
 
-    Of several experts the main row's: their routers differ by a head, or by the caption's projection.
+    Of several experts the main row's: their routers differ by a head, or by the caption's projection. A student's has its teacher's forward passes in
+    it, not its teacher's training, which comes on top.
     """
     if run.num_experts > 1:
         return compare.images
     inputs = matching.inputs_of(compare.base)
-    return round(training_flops(compare, inputs) / matching.expert_training_flops(run.expert.model, inputs))
+    each = matching.expert_training_flops(run.expert.model, inputs) + teacher_flops(compare, name, inputs)
+    return round(training_flops(compare, inputs) / each)
+
+
+def teacher_flops(compare: CompareConfig, name: str, inputs: Inputs) -> float:
+    """What a row's teacher takes for each image that the row trains on; 0 where there is none."""
+    return matching.teacher_flops(compare.base, inputs, routing(compare, MAIN)) if ROWS[name].student else 0.0
 
 
 def training_flops(compare: CompareConfig, inputs: Inputs) -> float:

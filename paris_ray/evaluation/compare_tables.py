@@ -182,6 +182,8 @@ def protocol(results: Results) -> str:
         "A claim of a paper is tested with a router that does not read the caption, as theirs, where all of its sides can be, and beside it with "
         "one that does.",
     ]
+    if any(ROWS[row].student for row in compare.rows):
+        said.append("A student's teacher is the main row's mixture of the same seed, of averaged weights at the rate chosen there, without guidance.")
     if made is not None and (floor := results.floor(compare.seen_captions)) is not None:
         said.append(f"{made['counts']['rows']} originals; as many of them as there are captions have a Fréchet distance of {floor} to the others.")
     if made is not None and not made["counts"]["independent"]:

@@ -35,6 +35,7 @@ from paris_ray.manifest import MANIFEST, Stage, require
 from paris_ray.storage import Folder, link_all, link_file
 from paris_ray.training import checkpoint, worker
 from paris_ray.training.loop import NonFiniteError, Place
+from paris_ray.training.student_task import student_stage
 
 SWAPPED = {0: 1, 1: 0}
 """Who answers for whom under the planted fault ``swapped``."""
@@ -114,14 +115,15 @@ def train(compare: CompareConfig, run: Run, stage: str, source: Run | None = Non
     elif source is not None:
         _take(compare, source, stage, config, fault)
     else:
-        _train(config, stage)
+        teacher = None if stage == "router" else run.teacher
+        _train(config, stage, None if teacher is None else stages.folder(run_config(compare, teacher), "assemble"))
 
 
-def _train(config: RunConfig, name: str) -> None:
-    began, stage = time.monotonic(), stages.stage(config, name)
+def _train(config: RunConfig, name: str, teacher: Folder | None = None) -> None:
+    began, stage = time.monotonic(), stages.stage(config, name) if teacher is None else student_stage(config, name, teacher)
     if stage.begin().state != "valid":
         try:
-            counts = worker.run(config, name, Place(device()))
+            counts = worker.run(config, name, Place(device()), teacher=teacher)
         except NonFiniteError as error:  # at this rate there is no such run
             Folder(config.run_dir).write_json(FAILED, {"stage": name, "why": str(error)})
             return

@@ -1,7 +1,7 @@
 """What "matched" means: what a run costs to train and a picture costs to draw, in operations, from the config alone. Imports nothing heavy.
 
 An operation is a multiplication or an addition of a matrix product, convolution or attention (:mod:`paris_ray.training.budget`). Training is three
-forward passes an image. Frozen encoders, the codec and validation are the same for all rows, and not counted.
+forward passes an image, and of a student those of its teacher. Frozen encoders, the codec and validation are the same for all rows, and not counted.
 """
 
 from __future__ import annotations
@@ -42,6 +42,12 @@ def router_training_flops(config: RunConfig, inputs: Inputs) -> int:
     return 3 * config.router.train.images * router_pass_flops(config, inputs)
 
 
+def teacher_flops(config: RunConfig, inputs: Inputs, routing: str) -> float:
+    """Of the mixture that a student asks for one image: a pass of the router, and one of each expert that the routing names, text included."""
+    of_experts = [expert_flops(spec.model, inputs) for spec in config.experts]
+    return router_pass_flops(config, inputs) + _asked(Routing.parse(routing, config.num_experts), config) * sum(of_experts) / len(of_experts)
+
+
 def picture_flops(
     config: RunConfig,
     inputs: Inputs,
@@ -67,13 +73,18 @@ def picture_flops(
     how = Routing("oracle") if routing == "oracle" else Routing.parse(routing, config.num_experts)
     times = evaluations(config.sampling.solver, steps or config.sampling.steps)
     guidance = config.sampling.guidance_scale if guidance is None else guidance
-    planned = {"top": how.k, "full": config.num_experts}.get(how.kind, 1)
+    planned = _asked(how, config)
     asked, visited = planned if asked is None else asked, planned if visited is None else visited
     models = [spec.model for spec in config.experts]
     of_text = sum(text_flops(model, inputs) for model in models) / len(models)
     of_state = sum(expert_flops(model, inputs) for model in models) / len(models) - of_text
     router_passes = {"caption": 1, "expert": 0, "oracle": 0}.get(how.kind, times)
     return times * asked * (1 if guidance == 1 else 2) * of_state + visited * of_text + router_passes * router_pass_flops(config, inputs)
+
+
+def _asked(how: Routing, config: RunConfig) -> int:
+    """Experts at each velocity, as the routing says; of ``threshold`` as few as there can be."""
+    return {"top": how.k, "full": config.num_experts}.get(how.kind, 1)
 
 
 def evaluations(solver: str, steps: int) -> int:
@@ -89,6 +100,7 @@ class Matched:
         images: of all experts together.
         expert_flops: of their training.
         router_flops: of the router's.
+        teacher_flops: of the forward passes of a student's teacher; what the teacher itself took to train is not in it.
         batch: of all experts together, in images a step.
         steps: of the expert that has most.
         ema_share: half-life of the averaged weights at the end, as a share of the training.
@@ -100,6 +112,7 @@ class Matched:
     images: int
     expert_flops: float
     router_flops: float
+    teacher_flops: float
     batch: int
     steps: int
     ema_share: float
@@ -109,12 +122,18 @@ class Matched:
 
     @property
     def training_flops(self) -> float:
-        """Of experts and router."""
-        return self.expert_flops + self.router_flops
+        """Of experts and router, and of asking a teacher."""
+        return self.expert_flops + self.router_flops + self.teacher_flops
 
 
-def matched(config: RunConfig, routing: str) -> Matched:
-    """Of a run whose budgets are in images."""
+def matched(config: RunConfig, routing: str, teacher: float = 0.0) -> Matched:
+    """Of a run whose budgets are in images.
+
+    Args:
+        config: of the run.
+        routing: that it is drawn with.
+        teacher: operations of its teacher for one image.
+    """
     inputs, first = inputs_of(config), config.experts[0]
     images = [spec.train.images or 0 for spec in config.experts]
     of_experts = sum(n * expert_training_flops(spec.model, inputs) for n, spec in zip(images, config.experts, strict=True))
@@ -122,6 +141,7 @@ def matched(config: RunConfig, routing: str) -> Matched:
         sum(images),
         of_experts,
         0.0 if config.num_experts == 1 else router_training_flops(config, inputs),
+        sum(images) * teacher,
         sum(spec.train.batch_size for spec in config.experts),
         max(n // spec.train.batch_size for n, spec in zip(images, config.experts, strict=True)),
         min(first.train.ema_half_life_images * config.num_experts / sum(images), RAMP),

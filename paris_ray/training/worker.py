@@ -103,7 +103,13 @@ def _device(asked: Resources, world: int) -> torch.device:
     return device
 
 
-def run(config: RunConfig, stage: str, place: Place, report: Callable[[dict[str, Any]], None] = lambda line: None) -> dict[str, Any]:
+def run(
+    config: RunConfig,
+    stage: str,
+    place: Place,
+    report: Callable[[dict[str, Any]], None] = lambda line: None,
+    teacher: Folder | None = None,
+) -> dict[str, Any]:
     """Train one stage in this process, to the end and with its export; the same command again resumes.
 
     Reads ``shards/expert=K`` of its expert (the router: of all) and ``encoders/``; writes its own stage folder and its event.
@@ -113,6 +119,7 @@ def run(config: RunConfig, stage: str, place: Place, report: Callable[[dict[str,
         stage: ``expert-K``, ``router`` or ``control_router``.
         place: device, rank and number of workers.
         report: called after each checkpoint with the last metrics line; on all workers.
+        teacher: an assembled model whose velocity an expert learns (:mod:`paris_ray.training.student_task`); ``None``: the data's.
 
     Returns:
         figures for the manifest: images, seconds, images_per_second, loss, validation_loss, rows, restarts.
@@ -122,7 +129,7 @@ def run(config: RunConfig, stage: str, place: Place, report: Callable[[dict[str,
     from paris_ray.training.trackers import Trackers
 
     asked = resources(config, stage)
-    task = set_up(config, stage, place)
+    task = set_up(config, stage, place, teacher)
     attempts = _count_attempt(task.folder) if place.rank == 0 else 1
     train = micro_batch.settle(task, place)
     model = _wrap(task.model, place)
@@ -161,10 +168,10 @@ def run(config: RunConfig, stage: str, place: Place, report: Callable[[dict[str,
     }
 
 
-def set_up(config: RunConfig, stage: str, place: Place) -> ExpertTask | RouterTask:
+def set_up(config: RunConfig, stage: str, place: Place, teacher: Folder | None = None) -> ExpertTask | RouterTask:
     """What a stage trains, in a process that is prepared for it."""
     _prepare_process(resources(config, stage).threads, place)
-    task = _task(config, stage, place.device, place.rank)
+    task = _task(config, stage, place.device, place.rank, teacher)
     _prepare_network(task.model, task.spec.train)
     return task
 
@@ -201,11 +208,16 @@ def _prepare_process(threads: int, place: Place) -> None:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 
-def _task(config: RunConfig, stage: str, device: torch.device, rank: int = 0) -> ExpertTask | RouterTask:
+def _task(config: RunConfig, stage: str, device: torch.device, rank: int = 0, teacher: Folder | None = None) -> ExpertTask | RouterTask:
     if stage.startswith("expert-"):
         from paris_ray.training.expert_task import ExpertTask
 
-        return ExpertTask(config, int(stage.removeprefix("expert-")), device, rank)
+        k = int(stage.removeprefix("expert-"))
+        if teacher is None:
+            return ExpertTask(config, k, device, rank)
+        from paris_ray.training.student_task import StudentTask
+
+        return StudentTask(config, k, device, rank, teacher)
     from paris_ray.training.router_task import RouterTask
 
     return RouterTask(config, device, control=stage == CONTROL_ROUTER)

@@ -68,7 +68,7 @@ def plant(compare_, plan, row, values, name="all", part="seen"):
     """Scores (N, R) of a row's own way."""
     drawing = plan.drawing(row, plan.guidance(row), part)
     for r, seed in enumerate(compare_.seeds):
-        folder = Folder(Run(row, seed, plan.rate(row)).folder(compare_)) / drawing.folder
+        folder = plan.runs_folder(plan.run(row, seed, plan.rate(row))) / drawing.folder
         scores = np.load(f"{folder.path}/scores.npy")
         scores[:, SCORES.index(name)] = values[:, r]
         save(folder, "scores", scores)

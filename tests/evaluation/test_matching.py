@@ -63,7 +63,11 @@ def test_every_row_costs_what_the_main_row_does(compare):
     text = torch.randn(N, inputs.text_tokens, inputs.text_width)
     forward, routed = counted(lambda: expert(x, t, text)) / N, counted(lambda: router(x, t, text[:, 0])) / N
     total = 3 * (122_880 * forward + 16_000 * routed)
-    found = {name: matching.matched(compare_rows.run_config(compare, Run(name, 0, 1e-3)), compare_rows.routing(compare, name)) for name in ROWS}
+    taught = {"distilled": 2 * forward + routed}
+    found = {
+        name: matching.matched(compare_rows.run_config(compare, Run(name, 0, 1e-3)), compare_rows.routing(compare, name), taught.get(name, 0.0))
+        for name in ROWS
+    }
     assert found["experts"].training_flops == total
     assert found["experts"].images == 122_880
     assert found["monolith"].images == pytest.approx(total / 3 / forward, abs=64)
@@ -71,6 +75,8 @@ def test_every_row_costs_what_the_main_row_does(compare):
         assert one.training_flops == pytest.approx(total, rel=0.005), name
         assert one.batch == (16 if name == "monolith-steps" else 64)
         assert one.ema_share == pytest.approx(2000 * 4 / 122_880, rel=0.01), name
+    assert found["distilled"].images == pytest.approx(total / (5 * forward + routed), abs=64)
+    assert found["distilled"].picture_flops == found["monolith"].picture_flops
     wide, main_picture = found["monolith-inference"].picture_flops, found["experts"].picture_flops
     assert wide == pytest.approx(main_picture, rel=0.03)
     assert found["monolith"].picture_flops < 0.5 * main_picture

@@ -29,7 +29,7 @@ from paris_ray.storage import Folder
 
 pytestmark = pytest.mark.timeout(1500)
 
-ROWS = ["experts", "monolith", "blind", "shared-init", "fault-router", "fault-swapped", "fault-raw"]
+ROWS = ["experts", "monolith", "distilled", "blind", "shared-init", "fault-router", "fault-swapped", "fault-raw"]
 
 
 def settings(folder):
