@@ -30,7 +30,7 @@ def protocol(results: Results) -> str:
         "standard error of the best. Both under the first seed, which is judged as well; clusters, codec and what is held out are one draw: what is "
         "said is conditional on these.",
         "Claims are against the monolith whose batch is that of all experts together. Of those with an equal training the better one on validation "
-        f"captions is {results.monolith}, which has a line of its own.",
+        f"captions, {results.monolith or 'not known yet'}, has a line of its own.",
         f"{QUALITY}: whether all that the caption says is in the picture and nothing else; objects: the share of named things at their place; both "
         "read from the picture (scenes). By chance: the same pictures under shuffled captions, exactly.",
         *_distances(results),
@@ -95,7 +95,7 @@ def _judge(results: Results) -> str:
     said = [str(made["inputs"]["config"]["judge"])]
     if isinstance(compare.judge, InceptionJudge):
         said.append("pictures resized as torch-fidelity does")
-    elif "image_size" in known:
+    elif known.get("image_size") is not None:
         said.append(f"pictures resized to {known['image_size']} pixels, bicubic")
     if "fingerprint" in known:
         said.append(f"weights {known['fingerprint']}")

@@ -106,11 +106,11 @@ class Results:
         return self.ways.get(key) or (self.ways.get(row) if routing and routing == compare_rows.routing(self.compare, row) else None)
 
     @functools.cached_property
-    def monolith(self) -> str:
-        """Of the monoliths with an equal training the better one on validation captions."""
+    def monolith(self) -> str | None:
+        """Of the monoliths with an equal training the better one on validation captions; ``None`` before all of them have been measured."""
         chosen = {row: self.plan.guidance(row) for row in EQUAL_MONOLITHS if row in self.compare.rows}
         quality = {row: float(self.plan.guidance_qualities(row)[scale].mean()) for row, scale in chosen.items() if scale is not None}
-        return max(quality, key=lambda row: quality[row], default=EQUAL_MONOLITHS[0])
+        return max(quality, key=lambda row: quality[row]) if quality.keys() == chosen.keys() and quality else None
 
     def lost(self) -> list[str]:
         """Trainings that came to no end, at the row's own rate or another."""
@@ -268,7 +268,7 @@ class Results:
         found = claim.blind() if blind else (claim.better, claim.worse)
         if found is None:
             return None
-        better, worse = (self.monolith if side == BETTER else side for side in found)
+        better, worse = (self.monolith or side if side == BETTER else side for side in found)
         return better, worse
 
     def unequal(self, first: str, second: str) -> tuple[float, float] | None:

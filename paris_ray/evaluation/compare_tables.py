@@ -31,7 +31,7 @@ def claims(results: Results, listed: Iterable[Claim], judge: Callable[..., str])
     """Cells under :data:`CLAIM_HEADER`: what papers say with their router first, then with the main row's; questions with that alone."""
     found, k = [], results.compare.base.num_experts
     for one in listed:
-        text = f"{one.text} ({results.monolith})" if BETTER in (one.better, one.worse) else one.text
+        text = f"{one.text} ({results.monolith})" if results.monolith and BETTER in (one.better, one.worse) else one.text
         experts = f"{k}, published of {PUBLISHED_EXPERTS}" if one.published != "–" and k != PUBLISHED_EXPERTS else str(k)
         theirs = one.published != "–" and one.blind() is not None
         for blind in (True, False) if theirs else (False,):

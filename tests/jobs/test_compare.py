@@ -25,6 +25,7 @@ from paris_ray.evaluation.compare_plan import Plan
 from paris_ray.evaluation.compare_results import Results
 from paris_ray.evaluation.compare_rows import MAIN, Run
 from paris_ray.evaluation.scene_scorer import SceneScorer, score
+from paris_ray.manifest import published
 from paris_ray.storage import Folder
 
 pytestmark = pytest.mark.timeout(1500)
@@ -193,7 +194,10 @@ def test_the_report_stands_alone_and_says_what_is_claimed(ran):
     assert "| experts |" in table
     header, row = (next(line for line in table.splitlines() if line.startswith(f"| {first} |")).split(" | ") for first in ("way", "experts"))
     assert float(row[header.index("loss")]) == pytest.approx(Results(compare).loss(MAIN), abs=1e-4)
-    assert "reproduced |" not in table  # of two trainings nothing is told
+    judge = (Folder(compare_rows.partition_config(compare, MAIN).run_dir) / "encoders").read_json("encoders.json")["embedding"]["fingerprint"]
+    assert f"bicubic, weights {judge}" in table
+    assert published(folder / "reference")["counts"]["judge"] == {"fingerprint": judge, "image_size": 32}
+    assert published(folder / "reference")["software"]["torch"] in html
 
 
 def test_the_originals_are_the_ceiling_and_shuffled_captions_the_floor(ran):
