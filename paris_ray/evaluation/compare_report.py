@@ -201,6 +201,9 @@ def _asked(results: Results, found: alignment_figures.Alignment) -> list[str]:
 
 
 def _by_time(found: alignment_figures.Alignment) -> str:
+    """Nothing where all experts are asked."""
+    if found.advantage is None:
+        return ""
     return f" By time, from picture to noise: {', '.join(f'{gain:+.3g}' for gain in found.advantage_at)}."
 
 

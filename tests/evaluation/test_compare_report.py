@@ -142,6 +142,20 @@ def test_the_papers_line_is_of_the_papers_router_and_no_failing_cluster_is_left_
     assert "no row blind, cannot be told here" in Folder(alone.folder).read_bytes("report.html").decode()
 
 
+def test_of_two_experts_nobody_is_not_asked(tmp_path):
+    mine = config(tmp_path, "rows=[experts]", "base.experts=2", "seeds=[0]")
+    plan, _ = finish(mine)
+    g, folder = np.random.default_rng(0), Folder(Run("experts", 0, plan.rate("experts")).folder(mine)) / "losses/seen"
+    arrays = {"experts": g.random((2, 2, 8)), "router": g.dirichlet(np.ones(2), (2, 8)), "clusters": np.arange(8) % 2}
+    for name, array in arrays.items():
+        save(folder, name, array)
+    save(drawn(mine, plan, "experts", 0), "weights", np.full((40, 5, 2), 0.5))
+    write_report(mine)
+    html = Folder(mine.folder).read_bytes("report.html").decode()
+    assert "With the router of the main row –" in html
+    assert "nan" not in re.sub(r"(?s)<svg.*?</svg>|<style.*?</style>", "", html)
+
+
 def test_how_many_captions_stand_in_other_rows_too(tmp_path):
     """Twenty rows to judge by, after four that choose guidance, of which the first three choose the rate."""
     mine = config(tmp_path, "rows=[experts]", "seen_captions=20")
