@@ -47,8 +47,8 @@ def protocol(results: Results) -> str:
             else f" Theirs are of {PUBLISHED_EXPERTS} experts, these of {compare.base.num_experts}."
         ),
     ]
-    if results.left_out:
-        said.append(f"Left out, as made with other settings: {', '.join(results.left_out)}.")
+    if results.made_otherwise:
+        said.append(f"Left out, as made with other settings: {', '.join(results.made_otherwise)}.")
     return " ".join(said)
 
 

@@ -65,7 +65,7 @@ class Results:
     Attributes:
         ways: by key, of captions like those of training.
         unseen: by key, of what the corpus holds out.
-        left_out: pictures that were made with other settings.
+        made_otherwise: pictures that were made with other settings.
         originals: the manifest of what distances are measured to, once it is there.
     """
 
@@ -73,7 +73,7 @@ class Results:
         self.compare, self.plan = compare, Plan(compare)
         self.fid = isinstance(compare.judge, InceptionJudge)
         self.originals = published(self._originals)
-        self.left_out: list[str] = []
+        self.made_otherwise: list[str] = []
         self.ways: dict[str, Way] = {}
         self.unseen: dict[str, Way] = {}
         for row in compare.rows:
@@ -90,7 +90,7 @@ class Results:
         folders = {seed: Folder(Run(row, seed, rate).folder(self.compare)) / drawing.folder for seed in self.compare.seeds}
         made = {seed: manifest for seed, folder in folders.items() if (manifest := published(folder)) is not None}
         there = {seed: folders[seed] for seed, manifest in made.items() if self._as_asked(drawing, manifest)}
-        self.left_out += [f"{key} {part} seed {seed}" for seed in made if seed not in there]
+        self.made_otherwise += [f"{key} {part} seed {seed}" for seed in made if seed not in there]
         if there:
             ways[key] = Way(key, row, drawing, there)
 
