@@ -48,7 +48,8 @@ def main(argv: Sequence[str] | None = None) -> int:
                 print("What that is in money: --set base.expert.resources.price_per_hour=…")
             print_rows(config)
             return 0
-        if args.report_only:
+        if args.report_only:  # without the lock: beside a running comparison too, for a unit is there whole or not at all
+            compare.agree(config)
             return report(config)
         folder = Folder(config.folder)
         with Lock(folder, "the comparison"):

@@ -24,10 +24,8 @@ from __future__ import annotations
 import contextlib
 import datetime
 import hashlib
-import importlib.metadata
 import json
 import os
-import platform
 import posixpath
 import shlex
 import signal
@@ -42,6 +40,7 @@ from typing import Any
 
 import psutil
 
+from paris_ray.software import software
 from paris_ray.storage import Folder
 
 STARTED = "_started.json"
@@ -257,17 +256,6 @@ def differences(old: Any, new: Any, path: str = "") -> list[str]:
                 lines += differences(old[key], new[key], here)
         return lines
     return [] if old == new else [f"{path}: {json.dumps(old)} → {json.dumps(new)}"]
-
-
-def software() -> dict[str, str]:
-    """Versions that can change a result."""
-    versions = {"python": platform.python_version(), "machine": platform.machine()}
-    for package in ("paris_ray", "ray", "torch", "numpy", "pyarrow"):
-        try:
-            versions[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return versions
 
 
 def _read(folder: Folder, name: str) -> dict[str, Any] | None:

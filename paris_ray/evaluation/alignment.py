@@ -2,8 +2,9 @@
 
 The paper looks at three things in a state on its way to a picture: whether those asked have the clusters nearest to it, whether they predict better
 than those not asked, and whether pictures are worse where experts disagree. Here the states are those of rows that training did not see, on the
-training path, where the true velocity is known. The second is the paper's. The first is of the clean row, so it is the router's accuracy in other
-words, and the third is of losses, not of pictures: both are ours.
+training path, where the true velocity is known. The second is the paper's, with its router, which does not read the caption. The first is of the
+clean row, so it is the router's accuracy in other words, and in the third experts disagree about the row, not about the picture on its way: both are
+ours.
 """
 
 from __future__ import annotations

@@ -25,8 +25,6 @@ class Part:
         others: (T, N) mean loss of those not asked.
         rank: (N,) how near the clusters of those asked are to the clean row, as the mean rank, 0 the nearest; empty without centroids.
         share: (T, K) mean probability that the router gives.
-        disagreement: (T, N) of the experts.
-        excess: (T, N) the mixture's loss minus that of the row's best single expert.
     """
 
     losses: NDArray[np.float64]
@@ -34,8 +32,6 @@ class Part:
     others: NDArray[np.float64]
     rank: NDArray[np.float64]
     share: NDArray[np.float64]
-    disagreement: NDArray[np.float64]
-    excess: NDArray[np.float64]
 
 
 @dataclass(frozen=True)
@@ -46,11 +42,10 @@ class Alignment:
         matrix: mean losses (K, K).
         known: clusters that have rows.
         best: of these, whose own expert has the least loss.
-        failing: clusters on which another expert is better by more than its interval: (cluster, who, by how much).
+        failing: the other ones: (cluster, whose expert is the best, by how much it is better than the own one).
         advantage: loss of those not asked minus loss of those asked; ``None`` where all are asked.
         advantage_at: (T,) the same at each time, without interval.
         nearness: mean rank by chance minus the mean rank of those asked; above zero they are nearer. ``None`` without centroids.
-        correlation: rank correlation of the experts' disagreement with the mixture's excess loss, within rows of equal many things.
         share: (T, K).
     """
 
@@ -61,24 +56,15 @@ class Alignment:
     advantage: Interval | None
     advantage_at: NDArray[np.float64]
     nearness: Interval | None
-    correlation: Interval
     share: NDArray[np.float64]
 
 
-def measure(
-    experts: NDArray[np.float64],
-    router: NDArray[np.float64],
-    disagreement: NDArray[np.float64],
-    routed: NDArray[np.float64],
-    ranks: NDArray[np.int64] | None,
-) -> Part:
+def measure(experts: NDArray[np.float64], router: NDArray[np.float64], ranks: NDArray[np.int64] | None) -> Part:
     """One training's part.
 
     Args:
         experts: losses (K, T, N).
         router: probabilities (T, N, K).
-        disagreement: (T, N).
-        routed: the mixture's losses (T, N).
         ranks: (N, K) nearness of each cluster to each row.
     """
     asked, others = asked_and_not(experts, router)
@@ -86,17 +72,15 @@ def measure(
     if ranks is not None:
         chosen = np.argsort(-router, axis=2, kind="stable")[..., :ASKED]  # (T, N, 2)
         rank = np.stack([np.take_along_axis(ranks, one, 1).mean(1) for one in chosen]).mean(0)
-    return Part(experts.mean(1), asked, others, rank, router.mean(1), disagreement, routed - experts.min(0))
+    return Part(experts.mean(1), asked, others, rank, router.mean(1))
 
 
-def together(parts: Sequence[Part], clusters: NDArray[np.int64], things: NDArray[np.int64], seed: int) -> Alignment:
+def together(parts: Sequence[Part], clusters: NDArray[np.int64]) -> Alignment:
     """Of several trainings on the same rows; intervals over rows and trainings.
 
     Args:
         parts: of the trainings.
         clusters: (N,) of the rows.
-        things: (N,) how many things a row has: rows with more have more loss, and more to disagree about.
-        seed: of bootstrap draws.
     """
     matrix = np.mean([own_cluster(part.losses[:, None], clusters) for part in parts], 0)
     k = len(matrix)
@@ -107,12 +91,9 @@ def together(parts: Sequence[Part], clusters: NDArray[np.int64], things: NDArray
     advantage = None if np.isnan(gain).any() else mean_interval(gain.mean(0))
     known = ~np.isnan(matrix).any(0)
     best = int((matrix[:, known].argmin(0) == np.flatnonzero(known)).sum())
-    sides = (np.stack([one.T for one in found], 1) for found in ([part.disagreement for part in parts], [part.excess for part in parts]))
-    strata = np.repeat(things[:, None].astype(np.float64), len(parts), 1)
-    correlation = sets_interval(rank_correlation, *sides, strata, seed=seed)
     shares = np.mean([part.share for part in parts], 0)
     losses = np.stack([part.losses for part in parts], 2)
-    return Alignment(matrix, int(known.sum()), best, failing(losses, clusters), advantage, gain.mean((1, 2)), nearness, correlation, shares)
+    return Alignment(matrix, int(known.sum()), best, failing(losses, clusters), advantage, gain.mean((1, 2)), nearness, shares)
 
 
 def own_cluster(losses: NDArray[np.float64], clusters: NDArray[np.int64]) -> NDArray[np.float64]:
@@ -128,7 +109,7 @@ def own_cluster(losses: NDArray[np.float64], clusters: NDArray[np.int64]) -> NDA
 
 
 def failing(losses: NDArray[np.float64], clusters: NDArray[np.int64]) -> list[tuple[int, int, Interval]]:
-    """Clusters on which another expert is better than its own by more than the interval: (cluster, who, own loss minus theirs).
+    """Clusters on which another expert is the best, whether or not by chance: (cluster, who, own loss minus theirs).
 
     Args:
         losses: (K experts, N, R trainings).
@@ -138,8 +119,7 @@ def failing(losses: NDArray[np.float64], clusters: NDArray[np.int64]) -> list[tu
     for cluster in range(len(losses)):
         own = losses[:, clusters == cluster]  # (K, n, R)
         if own.shape[1] and (best := int(own.mean((1, 2)).argmin())) != cluster:
-            lost = mean_interval(own[cluster] - own[best])
-            found += [(cluster, best, lost)] if lost.low > 0 else []
+            found.append((cluster, best, mean_interval(own[cluster] - own[best])))
     return found
 
 
@@ -157,14 +137,29 @@ def asked_and_not(losses: NDArray[np.float64], router: NDArray[np.float64], k: i
     return sorted_losses[..., :k].mean(2), others.mean(2) if others.shape[2] else np.full(others.shape[:2], np.nan)
 
 
+def disagreement_in_pictures(disagreement: NDArray[np.float64], quality: NDArray[np.float64], things: NDArray[np.int64], seed: int) -> Interval:
+    """Rank correlation of how much experts disagree about a row with how good the picture of its caption and noise is.
+
+    Not of its loss: that of a mixture is the experts' mean loss minus their disagreement, whatever they have learnt.
+
+    Args:
+        disagreement: (N rows, R trainings).
+        quality: (N, R), higher is better.
+        things: (N,) how many things a row has: of more there is more to disagree about, and more to go wrong.
+        seed: of bootstrap draws.
+    """
+    strata = np.repeat(things[:, None].astype(np.float64), disagreement.shape[1], 1)
+    return sets_interval(rank_correlation, disagreement, quality, strata, seed=seed)
+
+
 def rank_correlation(a: NDArray[np.floating], b: NDArray[np.floating], strata: NDArray[np.floating]) -> float:
-    """Spearman's of rows (N, T), within each stratum (N,); the mean over columns, and over strata by their rows."""
+    """Spearman's of two (N,), within each stratum (N,); the mean over strata by their rows."""
     total = rows = 0.0
     for stratum in np.unique(strata):
         own = strata == stratum
         if (n := int(own.sum())) > 2:
-            x, y = (rankdata(one[own], axis=0) for one in (a, b))
-            x, y = x - x.mean(0), y - y.mean(0)
-            length = np.sqrt(np.square(x).sum(0) * np.square(y).sum(0))
-            total, rows = total + n * float(((x * y).sum(0) / np.where(length > 0, length, 1)).mean()), rows + n
+            x, y = (rankdata(one[own]) for one in (a, b))
+            x, y = x - x.mean(), y - y.mean()
+            length = float(np.sqrt(np.square(x).sum() * np.square(y).sum()))
+            total, rows = total + n * float(x @ y) / (length or 1.0), rows + n
     return total / rows if rows else 0.0

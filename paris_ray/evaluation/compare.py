@@ -40,25 +40,29 @@ class UnitError(RuntimeError):
 
 
 def settle(compare: CompareConfig) -> None:
-    """Write ``config.yaml`` into the comparison's folder; one that says something else is refused.
+    """Write ``config.yaml`` into the comparison's folder; one that says something else is refused. Raises StaleError."""
+    agree(compare)
+    Folder(compare.folder).write_bytes(CONFIG, compare_config.dump(compare).encode())
+
+
+def agree(compare: CompareConfig) -> None:
+    """Refuse settings with which what is in the comparison's folder cannot have been made.
 
     Raises:
-        StaleError: what is there was made with other settings.
+        StaleError: ``config.yaml`` there says something else.
     """
-    folder, text = Folder(compare.folder), compare_config.dump(compare)
+    folder = Folder(compare.folder)
     try:
         before = yaml.safe_load(folder.read_bytes(CONFIG))
     except FileNotFoundError:
-        before = None
-    if before is not None:
-        now = yaml.safe_load(text)
-        grown = [key for key in GROWING if {*before.get(key, ())} <= {*now[key]} and (key != "seeds" or before[key][:1] == now[key][:1])]
-        old, new = ({k: v for k, v in tree.items() if k not in (*FREE, *grown)} for tree in (before, now))
-        changes = differences(old, new)
-        if changes:
-            listed = "\n".join(f"  - {change}" for change in changes[:20])
-            raise StaleError(f"{folder.uri} holds a comparison with other settings:\n{listed}\nPut back what changed, or choose another folder.")
-    folder.write_bytes(CONFIG, text.encode())
+        return
+    now = yaml.safe_load(compare_config.dump(compare))
+    grown = [key for key in GROWING if {*before.get(key, ())} <= {*now[key]} and (key != "seeds" or before[key][:1] == now[key][:1])]
+    old, new = ({k: v for k, v in tree.items() if k not in (*FREE, *grown)} for tree in (before, now))
+    changes = differences(old, new)
+    if changes:
+        listed = "\n".join(f"  - {change}" for change in changes[:20])
+        raise StaleError(f"{folder.uri} holds a comparison with other settings:\n{listed}\nPut back what changed, or choose another folder.")
 
 
 def count_workers(compare: CompareConfig) -> tuple[int, int]:

@@ -6,11 +6,13 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
 
 from paris_ray import rng
 from paris_ray.config import ConfigError
 from paris_ray.data.schema import SPLITS, read_columns, read_labels
-from paris_ray.data.splits import read_copies, read_splits
+from paris_ray.data.splits import read_copies, read_each, read_splits
 from paris_ray.storage import Folder
 
 if TYPE_CHECKING:
@@ -31,7 +33,8 @@ class Caption:
 
 
 PARTS = ("validation", "seen", "held_out")
-"""Validation rows by which rates and guidance are chosen; other validation rows, like those of training; and what the corpus holds out."""
+"""Validation rows by which rates and guidance are chosen; other validation rows, of which no choice is made, though their captions may be those of
+rows of training or of the first kind (:func:`repeated`); and what the corpus holds out."""
 
 
 def choose(compare: CompareConfig, run: Folder, part: str, count: int | None) -> list[Caption]:
@@ -66,3 +69,25 @@ def check(compare: CompareConfig, run: Folder) -> None:
     """Refuse a corpus with too few rows before anything is trained. Raises ConfigError."""
     for part in PARTS:
         choose(compare, run, part, compare.asked(part))
+
+
+def repeated(compare: CompareConfig, run: Folder, part: str, count: int) -> dict[str, float]:
+    """Of the first captions of a part, which share stands word for word in other rows as well, by what these are for.
+
+    Args:
+        compare: the comparison.
+        run: with ``corpus/`` and ``clusters/``.
+        part: of :data:`PARTS`.
+        count: how many captions.
+
+    Raises:
+        ConfigError: there are not so many.
+    """
+    judged = [row.caption for row in choose(compare, run, part, count)]
+    choices = [row.caption for row in choose(compare, run, "validation", compare.choice_rows)]
+    trained: set[str] = set()
+    for _, content, splits in read_each(run / "corpus", ["caption"]):  # of a large corpus no more is kept than the judged ones
+        asked = pc.and_(pa.array(splits == SPLITS.index("train")), pc.is_in(content["caption"], pa.array(judged)))
+        trained.update(content["caption"].filter(asked).to_pylist())
+    others = {"train": trained, "choose guidance": {*choices[: compare.validation_captions]}, "choose the rate": {*choices[: compare.loss_rows]}}
+    return {name: sum(caption in found for caption in judged) / len(judged) for name, found in others.items()}

@@ -17,6 +17,12 @@ REPRODUCED, NOT, UNTOLD = "reproduced", "not reproduced", "cannot be told here"
 LEAST_SEEDS = 3
 """Trainings of each side without which nothing is decided."""
 
+PUBLISHED_EXPERTS = 8
+"""Of all papers' claims here."""
+
+BETTER = "monolith/better"
+"""As a side: of the monoliths with an equal training the better one on validation captions."""
+
 
 @dataclass(frozen=True)
 class Claim:
@@ -27,8 +33,9 @@ class Claim:
         text: in words.
         published: their numbers.
         better: a row, or ``experts/ROUTING``.
-        worse: the other one. ``monolith`` is the better one on validation captions of those with an equal training.
+        worse: the other one; may be :data:`BETTER`.
         experts: how many the main row must have; ``None``: any.
+        equal: a picture of one side must cost what one of the other does.
     """
 
     source: str
@@ -37,6 +44,7 @@ class Claim:
     better: str
     worse: str
     experts: int | None = None
+    equal: bool = False
 
     def blind(self) -> tuple[str, str] | None:
         """The sides with the papers' router, which does not read the caption; ``None``: a side is a row that has no such form."""
@@ -67,19 +75,21 @@ CLAIMS = (
     Claim(DDM, "8 experts are better than 4", "in a figure", TOP2, "experts-4", 8),
     Claim(DDM, "8 experts are better than 16", "in a figure", TOP2, "experts-16", 8),
     Claim(DDM, "a student of the experts is better than a monolith", "7.76 against 7.82, at a third of the compute", "distilled", "monolith"),
-    Claim(HETEROGENEOUS, "2 DDPM experts among 8 are better than none", "11.88 against 12.45", "mixed", TOP2, 8),
-    Claim(HETEROGENEOUS, "mixed objectives are worse than flow alone", "32.67 against 20.23 (another table)", TOP2, "mixed"),
+    Claim(
+        HETEROGENEOUS, "2 DDPM experts among 8 are better than none", "11.88 against 12.45; in another table 32.67 against 20.23", "mixed", TOP2, 8
+    ),
 )
 """In words as here, so that "better" is always the first side. Not of this comparison: Heterogeneous DDM's diversity within prompts."""
 
 QUESTIONS = (
-    Claim("critics", "better than a monolith of equal training and inference FLOPs (wider)?", "–", TOP2, "monolith-inference"),
-    Claim("critics", "better than the monolith with as many FLOPs a picture (more steps)?", "–", TOP2, "monolith/more-steps"),
+    Claim("critics", "better than a monolith of equal training and inference FLOPs (wider)?", "–", TOP2, "monolith-inference", equal=True),
+    Claim("critics", "better than the monolith with as many FLOPs a picture (more steps)?", "–", TOP2, "monolith/more-steps", equal=True),
     Claim("critics", "better than a monolith with an expert's batch, so of more steps?", "–", TOP2, "monolith-steps"),
     Claim("ours", "are the experts better than the student that learns from them?", "–", TOP2, "distilled"),
+    Claim("critics", "better than whichever of these two is better on validation captions?", "–", TOP2, BETTER),
     Claim("ours", "does it help the router to read the caption?", "–", TOP2, BLIND),
     Claim("ours", "is top-2 better than one expert by the caption?", "–", TOP2, f"{MAIN}/caption"),
-    Claim("ours", "do experts with initial weights of their own mix as well as those that share them?", "–", TOP2, "shared-init"),
+    Claim("ours", "do experts with initial weights of their own mix better than those that share them?", "–", TOP2, "shared-init"),
     Claim("ours", "are all experts better than 2?", "–", TOP2, "experts-2"),
 )
 

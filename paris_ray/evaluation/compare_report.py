@@ -6,12 +6,13 @@ import numpy as np
 
 from paris_ray.data.openmoji import ATTRIBUTION
 from paris_ray.evaluation import alignment_figures, compare_cost, compare_rows
-from paris_ray.evaluation.compare_claims import CLAIMS, NOT, QUESTIONS, REPRODUCED, UNTOLD, answer, verdict
+from paris_ray.evaluation.compare_claims import CLAIMS, LEAST_SEEDS, NOT, PUBLISHED_EXPERTS, QUESTIONS, REPRODUCED, UNTOLD, answer, verdict
 from paris_ray.evaluation.compare_config import CompareConfig
 from paris_ray.evaluation.compare_curves import training_curves
 from paris_ray.evaluation.compare_plan import QUALITY
-from paris_ray.evaluation.compare_results import Results
-from paris_ray.evaluation.compare_rows import MAIN, ROWS, Run
+from paris_ray.evaluation.compare_protocol import made_with, protocol
+from paris_ray.evaluation.compare_results import LOOKS, Results
+from paris_ray.evaluation.compare_rows import BLIND, MAIN, ROWS, Run
 from paris_ray.evaluation.compare_tables import (
     CLAIM_HEADER,
     OURS,
@@ -19,14 +20,12 @@ from paris_ray.evaluation.compare_tables import (
     VERDICT,
     claims,
     markdown,
-    protocol,
     signed,
     unseen_rows,
     way_header,
     way_rows,
 )  # fmt: skip
 from paris_ray.evaluation.intervals import Interval
-from paris_ray.manifest import published, software
 from paris_ray.pages import blocks, charts
 from paris_ray.storage import Folder
 
@@ -37,12 +36,20 @@ SHOWN = 10
 def write_report(compare: CompareConfig) -> str:
     """Write both files; returns the tables as Markdown."""
     results, folder = Results(compare), Folder(compare.folder)
+    _look(results)
     judged = claims(results, CLAIMS, verdict)
     asked = claims(results, QUESTIONS, answer)
     text = markdown(results, judged, asked)
     folder.write_bytes("table.md", text.encode())
     folder.write_bytes("report.html", page(results, judged, asked).encode())
     return text
+
+
+def _look(results: Results) -> None:
+    """Keep that verdicts are given at so many trainings: others may be added afterwards."""
+    planned, looks, main = len(results.compare.seeds), results.looks(), results.way(MAIN)
+    if planned >= LEAST_SEEDS and planned not in looks and main is not None and len(main.folders) == planned:
+        Folder(results.compare.folder).write_json(LOOKS, {"trainings": [*looks, planned]})
 
 
 # -- the page -----------------------------------------------------------------------------------------------------------
@@ -52,7 +59,7 @@ def page(results: Results, judged: list[list[str]], asked: list[list[str]]) -> s
     """The whole document."""
     compare = results.compare
     parts = [
-        ("claims", "What papers claim", _claims(judged, asked)),
+        ("claims", "What papers claim", _claims(compare, judged, asked)),
         ("table", "Captions like those of training", _table(results)),
         ("unseen", "Captions with unseen combinations", _unseen(results)),
         ("matched", "What is matched", _matched(results)),
@@ -61,7 +68,7 @@ def page(results: Results, judged: list[list[str]], asked: list[list[str]]) -> s
         ("pictures", "Pictures", _pictures(results)),
         ("choices", "What was chosen, and on what", _choices(results)),
         ("faults", "Planted faults", _faults(results)),
-        ("how", "How it was measured", blocks.paragraph(protocol(results)) + _software(compare)),
+        ("how", "How it was measured", blocks.paragraph(protocol(results)) + _software(results)),
     ]
     html = (
         f"<h1>{charts.escape(compare.base.name)}: experts beside what they are compared with</h1>"
@@ -73,7 +80,7 @@ def page(results: Results, judged: list[list[str]], asked: list[list[str]]) -> s
     return blocks.page(compare.base.name, html, max(compare.base.num_experts, len(results.ways), 2))
 
 
-def _claims(judged: list[list[str]], asked: list[list[str]]) -> str:
+def _claims(compare: CompareConfig, judged: list[list[str]], asked: list[list[str]]) -> str:
     first = [row for row in judged if row[3] != OURS]  # each claim once: with the papers' router where that can be
     counts = [sum(row[VERDICT] == name for row in first) for name in (REPRODUCED, NOT, UNTOLD)]
     tiles = blocks.tiles(
@@ -82,8 +89,11 @@ def _claims(judged: list[list[str]], asked: list[list[str]]) -> str:
     said = (
         "A claim is that one way to draw is better than another. Published numbers are FID of other corpora and sizes; here the same captions and "
         "seeds are drawn in both ways, and the interval of the difference decides: above zero it is reproduced, below zero not, else it is open. "
-        "The count is with a router that does not read the caption, as the papers', where the claim has such a form."
+        "The count is with a router that does not read the caption, as the papers', where the claim has such a form. Papers contradict one another: "
+        "of two claims that do, one at most is reproduced, and both are counted."
     )
+    if (k := compare.base.num_experts) != PUBLISHED_EXPERTS:
+        said += f" Their claims are of {PUBLISHED_EXPERTS} experts; these are of {k}."
     return (
         tiles
         + blocks.paragraph(said)
@@ -145,27 +155,26 @@ def _experts(results: Results) -> str:
         f"Loss of each expert (row) on the rows of each cluster (column) that training did not see, mean over times and trainings. The own expert "
         f"is the best on {found.best} of {found.known} clusters."
     ]
-    said += [f"On cluster {c} expert {other} is better than its own by more than the interval: {signed(i)}." for c, other, i in found.failing]
+    said += [
+        f"On cluster {c} expert {other} is better than its own by {signed(i)}: {'more' if i.low > 0 else 'no more'} than the interval."
+        for c, other, i in found.failing
+    ]
     html = _shared(results) + "".join(blocks.paragraph(line) for line in said)
     html += charts.matrix_table(found.matrix, "expert", "cluster", "Loss by expert and cluster")
-    at = ", ".join(f"{gain:+.3g}" for gain in found.advantage_at)
-    lines = [
-        f"Those asked predict better than the others, as arXiv 2602.02685 has it of states on the way to a picture (here: of rows on the training "
-        f"path): loss of those not asked minus loss of the {alignment_figures.ASKED} asked {signed(found.advantage)}: {verdict(found.advantage)}. By "
-        f"time, from picture to noise: {at}."
-    ]
+    lines = _asked(results, found)
     if found.nearness is not None:
         lines.append(
             f"Ours, the router's accuracy in other words: mean rank of the asked experts' clusters by distance to the clean row "
             f"{(k - 1) / 2 - found.nearness.value:.2f} of {k} (0: nearest, chance: {(k - 1) / 2:g}). The paper's is the "
             "distance to the state; not measured."
         )
-    null = results.alignment("random") if "random" in results.compare.rows else None
-    beside = "" if null is None else f"; of random parts {signed(null.correlation)}"
-    lines.append(
-        f"Ours: rank correlation of the experts' disagreement with the mixture's loss above that of the best single expert, within rows of equally "
-        f"many things: {signed(found.correlation)}{beside}. The paper's is of pictures; not measured, nor is whether asking all is the most stable."
-    )
+    row = MAIN if results.alignment(BLIND) is None else BLIND
+    if (apart := results.disagreement_in_pictures(row)) is not None:
+        lines.append(
+            f"Ours: rank correlation of the experts' disagreement about a row with how good the picture of its caption is, within rows of equally "
+            f"many things, below zero where pictures are worse: {signed(apart)}, row {row}. The paper's is of states on the way to that picture; not "
+            "measured, nor is whether asking all is the most stable."
+        )
     ends = ("t near 1, noise", "t near 0, picture")
     shares = charts.stacked_columns(found.share[::-1], "Mean probability of each expert by time", ends=ends)
     html += "".join(blocks.paragraph(line) for line in lines)
@@ -180,9 +189,30 @@ def _experts(results: Results) -> str:
     return html
 
 
+def _asked(results: Results, found: alignment_figures.Alignment) -> list[str]:
+    """Whether those asked predict better, with the paper's router and with the main row's."""
+    theirs = results.alignment(BLIND)
+    said = (
+        f"Those asked predict better than the others, as arXiv 2602.02685 has it of states on the way to a picture (here: of rows on the training "
+        f"path): loss of those not asked minus loss of the {alignment_figures.ASKED} asked, with a router that does not read the caption, as the "
+    )
+    if theirs is None:
+        said += f"paper's: no row {BLIND}, {UNTOLD}."
+    else:
+        said += f"paper's, {signed(theirs.advantage)}: {verdict(results.whole(theirs.advantage))}.{_by_time(theirs)}"
+    return [said, f"With the router of the main row {signed(found.advantage)}, of which no paper speaks.{_by_time(found)}"]
+
+
+def _by_time(found: alignment_figures.Alignment) -> str:
+    """Nothing where all experts are asked."""
+    if found.advantage is None:
+        return ""
+    return f" By time, from picture to noise: {', '.join(f'{gain:+.3g}' for gain in found.advantage_at)}."
+
+
 def _shared(results: Results) -> str:
     """How much of what scenes show the clusters divide."""
-    shared = ((published(Folder(results.compare.folder) / "reference") or {}).get("counts") or {}).get("shared")
+    shared = (results.originals or {"counts": {}})["counts"].get("shared")
     if not shared:
         return ""
     said = (
@@ -247,12 +277,14 @@ def _faults(results: Results) -> str:
 
 
 def verdict_of_fault(interval: Interval | None) -> str:
-    """Whether a measurement shows the fault: it moves by more than its interval, in whatever direction."""
-    return "no" if interval is None or interval.low <= 0 <= interval.high else "yes"
+    """Whether a measurement shows the fault: it moves by more than its interval, in whatever direction; of too few trainings nobody can tell."""
+    if interval is None or interval.seeds < LEAST_SEEDS:
+        return UNTOLD
+    return "no" if interval.low <= 0 <= interval.high else "yes"
 
 
-def _software(compare: CompareConfig) -> str:
-    rows = [[name, version] for name, version in software().items()]
+def _software(results: Results) -> str:
+    compare = results.compare
     run = Run(MAIN, compare.seeds[0], compare.learning_rates[0])
-    rows.append(["main row", compare_rows.run_config(compare, run).expert.model.model_dump_json()])
-    return blocks.table(["what", "version"], rows)
+    rows = [*made_with(results), ["main row", compare_rows.run_config(compare, run).expert.model.model_dump_json()]]
+    return blocks.table(["what", "of the units that are done"], rows)

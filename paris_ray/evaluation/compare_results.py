@@ -13,12 +13,12 @@ from numpy.typing import NDArray
 from paris_ray.data.scenes import UNSEEN
 from paris_ray.evaluation import alignment_figures, compare_rows, matching
 from paris_ray.evaluation.arrays import load
-from paris_ray.evaluation.compare_claims import Claim
+from paris_ray.evaluation.compare_claims import BETTER, Claim
 from paris_ray.evaluation.compare_config import CompareConfig, InceptionJudge
-from paris_ray.evaluation.compare_plan import QUALITY, Plan, axes_for
+from paris_ray.evaluation.compare_plan import GRADED, QUALITY, Plan, axes_for
 from paris_ray.evaluation.compare_rows import MAIN, ROWS, Drawing, Run
 from paris_ray.evaluation.distances import frechet, kernel_distance, moments
-from paris_ray.evaluation.intervals import Interval, mean_interval, paired_interval, sets_interval, split_floor
+from paris_ray.evaluation.intervals import Floor, Interval, mean_interval, paired_interval, sets_interval, split_floor
 from paris_ray.evaluation.scene_scorer import SCORES
 from paris_ray.manifest import published
 from paris_ray.storage import Folder
@@ -27,7 +27,16 @@ WIDE = 256
 """Features of more numbers than this have few bootstrap draws: each takes the roots of two matrices."""
 
 EQUAL_MONOLITHS = ("monolith", "monolith-steps")
-"""Rows of which claims take the better one."""
+"""Rows with an equal training; claims are against the first, whose batch is that of all experts together, as papers have it."""
+
+EQUAL = 0.05
+"""By what share costs of a picture may differ that are called equal."""
+
+GROUNDED = "objects on the colour"
+"""The score that sees what is new in every kind of unseen combination: the share of named things at their place, none on another colour."""
+
+LOOKS = "looks.json"
+"""In the comparison's folder: at how many trainings verdicts have been given, in their order."""
 
 
 @dataclass(frozen=True)
@@ -56,11 +65,15 @@ class Results:
     Attributes:
         ways: by key, of captions like those of training.
         unseen: by key, of what the corpus holds out.
+        made_otherwise: pictures that were made with other settings.
+        originals: the manifest of what distances are measured to, once it is there.
     """
 
     def __init__(self, compare: CompareConfig):
         self.compare, self.plan = compare, Plan(compare)
         self.fid = isinstance(compare.judge, InceptionJudge)
+        self.originals = published(self._originals)
+        self.made_otherwise: list[str] = []
         self.ways: dict[str, Way] = {}
         self.unseen: dict[str, Way] = {}
         for row in compare.rows:
@@ -75,9 +88,17 @@ class Results:
         if rate is None or drawing is None:
             return
         folders = {seed: self.plan.runs_folder(self.plan.run(row, seed, rate)) / drawing.folder for seed in self.compare.seeds}
-        there = {seed: folder for seed, folder in folders.items() if published(folder) is not None}
+        made = {seed: manifest for seed, folder in folders.items() if (manifest := published(folder)) is not None}
+        there = {seed: folders[seed] for seed, manifest in made.items() if self._as_asked(drawing, manifest)}
+        self.made_otherwise += [f"{key} {part} seed {seed}" for seed in made if seed not in there]
         if there:
             ways[key] = Way(key, row, drawing, there)
+
+    def _as_asked(self, drawing: Drawing, manifest: dict[str, Any]) -> bool:
+        """Whether pictures are of this drawing, and judged as the originals were."""
+        found = manifest["inputs"]["config"]
+        wanted = drawing.as_json() | ({} if self.originals is None else {"judge": self.originals["inputs"]["config"]["judge"]})
+        return {**found, **wanted} == found
 
     def way(self, key: str) -> Way | None:
         """A way by its key; ``ROW/top-2`` is the row, where it is drawn so."""
@@ -85,11 +106,11 @@ class Results:
         return self.ways.get(key) or (self.ways.get(row) if routing and routing == compare_rows.routing(self.compare, row) else None)
 
     @functools.cached_property
-    def monolith(self) -> str:
-        """Of the monoliths with an equal training the better one on validation captions."""
+    def monolith(self) -> str | None:
+        """Of the monoliths with an equal training the better one on validation captions; ``None`` before all of them have been measured."""
         chosen = {row: self.plan.guidance(row) for row in EQUAL_MONOLITHS if row in self.compare.rows}
         quality = {row: float(self.plan.guidance_qualities(row)[scale].mean()) for row, scale in chosen.items() if scale is not None}
-        return max(quality, key=lambda row: quality[row], default=EQUAL_MONOLITHS[0])
+        return max(quality, key=lambda row: quality[row]) if quality.keys() == chosen.keys() and quality else None
 
     def lost(self) -> list[str]:
         """Trainings that came to no end, at the row's own rate or another."""
@@ -100,6 +121,20 @@ class Results:
         runs = [] if ROWS[row].borrows else [self.plan.run(row, first, rate) for rate in self.plan.rates(row)]
         return runs + ([] if chosen is None else [run for seed in self.compare.seeds if (run := self.plan.run(row, seed, chosen)) not in runs])
 
+    @property
+    def independent(self) -> bool:
+        """Whether distances are in the features of an encoder that did not make the clusters."""
+        return self.originals is not None and bool(self.originals["counts"]["independent"])
+
+    def whole(self, interval: Interval | None) -> Interval | None:
+        """An interval of all planned trainings; ``None`` while one is missing, or lost: what is looked at again and again is told too often."""
+        return None if interval is None or interval.seeds < len(self.compare.seeds) else interval
+
+    def looks(self) -> list[int]:
+        """At how many trainings verdicts have been given, in their order."""
+        folder = Folder(self.compare.folder)
+        return list(folder.read_json(LOOKS)["trainings"]) if folder.exists(LOOKS) else []
+
     # -- arrays -----------------------------------------------------------------------------------------------------------
 
     @functools.lru_cache(maxsize=512)  # noqa: B019, lives as long as the report is written
@@ -108,11 +143,12 @@ class Results:
         return load(folder, name) if folder.exists(f"{name}.npy") else None
 
     def scores(self, way: Way, seeds: Sequence[int], name: str = QUALITY) -> NDArray[np.float64] | None:
-        """A score of scenes, (N, R); ``None`` where pictures are no scenes."""
+        """A score of scenes or :data:`GROUNDED`, (N, R); ``None`` where pictures are no scenes."""
         found = [self.array(way.folders[seed], "scores") for seed in seeds]
         if any(one is None for one in found) or not found:
             return None
-        return np.stack([one[:, SCORES.index(name)] for one in found if one is not None], 1)
+        columns = [SCORES.index(one) for one in (("objects", "colour") if name == GROUNDED else (name,))]
+        return np.stack([one[:, columns].prod(1) for one in found if one is not None], 1)
 
     @property
     def _originals(self) -> Folder:
@@ -125,12 +161,18 @@ class Results:
         return None if found is None else self._along(found)
 
     @functools.cached_property
+    def axes(self) -> tuple[int, int] | None:
+        """How many principal axes of the originals count, of how many."""
+        found = self.array(self._originals, "validation")
+        return None if found is None else (axes_for(self.compare, found, self.compare.seen_captions), found.shape[1])
+
+    @functools.cached_property
     def _axes(self) -> NDArray[np.float64] | None:
         """(D, A); ``None``: all."""
-        found = self.array(self._originals, "validation")
+        found, axes = self.array(self._originals, "validation"), self.axes
         assert found is not None
-        axes = axes_for(self.compare, found, self.compare.seen_captions)
-        return None if axes == found.shape[1] else np.asarray(np.linalg.eigh(moments(found)[1])[1][:, -axes:])
+        assert axes is not None
+        return None if axes[0] == axes[1] else np.asarray(np.linalg.eigh(moments(found)[1])[1][:, -axes[0] :])
 
     def _along(self, features: NDArray[np.floating]) -> NDArray[np.float64]:
         wide = np.asarray(features, np.float64)
@@ -180,16 +222,16 @@ class Results:
         """Kernel distance to the originals, which is unbiased: KID where the judge is Inception."""
         return self.distance(way, lambda features: kernel_distance(self.reference, features))  # type: ignore[arg-type]
 
-    def floor(self, count: int) -> Interval | None:
-        """What so many of the originals themselves get."""
+    def floor(self, count: int) -> Floor | None:
+        """What so many of the originals get, or half of them, measured to the others."""
         if self.reference is None:
             return None
         statistic = lambda a, b: frechet(*moments(a), *moments(b))  # noqa: E731
         return split_floor(statistic, self.reference, self.compare.base.seed, rows=count)
 
     def difference(self, better: str, worse: str) -> Interval | None:
-        """Of quality, first minus second, paired by caption and seed; by the score of scenes, else by distances."""
-        return self.score_difference(better, worse) or self.distance_difference(better, worse)
+        """Of quality, first minus second, paired by caption and seed; by the score of scenes, else by distances of an independent judge."""
+        return self.score_difference(better, worse) or (self.distance_difference(better, worse) if self.independent else None)
 
     def _pair(self, better: str, worse: str) -> tuple[Way, Way, list[int]] | None:
         a, b = self.way(better), self.way(worse)
@@ -226,10 +268,15 @@ class Results:
         found = claim.blind() if blind else (claim.better, claim.worse)
         if found is None:
             return None
-        better, worse = (self.monolith if side == "monolith" else side for side in found)
+        better, worse = (self.monolith or side if side == BETTER else side for side in found)
         return better, worse
 
-    def unseen_differences(self, row: str, name: str = "objects") -> list[Interval | None]:
+    def unequal(self, first: str, second: str) -> tuple[float, float] | None:
+        """Operations of a picture of two ways, where they differ by more than :data:`EQUAL`."""
+        a, b = (None if (way := self.way(key)) is None else self.picture_flops(way) for key in (first, second))
+        return None if a is None or b is None or max(a, b) <= (1 + EQUAL) * min(a, b) else (a, b)
+
+    def unseen_differences(self, row: str, name: str = GROUNDED) -> list[Interval | None]:
         """Of a score on unseen combinations, the main row minus another: of all kinds, and of each of :data:`paris_ray.data.scenes.UNSEEN`.
 
         Captions with the same combination count as one.
@@ -297,12 +344,24 @@ class Results:
 
     def alignment(self, row: str = MAIN) -> alignment_figures.Alignment | None:
         """Experts and data of a row, over its seeds."""
-        parts, names = [], ("experts", "router", "disagreement", "routed")
-        rows: list[NDArray[Any] | None] = [None, None]
+        parts, clusters = [], None
         for seed in self.compare.seeds:
-            arrays = {name: one for name in names if (one := self.losses(row, name, seed)) is not None}
-            if len(arrays) == len(names):
-                parts.append(alignment_figures.measure(**arrays, ranks=self.losses(row, "ranks", seed)))
-                rows = [self.losses(row, name, seed) for name in ("clusters", "things")]
-        clusters, things = rows
-        return None if clusters is None or things is None else alignment_figures.together(parts, clusters, things, self.compare.base.seed)
+            experts, router = (self.losses(row, name, seed) for name in ("experts", "router"))
+            if experts is not None and router is not None:
+                parts.append(alignment_figures.measure(experts, router, self.losses(row, "ranks", seed)))
+                clusters = self.losses(row, "clusters", seed)
+        return None if clusters is None else alignment_figures.together(parts, clusters)
+
+    def disagreement_in_pictures(self, row: str) -> Interval | None:
+        """Whether pictures are worse where a row's experts disagree, by the mean of :data:`GRADED`; ``None``: not measured, or no scenes."""
+        way = self.way(row)
+        seeds = [] if way is None else [seed for seed in sorted(way.folders) if self.losses(row, "disagreement", seed) is not None]
+        if way is None or not seeds or (things := self.losses(row, "things", seeds[0])) is None:
+            return None
+        graded = [one for name in GRADED if (one := self.scores(way, seeds, name)) is not None]
+        if not graded:
+            return None
+        # Rows of losses and captions of pictures are the first of the same list, with the same noise.
+        n = min(len(things), len(graded[0]))
+        apart = np.stack([one.mean(0)[:n] for seed in seeds if (one := self.losses(row, "disagreement", seed)) is not None], 1)
+        return alignment_figures.disagreement_in_pictures(apart, np.mean(graded, 0)[:n], things[:n], self.compare.base.seed)

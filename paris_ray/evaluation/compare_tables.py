@@ -1,4 +1,4 @@
-"""The tables of a comparison as cells of text, and how they were measured: claims, ways to draw, unseen combinations. No torch, no Ray."""
+"""The tables of a comparison as cells of text: claims, ways to draw, unseen combinations. No torch, no Ray."""
 
 from __future__ import annotations
 
@@ -9,19 +9,18 @@ from numpy.typing import NDArray
 
 from paris_ray.data.scenes import UNSEEN
 from paris_ray.evaluation import compare_cost
-from paris_ray.evaluation.compare_claims import LEAST_SEEDS, Claim
-from paris_ray.evaluation.compare_plan import GRADED, MORE_STEPS, QUALITY
-from paris_ray.evaluation.compare_results import Results, Way
-from paris_ray.evaluation.compare_rows import BLIND, MAIN, ROWS
+from paris_ray.evaluation.compare_claims import BETTER, PUBLISHED_EXPERTS, Claim
+from paris_ray.evaluation.compare_plan import MORE_STEPS, QUALITY
+from paris_ray.evaluation.compare_protocol import protocol
+from paris_ray.evaluation.compare_results import GROUNDED, Results, Way
+from paris_ray.evaluation.compare_rows import MAIN, ROWS
 from paris_ray.evaluation.intervals import Interval
-from paris_ray.manifest import published
 from paris_ray.pages import charts
-from paris_ray.storage import Folder
 
 # -- claims -------------------------------------------------------------------------------------------------------------
 
 CLAIM_HEADER = (
-    "source", "claim", "published", "router", f"{QUALITY}, first minus second (95 %)", "trainings of that sign", "verdict",
+    "source", "claim", "published", "router", "experts", f"{QUALITY}, first minus second (95 %)", "trainings of that sign", "verdict",
     "objects (95 %)", "distance, second minus first (95 %)",
 )  # fmt: skip
 VERDICT = CLAIM_HEADER.index("verdict")
@@ -30,12 +29,14 @@ THEIRS, OURS, SAME = "blind, as in the papers", "reads the caption", "as the row
 
 def claims(results: Results, listed: Iterable[Claim], judge: Callable[..., str]) -> list[list[str]]:
     """Cells under :data:`CLAIM_HEADER`: what papers say with their router first, then with the main row's; questions with that alone."""
-    found = []
+    found, k = [], results.compare.base.num_experts
     for one in listed:
+        text = f"{one.text} ({results.monolith})" if results.monolith and BETTER in (one.better, one.worse) else one.text
+        experts = f"{k}, published of {PUBLISHED_EXPERTS}" if one.published != "–" and k != PUBLISHED_EXPERTS else str(k)
         theirs = one.published != "–" and one.blind() is not None
         for blind in (True, False) if theirs else (False,):
             router = THEIRS if blind else OURS if theirs else SAME
-            found.append([one.source, one.text, one.published, router, *_judged(results, one, blind, judge)])
+            found.append([one.source, text, one.published, router, experts, *_judged(results, one, blind, judge)])
     return found
 
 
@@ -49,11 +50,26 @@ def _judged(results: Results, claim: Claim, blind: bool, judge: Callable[..., st
     interval = results.difference(*sides)
     scored = results.score_difference(*sides) is not None
     objects = results.score_difference(*sides, "objects") if scored else None
-    distance = results.distance_difference(*sides) if scored else None
+    distance = results.distance_difference(*sides) if scored or not results.independent else None
     agree = "–" if interval is None else f"{interval.agree} of {interval.seeds}"
+    if open_ := _open(results, claim, sides, interval):
+        return ["; ".join([signed(interval), *open_]), agree, judge(None), signed(objects), signed(distance)]
+    others = (objects, distance if results.independent else None)
+    return [signed(interval), agree, judge(interval, others), signed(objects), signed(distance)]
+
+
+def _open(results: Results, claim: Claim, sides: tuple[str, str], interval: Interval | None) -> list[str]:
+    """Why nothing is told of two sides that are both there, whatever the interval; empty: it decides."""
+    found = []
+    if interval is None:
+        found.append("no scenes and no independent judge")
+    elif results.whole(interval) is None:
+        found.append(f"{interval.seeds} of {len(results.compare.seeds)} trainings")
     if not any(results.above_chance(side) for side in sides):
-        return [f"{signed(interval)}; both at chance", agree, judge(None), signed(objects), signed(distance)]
-    return [signed(interval), agree, judge(interval, (objects, distance)), signed(objects), signed(distance)]
+        found.append("both at chance")
+    if claim.equal and (costs := results.unequal(*sides)) is not None:
+        found.append(f"not equal: {costs[0] / 1e9:.3g} and {costs[1] / 1e9:.3g} GFLOP a picture")
+    return found
 
 
 def signed(interval: Interval | None) -> str:
@@ -124,7 +140,8 @@ def _ceiling(results: Results, part: str, rest: int) -> list[list[str]]:
 
 
 UNSEEN_HEADER = (
-    "row", "what", QUALITY, "95 %", "by chance", "objects", "by chance", f"{MAIN} minus it, objects (95 %)", *(f"of kind {kind}" for kind in UNSEEN),
+    "row", "what", QUALITY, "95 %", "by chance", "objects", "by chance", f"{MAIN} minus it, {GROUNDED} (95 %)",
+    *(f"of kind {kind}" for kind in UNSEEN),
 )  # fmt: skip
 
 
@@ -157,35 +174,3 @@ def markdown(results: Results, judged: list[list[str]], asked: list[list[str]]) 
             protocol(results),
         ]
     )
-
-
-def protocol(results: Results) -> str:
-    """How it was measured, in words."""
-    compare = results.compare
-    made = published(Folder(compare.folder) / "reference")
-    judge = (compare.judge or compare.base.data.embedding).kind
-    said = [
-        f"Claims: {compare.seen_captions} captions of validation rows, like those of training and not used for any choice, the first by hash, one "
-        f"picture each under {len(compare.seeds)} seeds of training and noise, the same for all rows; {compare.base.sampling.solver}.",
-        f"Unseen combinations: {compare.held_out_captions} captions of held-out rows; intervals count captions with the same one as one.",
-        f"Learning rate by the loss on {compare.loss_rows} validation rows, for each row alone ({BLIND} has the main row's experts). Guidance, for "
-        f"each way to draw alone, by {compare.validation_captions} validation captions and the mean of {', '.join(GRADED)}: the least within a "
-        "standard error of the best. Both under the first seed, which is judged as well; clusters, codec and what is held out are one draw: what is "
-        "said is conditional on these.",
-        f"The monolith of claims is, of those with an equal training, the better one on validation captions: {results.monolith}.",
-        f"{QUALITY}: whether all that the caption says is in the picture and nothing else; objects: the share of named things at their place; both "
-        "read from the picture (scenes). By chance: the same pictures under shuffled captions, exactly. Distances are in the features of "
-        f"{judge}, to the validation originals as the codec gives them back.",
-        "Intervals: of captions and of trainings, each with Student's t, added as squares; nothing is decided by fewer than "
-        f"{LEAST_SEEDS} trainings, nor where objects or the distance say the contrary, nor where neither side is above chance. Each verdict is at "
-        "95 %: of twenty, one is wrong by chance.",
-        "A claim of a paper is tested with a router that does not read the caption, as theirs, where all of its sides can be, and beside it with "
-        "one that does.",
-    ]
-    if any(ROWS[row].student for row in compare.rows):
-        said.append("A student's teacher is the main row's mixture of the same seed, of averaged weights at the rate chosen there, without guidance.")
-    if made is not None and (floor := results.floor(compare.seen_captions)) is not None:
-        said.append(f"{made['counts']['rows']} originals; as many of them as there are captions have a Fréchet distance of {floor} to the others.")
-    if made is not None and not made["counts"]["independent"]:
-        said.append("That encoder also made the clusters: its distances are no independent judge.")
-    return " ".join(said)

@@ -323,8 +323,9 @@ def draw_reference(compare: CompareConfig) -> None:
     if scorer is not None:
         counts["shared"] = shared_information([Scene.parse(row.caption) for row in rows], [row.cluster for row in rows])
     encoder = (source / "encoders").read_json("encoders.json")["embedding"]["fingerprint"]
-    independent = judge(compare).fingerprint != encoder
-    stage.publish({"rows": len(rows), "independent": independent, **counts}, time.monotonic() - began)
+    own = judge(compare)
+    counts["judge"] = {"fingerprint": own.fingerprint, "image_size": getattr(own, "image_size", None)}
+    stage.publish({"rows": len(rows), "independent": own.fingerprint != encoder, **counts}, time.monotonic() - began)
 
 
 def unseen_groups(hold_out: HoldOut, asked: Sequence[Caption]) -> np.ndarray:

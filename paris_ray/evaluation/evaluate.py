@@ -37,8 +37,8 @@ from paris_ray.evaluation import protocol
 from paris_ray.evaluation.asking import Ask, Endpoint, ask_all
 from paris_ray.evaluation.metrics import Share, chance, share
 from paris_ray.evaluation.protocol import Corpus, Question, Record, judge
-from paris_ray.manifest import software
 from paris_ray.progress import Progress
+from paris_ray.software import software
 from paris_ray.storage import Folder
 
 if TYPE_CHECKING:

@@ -41,6 +41,30 @@ class Interval:
         return f"{self.value:.4g} (95 %: {self.low:.4g} … {self.high:.4g})"
 
 
+@dataclass(frozen=True)
+class Floor:
+    """What a distance is by chance alone; the ends are those of the draws, which are no interval.
+
+    Attributes:
+        value: mean over the draws.
+        least: of them.
+        most: of them.
+        rows: how many of the reference stood for pictures.
+        others: how many they were measured to.
+        draws: how many.
+    """
+
+    value: float
+    least: float
+    most: float
+    rows: int
+    others: int
+    draws: int
+
+    def __str__(self) -> str:
+        return f"{self.value:.4g} (least and most of {self.draws} draws: {self.least:.4g} and {self.most:.4g})"
+
+
 def mean_interval(values: NDArray[np.floating], groups: NDArray[np.integer] | None = None) -> Interval:
     """The mean of something measured of each picture.
 
@@ -77,7 +101,8 @@ def paired_interval(a: NDArray[np.floating], b: NDArray[np.floating], groups: ND
 def sets_interval(statistic: Callable[..., float], *sets: NDArray[np.floating], seed: int, repeats: int = REPEATS) -> Interval:
     """A statistic of whole sets, such as a distance or the difference of two models' distances; as :func:`mean_interval`.
 
-    The captions' variance is a bootstrap's. Rows that are drawn twice make a distance larger, so only the spread of the draws counts.
+    The captions' variance is a bootstrap's, and no surer than it has draws. Rows that are drawn twice make a distance larger, so only the spread of
+    the draws counts.
 
     Args:
         statistic: of the sets under one seed.
@@ -94,19 +119,19 @@ def sets_interval(statistic: Callable[..., float], *sets: NDArray[np.floating], 
     each = lambda chosen: np.array([statistic(*(one[:, i] for one in chosen)) for i in range(r)])  # noqa: E731
     g = rng.generator(seed, "bootstrap-sets", 0)
     draws = [each([one[rows] for one in sets]).mean() for rows in (g.integers(n, size=n) for _ in range(repeats))]
-    return _interval(each(sets), float(np.var(draws, ddof=1)), n)
+    return _interval(each(sets), float(np.var(draws, ddof=1)), min(n, repeats))
 
 
-def _interval(of_seeds: NDArray[np.float64], of_captions: float, captions: int) -> Interval:
+def _interval(of_seeds: NDArray[np.float64], of_captions: float, count: int) -> Interval:
     """Of a mean over seeds.
 
     Args:
         of_seeds: (R,) the number under each.
         of_captions: variance of the mean as captions are drawn anew.
-        captions: how many there are.
+        count: of captions, or fewer draws, from which that variance is known.
     """
     value, r, upper = float(of_seeds.mean()), len(of_seeds), (1 + LEVEL) / 2
-    square = float(student.ppf(upper, captions - 1)) ** 2 * of_captions if captions > 1 else np.inf
+    square = float(student.ppf(upper, count - 1)) ** 2 * of_captions if count > 1 else np.inf
     if r > 1:
         square += float(student.ppf(upper, r - 1)) ** 2 * float(of_seeds.var(ddof=1)) / r
     half = float(np.sqrt(square))
@@ -119,7 +144,7 @@ def split_floor(
     seed: int,
     rows: int | None = None,
     repeats: int = 10,
-) -> Interval:
+) -> Floor:
     """The noise floor of a distance: what a perfect model would get, rows of the reference against the rest of it.
 
     Args:
@@ -128,9 +153,6 @@ def split_floor(
         seed: of the draws.
         rows: how many stand for the made ones, as many as there are of these; ``None``, or more than half: half.
         repeats: how often they are drawn.
-
-    Returns:
-        mean over the draws, the least and the most.
 
     Raises:
         ValueError: the reference has fewer than four rows.
@@ -143,4 +165,4 @@ def split_floor(
     for i in range(repeats):
         order = rng.permutation(seed, "split-floor", i, n)
         found.append(float(statistic(reference[order[taken:]], reference[order[:taken]])))
-    return Interval(float(np.mean(found)), min(found), max(found))
+    return Floor(float(np.mean(found)), min(found), max(found), taken, n - taken, repeats)

@@ -177,11 +177,11 @@ def test_halves_of_a_set_lie_at_its_floor():
     floor = intervals.split_floor(distances.frechet_distance, rows, seed=0, repeats=20)
     # Of two samples of n/2 from N(0, I): D·(2/n + 2/n) for the means, and a quarter of the covariances' expected squared difference.
     expected = width * (4 / n) * (1 + (width + 1) / 4)
-    assert floor.low < expected < floor.high
+    assert floor.least < expected < floor.most
     assert floor.value == pytest.approx(expected, rel=0.25)
     fresh = np.random.default_rng(3).normal(size=(n, width))
-    assert floor.low * 0.5 < distances.frechet_distance(rows[: n // 2], fresh[: n // 2]) < floor.high * 1.5
-    assert distances.frechet_distance(rows, fresh + 0.2) > 3 * floor.high
+    assert floor.least * 0.5 < distances.frechet_distance(rows[: n // 2], fresh[: n // 2]) < floor.most * 1.5
+    assert distances.frechet_distance(rows, fresh + 0.2) > 3 * floor.most
     # As many rows as the model made: fewer, so a higher floor.
     assert intervals.split_floor(distances.frechet_distance, rows, seed=0, rows=100).value > 3 * floor.value
     assert intervals.split_floor(distances.frechet_distance, rows, seed=0) == intervals.split_floor(distances.frechet_distance, rows, 0)

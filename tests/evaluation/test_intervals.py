@@ -78,3 +78,21 @@ def test_what_is_empty_is_refused():
         intervals.mean_interval(np.zeros(0))
     with pytest.raises(ValueError, match="needs at least 4"):
         intervals.split_floor(lambda a, b: 0.0, np.zeros((3, 2)), seed=0)
+
+
+def test_a_variance_of_few_draws_is_as_unsure_as_they_are():
+    """A mean of fifty by a bootstrap of five draws: the interval leaves out the truth no more than once in twenty."""
+    g, trials = np.random.default_rng(0), 600
+    samples = [(i, g.normal(size=(50, 1))) for i in range(trials)]
+    found = [intervals.sets_interval(lambda x: float(x.mean()), x, seed=i, repeats=5) for i, x in samples]
+    assert np.mean([not one.low <= 0 <= one.high for one in found]) <= 0.07  # with 49 degrees of freedom it is 0.135
+
+
+def test_the_floor_says_of_how_many_it_is_and_that_its_ends_are_draws():
+    """The distance of means of 20 of 0 … 99 to the other 80, against all that there can be."""
+    floor = intervals.split_floor(lambda a, b: float(abs(a.mean() - b.mean())), np.arange(100.0)[:, None], seed=0, rows=20, repeats=7)
+    assert (floor.rows, floor.others, floor.draws) == (20, 80, 7)
+    assert 0 <= floor.least <= floor.value <= floor.most <= 50
+    assert str(floor) == f"{floor.value:.4g} (least and most of 7 draws: {floor.least:.4g} and {floor.most:.4g})"
+    half = intervals.split_floor(lambda a, b: float(len(a) / len(b)), np.arange(99.0)[:, None], seed=0, rows=60)
+    assert (half.rows, half.others, half.value) == (49, 50, pytest.approx(50 / 49))

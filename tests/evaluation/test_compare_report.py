@@ -1,0 +1,316 @@
+"""What a comparison's report says, and what it does not decide, of planted figures."""
+
+from __future__ import annotations
+
+import re
+
+import numpy as np
+import pyarrow as pa
+import pytest
+from planted import CHOSEN, config, finish, plant, publish
+
+from jobs import cli
+from jobs import compare as job
+from paris_ray.data import schema
+from paris_ray.data.scenes import UNSEEN
+from paris_ray.evaluation import compare, compare_captions
+from paris_ray.evaluation.alignment_figures import rank_correlation
+from paris_ray.evaluation.arrays import save
+from paris_ray.evaluation.compare_claims import BETTER, CLAIMS, QUESTIONS, UNTOLD, Claim, answer, verdict
+from paris_ray.evaluation.compare_protocol import made_with, protocol
+from paris_ray.evaluation.compare_report import verdict_of_fault, write_report
+from paris_ray.evaluation.compare_results import LOOKS, Results
+from paris_ray.evaluation.compare_rows import Run
+from paris_ray.evaluation.compare_tables import CLAIM_HEADER, VERDICT, claims
+from paris_ray.evaluation.intervals import Interval
+from paris_ray.manifest import MANIFEST
+from paris_ray.storage import Folder
+
+TOP2 = Claim("a paper", "top-2 is better than a monolith", "1 against 2", "experts/top-2", "monolith")
+
+
+def cells(results, claim, judge=verdict):
+    """A claim's last line, which is with the main row's router, by column."""
+    return dict(zip(CLAIM_HEADER, claims(results, [claim], judge)[-1], strict=True))
+
+
+def far_better(mine, plan, *, than="monolith", seeds=None):
+    """The main row all right half of the time more often than another, but for noise."""
+    g = np.random.default_rng(0)
+    for row, mean in (("experts", 0.8), (than, 0.3)):
+        for name in ("all", "objects"):
+            plant(mine, plan, row, mean + 0.01 * g.normal(size=(mine.seen_captions, seeds or len(mine.seeds))), name)
+
+
+def drawn(mine, plan, row, seed, part="seen"):
+    """Where a row's own pictures are."""
+    return Folder(Run(row, seed, plan.rate(row)).folder(mine)) / plan.drawing(row, plan.guidance(row), part).folder
+
+
+def test_a_judge_that_made_the_clusters_has_no_say(tmp_path):
+    """Its distances say the contrary of all scores: of an independent judge that leaves nothing told, of this one it is only printed."""
+    mine = config(tmp_path, "rows=[experts, monolith]")
+    plan, _ = finish(mine)
+    far_better(mine, plan)
+    g, reference = np.random.default_rng(0), Folder(mine.folder) / "reference"
+    save(reference, "validation", g.normal(size=(90, 3)))
+    for row, off in (("experts", 3.0), ("monolith", 0.0)):
+        for seed in mine.seeds:
+            save(drawn(mine, plan, row, seed), "features", off + g.normal(size=(40, 3)))
+    distance, made = "distance, second minus first (95 %)", reference.read_json(MANIFEST)
+    mean = np.array([float(x) for x in re.findall(r"[-+][\d.]+", cells(Results(mine), TOP2)[distance])])
+    assert (mean < -10).all()  # 27 minus little
+    assert cells(Results(mine), TOP2)["verdict"] == "reproduced"
+    assert "no independent judge, and decide nothing" in protocol(Results(mine))
+    made["counts"]["independent"] = True
+    reference.write_json(MANIFEST, made)
+    assert cells(Results(mine), TOP2)["verdict"] == UNTOLD
+    # Pictures of no scenes: distances are all there is.
+    for row in ("experts", "monolith"):
+        for seed in mine.seeds:
+            drawn(mine, plan, row, seed).delete("scores.npy")
+    assert cells(Results(mine), TOP2)["verdict"] == "not reproduced"
+    made["counts"]["independent"] = False
+    reference.write_json(MANIFEST, made)
+    assert cells(Results(mine), TOP2)["verdict"] == UNTOLD
+    assert "no scenes and no independent judge" in claims(Results(mine), [TOP2], verdict)[-1][VERDICT - 2]
+
+
+def test_a_report_with_other_settings_is_refused(tmp_path, capsys):
+    """What is printed of counts and judges would not be of these pictures."""
+    mine = config(tmp_path, "rows=[experts]")
+    compare.settle(mine)
+    finish(mine)
+    Folder(mine.folder).write_bytes("mine.yaml", compare.compare_config.dump(mine).encode())
+    before = Folder(mine.folder).read_bytes("config.yaml")
+    arguments = ["--config", f"{Folder(mine.folder).path}/mine.yaml", "--report-only"]
+    for other, said in (("seen_captions=20", "seen_captions: 40 → 20"), ("judge={kind: efficientnet_lite0, image_size: 64}", "judge: null →")):
+        assert job.main([*arguments, "--set", other]) == cli.USER_ERROR
+        assert said in capsys.readouterr().err
+    assert not Folder(mine.folder).exists("table.md")
+    assert job.main([*arguments, "--set", "seeds=[0, 1, 2, 3]"]) == 0  # may grow, and is not kept
+    assert "under each seed of training and noise (0, 1, 2, 3)" in capsys.readouterr().out
+    assert Folder(mine.folder).read_bytes("config.yaml") == before
+
+
+@pytest.mark.parametrize("changed", [{"count": 41}, {"judge": "another"}])
+def test_pictures_of_other_settings_are_left_out_and_named(tmp_path, changed):
+    mine = config(tmp_path, "rows=[experts, monolith]")
+    plan, _ = finish(mine)
+    folder = drawn(mine, plan, "monolith", 1)
+    made = folder.read_json(MANIFEST)
+    made["inputs"]["config"] |= changed
+    folder.write_json(MANIFEST, made)
+    results = Results(mine)
+    assert set(results.ways["monolith"].folders) == {0, 2}
+    assert "Left out, as made with other settings: monolith seen seed 1." in protocol(results)
+
+
+def look(mine, plan, row, router):
+    """Four experts each of which is 1 better on its own cluster, but expert 2 better than all on cluster 0, and 3 on 1 in one training of three."""
+    g, clusters = np.random.default_rng(0), np.arange(32) % 4
+    for seed in mine.seeds:
+        losses = 2.0 - (np.arange(4)[:, None, None] == clusters) + 0.01 * g.random((4, 2, 32))
+        losses[2, :, clusters == 0] = 0.9
+        losses[3, :, clusters == 1] = 0.5 if seed == 0 else 1.1
+        weights = np.full((2, 32, 4), 0.01)
+        weights[:, np.arange(32), (clusters + (router == "wrong")) % 4] = 0.5
+        weights[:, np.arange(32), (clusters + 1 + (router == "wrong")) % 4] = 0.4
+        arrays = {"experts": losses, "router": weights, "disagreement": g.random((2, 32)), "clusters": clusters, "things": np.ones(32, int)}
+        for name, array in arrays.items():
+            save(Folder(Run(row, seed, plan.rate(row)).folder(mine)) / "losses/seen", name, array)
+        save(drawn(mine, plan, row, seed), "weights", np.full((40, 5, 4), 0.25))
+
+
+def test_the_papers_line_is_of_the_papers_router_and_no_failing_cluster_is_left_out(tmp_path):
+    mine = config(tmp_path / "both", "rows=[experts, blind]")
+    plan, _ = finish(mine)
+    look(mine, plan, "experts", "right")
+    look(mine, plan, "blind", "wrong")
+    write_report(mine)
+    html = Folder(mine.folder).read_bytes("report.html").decode()
+    results = Results(mine)
+    assert results.alignment("experts").advantage.value > 0 > results.alignment("blind").advantage.value
+    assert re.search(r"as the paper(&#x27;|')s, -[^:]*: not reproduced\.", html)
+    assert "own expert is the best on 2 of 4 clusters" in html
+    assert re.search(r"On cluster 0 expert 2 is better than its own by \+0\.1\d* \([^)]*\): more than the interval", html)
+    assert re.search(r"On cluster 1 expert 3 is better than its own by \+\S+ \(-[^)]*\): no more than the interval", html)
+    alone = config(tmp_path / "alone", "rows=[experts]")
+    plan, _ = finish(alone)
+    look(alone, plan, "experts", "right")
+    write_report(alone)
+    assert "no row blind, cannot be told here" in Folder(alone.folder).read_bytes("report.html").decode()
+
+
+def test_of_two_experts_nobody_is_not_asked(tmp_path):
+    mine = config(tmp_path, "rows=[experts]", "base.experts=2", "seeds=[0]")
+    plan, _ = finish(mine)
+    g, folder = np.random.default_rng(0), Folder(Run("experts", 0, plan.rate("experts")).folder(mine)) / "losses/seen"
+    arrays = {"experts": g.random((2, 2, 8)), "router": g.dirichlet(np.ones(2), (2, 8)), "clusters": np.arange(8) % 2}
+    for name, array in arrays.items():
+        save(folder, name, array)
+    save(drawn(mine, plan, "experts", 0), "weights", np.full((40, 5, 2), 0.5))
+    write_report(mine)
+    html = Folder(mine.folder).read_bytes("report.html").decode()
+    assert "With the router of the main row –" in html
+    assert "nan" not in re.sub(r"(?s)<svg.*?</svg>|<style.*?</style>", "", html)
+
+
+def test_how_many_captions_stand_in_other_rows_too(tmp_path):
+    """Twenty rows to judge by, after four that choose guidance, of which the first three choose the rate."""
+    mine = config(tmp_path, "rows=[experts]", "seen_captions=20")
+    run = Folder(str(tmp_path / "run"))
+    ids = [f"row {i}" for i in range(24)]
+
+    def write(captions):
+        trained = {"id": ["t0", "t1", "t2"], "caption": ["a", "b", "b"], "split": ["train"] * 3}
+        own = {"id": ids, "caption": [captions[name] for name in ids], "split": ["validation"] * 24}
+        schema.write_table(run / "corpus", schema.part_name(0), pa.table(trained))
+        schema.write_table(run / "corpus", schema.part_name(1), pa.table(own))
+        schema.write_table(run / "clusters", "labels.parquet", pa.table({"id": [*trained["id"], *ids], "expert": [0] * 27}))
+
+    write({name: name for name in ids})
+    chosen = [row.id for row in compare_captions.choose(mine, run, "validation", 4)]
+    judged = [row.id for row in compare_captions.choose(mine, run, "seen", 20)]
+    captions = dict(zip(chosen, ["c", "d", "e", "f"], strict=True))
+    captions |= dict(zip(judged, ["a"] * 3 + ["b"] * 2 + ["c"] * 4 + ["f"] * 6 + ["g", "h", "i", "j", "k"], strict=True))
+    write(captions)
+    assert compare_captions.repeated(mine, run, "seen", 20) == {"train": 0.25, "choose guidance": 0.5, "choose the rate": 0.2}
+
+
+def test_new_on_a_colour_is_seen(tmp_path):
+    """Another row names the right things at the right places on the wrong colour, where a thing on a colour is what is new."""
+    mine = config(tmp_path, "rows=[experts, random]", "held_out_captions=30")
+    plan, _ = finish(mine)
+    kinds = np.arange(30) % 3
+    save(Folder(mine.folder) / "reference", "groups-held_out", np.stack([np.arange(30), kinds], 1))
+    for row, right in (("experts", 1.0), ("random", 0.1)):
+        plant(mine, plan, row, np.ones((30, 3)), "objects", "held_out")
+        plant(mine, plan, row, np.where(kinds == UNSEEN.index("ground"), right, 1.0)[:, None].repeat(3, 1), "colour", "held_out")
+    found = Results(mine).unseen_differences("random")
+    assert [one.value for one in found] == pytest.approx([0.3, *(0.9 if kind == "ground" else 0.0 for kind in UNSEEN)])
+
+
+def test_equal_costs_are_equal(tmp_path):
+    """A width matched at the base's guidance, and the main row then drawn without any, in half the passes."""
+    wider = next(one for one in QUESTIONS if one.worse == "monolith-inference")
+    for folder, chosen, said in (("same", CHOSEN, "yes"), ("other", {1.0: 0.9, 2.0: 0.2, 3.0: 0.1}, UNTOLD)):
+        mine = config(tmp_path / folder, "rows=[experts, monolith-inference]")
+        plan, _ = finish(mine, quality=lambda unit, chosen=chosen: chosen if unit.arguments[0].row == "experts" else CHOSEN)
+        far_better(mine, plan, than="monolith-inference")
+        results = Results(mine)
+        found = claims(results, [wider], answer)[0]
+        assert found[VERDICT] == said
+        costs = [results.picture_flops(results.ways[row]) / 1e9 for row in mine.rows]
+        assert (f"not equal: {costs[0]:.3g} and {costs[1]:.3g} GFLOP a picture" in found[VERDICT - 2]) == (said == UNTOLD)
+        assert (abs(costs[0] / costs[1] - 1) < 0.05) == (said != UNTOLD)
+
+
+def test_claims_are_against_the_monolith_that_papers_have(tmp_path):
+    """One that is better on validation captions has a line of its own, with its name."""
+    mine = config(tmp_path, "rows=[experts, monolith, monolith-steps]")
+    better = {1.0: 0.3, 2.0: 0.2, 3.0: 0.8}
+    plan, _ = finish(mine, quality=lambda unit: better if unit.arguments[0].row == "monolith-steps" else CHOSEN)
+    far_better(mine, plan)
+    for name in ("all", "objects"):
+        plant(mine, plan, "monolith-steps", np.full((40, 3), 0.9), name)
+    results = Results(mine)
+    assert results.monolith == "monolith-steps"
+    assert cells(results, TOP2)["verdict"] == "reproduced"
+    other = cells(results, next(one for one in QUESTIONS if one.worse == BETTER), answer)
+    assert "(monolith-steps)" in other["claim"]
+    assert other["verdict"] == "no"
+    assert cells(results, TOP2)["experts"] == "4, published of 8"
+    assert other["experts"] == "4"
+
+
+def test_nothing_is_told_before_all_planned_trainings_are_there(tmp_path):
+    """Four of five, each far better."""
+    mine = config(tmp_path, "rows=[experts, monolith]", "seeds=[0, 1, 2, 3, 4]")
+    plan, _ = finish(mine)
+    far_better(mine, plan)
+    assert cells(Results(mine), TOP2)["verdict"] == "reproduced"
+    drawn(mine, plan, "monolith", 4).delete(MANIFEST)
+    found = cells(Results(mine), TOP2)
+    assert found["verdict"] == UNTOLD
+    assert "4 of 5 trainings" in claims(Results(mine), [TOP2], verdict)[-1][VERDICT - 2]
+
+
+def test_trainings_that_are_added_after_a_look_are_named(tmp_path):
+    mine = config(tmp_path, "rows=[experts]")
+    finish(mine, keep=lambda unit: unit.kind != "draw" or unit.arguments[0].seed == 0)
+    assert "Verdicts were given before" not in write_report(mine)
+    assert not Folder(mine.folder).exists(LOOKS)  # two trainings are missing: nothing was decided
+    finish(mine)
+    for _ in range(2):
+        assert "Verdicts were given before" not in write_report(mine)
+    more = config(tmp_path, "rows=[experts]", "seeds=[0, 1, 2, 3]")
+    finish(more)
+    assert "Verdicts were given before, at 3 trainings" in write_report(more)
+    assert Results(more).looks() == [3, 4]
+
+
+def test_the_protocol_has_its_figures(tmp_path):
+    mine = config(tmp_path, "rows=[experts]", "seeds=[5, 7, 11]")
+    finish(mine)
+    reference = Folder(mine.folder) / "reference"
+    save(reference, "validation", np.random.default_rng(0).normal(size=(100, 24)))
+    made = reference.read_json(MANIFEST)
+    made["counts"] |= {"rows": 100, "independent": True, "judge": {"image_size": 96, "fingerprint": "judge-print"}}
+    reference.write_json(MANIFEST, made)
+    said = protocol(Results(mine))
+    for words in (
+        "(5, 7, 11)",
+        "planted (pictures resized to 96 pixels, bicubic, weights judge-print)",
+        "along the 16 axes of 24",
+        "corpus corpus-print, originals x",
+        "Theirs are of 8 experts, these of 4",
+    ):
+        assert words in said, words
+    assert re.search(r"40 of the originals have a Fréchet distance of \S+ \(least and most of 10 draws: \S+ and \S+\) to the 60 others", said)
+    assert "(95 %" not in said  # the ends of draws are no interval
+
+
+def test_what_units_were_made_with_is_theirs_not_the_reports(tmp_path):
+    mine = config(tmp_path, "rows=[experts]")
+    _, order = finish(mine)
+    for unit in order[:3]:
+        publish(Folder(mine.folder) / unit.key)
+        made = (Folder(mine.folder) / unit.key).read_json(MANIFEST)
+        (Folder(mine.folder) / unit.key).write_json(MANIFEST, {**made, "software": {"cpu": "another", "torch": "0.1"}})
+    found = dict(made_with(Results(mine)))
+    assert found == {"cpu": f"another (3 units), planted ({len(order) - 3} units)", "torch": "0.1"}
+
+
+def test_one_paper_does_not_claim_both_sides():
+    """Of one interval a paper would be right and wrong."""
+    for claim in CLAIMS:
+        assert not [one for one in CLAIMS if (one.source, one.better, one.worse) == (claim.source, claim.worse, claim.better)], claim.text
+    assert not [one.text for one in (*CLAIMS, *QUESTIONS) if "as well as" in one.text]  # equality is not what is tested
+
+
+def test_too_few_trainings_show_no_fault():
+    shown = {seeds: verdict_of_fault(Interval(0.5, 0.4, 0.6, seeds)) for seeds in (1, 2, 3)}
+    assert shown == {1: UNTOLD, 2: UNTOLD, 3: "yes"}
+    assert (verdict_of_fault(None), verdict_of_fault(Interval(0.5, -0.1, 1.1, 3))) == (UNTOLD, "no")
+
+
+def test_disagreement_is_held_against_pictures(tmp_path):
+    """Thirty rows have losses, the same and ten more have pictures, which are the worse the more experts disagree about the row."""
+    mine = config(tmp_path, "rows=[experts]")
+    plan, _ = finish(mine)
+    g, things = np.random.default_rng(0), np.arange(30) % 2 + 1
+    apart = g.random((3, 30))
+    for seed in mine.seeds:
+        folder = Folder(Run("experts", seed, plan.rate("experts")).folder(mine)) / "losses/seen"
+        save(folder, "disagreement", np.stack([apart[seed] - 0.1, apart[seed] + 0.1]))
+        save(folder, "things", things)
+    worse = np.concatenate([1 - 0.3 * apart + 0.05 * g.normal(size=(3, 30)), g.random((3, 10))], 1).T
+    for name in ("sizes", "colour", "texture", "clean"):
+        plant(mine, plan, "experts", worse, name)
+    found = Results(mine).disagreement_in_pictures("experts")
+    each = [rank_correlation(apart[seed], worse[:30, seed], things) for seed in mine.seeds]
+    assert found.value == pytest.approx(np.mean(each))
+    assert -1 < found.value < -0.6
+    assert found.high < 0
+    assert Results(mine).disagreement_in_pictures("blind") is None
