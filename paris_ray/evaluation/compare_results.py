@@ -95,6 +95,13 @@ class Results:
         """Trainings that came to no end, at the row's own rate or another."""
         return [f"{row} seed {run.seed} rate {run.rate:g}" for row in self.compare.rows for run in self._runs(row) if self.plan.lost(run)]
 
+    def left_out(self) -> list[str]:
+        """Rows without any training, and what helps."""
+        rates = ", ".join(f"{rate:g}" for rate in self.compare.learning_rates)
+        said = f"came to no end at any of learning_rates, {rates}: add a lower one"
+        rows = [row for row in self.compare.rows if self.plan.left_out(row)]
+        return [f"{row} has the experts of {MAIN}, which {said}" if ROWS[row].borrows else f"{row} {said}" for row in rows]
+
     def _runs(self, row: str) -> list[Run]:
         first, chosen = self.compare.seeds[0], self.plan.rate(row)
         runs = [] if ROWS[row].borrows else [Run(row, first, rate) for rate in self.plan.rates(row)]

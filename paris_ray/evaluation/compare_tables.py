@@ -186,4 +186,5 @@ def protocol(results: Results) -> str:
         said.append(f"{made['counts']['rows']} originals; as many of them as there are captions have a Fréchet distance of {floor} to the others.")
     if made is not None and not made["counts"]["independent"]:
         said.append("That encoder also made the clusters: its distances are no independent judge.")
+    said += [f"Left out: {one}." for one in results.left_out()]
     return " ".join(said)

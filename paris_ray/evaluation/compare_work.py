@@ -34,7 +34,7 @@ from paris_ray.layout import EXPERT_FILE
 from paris_ray.manifest import MANIFEST, Stage, require
 from paris_ray.storage import Folder, link_all, link_file
 from paris_ray.training import checkpoint, worker
-from paris_ray.training.loop import NonFiniteError, Place
+from paris_ray.training.loop import BrokenRowsError, NonFiniteError, Place
 
 SWAPPED = {0: 1, 1: 0}
 """Who answers for whom under the planted fault ``swapped``."""
@@ -117,13 +117,24 @@ def train(compare: CompareConfig, run: Run, stage: str, source: Run | None = Non
         _train(config, stage)
 
 
+class RouterError(RuntimeError):
+    """A router came to no end."""
+
+
 def _train(config: RunConfig, name: str) -> None:
     began, stage = time.monotonic(), stages.stage(config, name)
     if stage.begin().state != "valid":
         try:
             counts = worker.run(config, name, Place(device()))
-        except NonFiniteError as error:  # at this rate there is no such run
-            Folder(config.run_dir).write_json(FAILED, {"stage": name, "why": str(error)})
+        except BrokenRowsError:
+            raise
+        except NonFiniteError as error:
+            if name == "router":  # the same at every learning rate of the experts
+                raise RouterError(
+                    f"base.router.train.learning_rate is {config.router.train.learning_rate:g}, at which the router diverged; give a lower one, in "
+                    f"another folder: all rows have a router of that rate. {error}"
+                ) from None
+            Folder(config.run_dir).write_json(FAILED, {"stage": name, "why": str(error)})  # at this rate there is no such run
             return
         stage.publish(counts, time.monotonic() - began, result="export/")
 
