@@ -10,7 +10,7 @@ import yaml
 from pydantic import Field, model_validator
 
 from paris_ray import config as configs
-from paris_ray.config import ConfigError, OpenClipEmbedding, PackagedEmbedding, RunConfig, TimmEmbedding
+from paris_ray.config import ConfigError, OpenClipEmbedding, PackagedEmbedding, RunConfig, ScenesSource, TimmEmbedding
 from paris_ray.config_errors import explain, nearest
 from paris_ray.diffusion.routing import Routing
 from paris_ray.evaluation.compare_rows import BLIND, MAIN, ROWS
@@ -95,6 +95,11 @@ class CompareConfig(Strict):
         if isinstance(self.judge, InceptionJudge) and self.seen_captions <= FID_PICTURES:
             raise ValueError(
                 f"seen_captions is {self.seen_captions}; FID needs more pictures than there are features, {FID_PICTURES}, and is published of 50,000"
+            )
+        scenes = isinstance(base.data.source, ScenesSource)
+        if isinstance(self.judge, InceptionJudge) and not scenes and self.validation_captions <= FID_PICTURES:
+            raise ValueError(
+                f"validation_captions is {self.validation_captions}, by whose FID guidance is chosen; more than {FID_PICTURES} pictures are needed"
             )
         for name in self.rows:
             k, batch = ROWS[name].experts or base.num_experts, self.batch_size

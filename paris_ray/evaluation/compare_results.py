@@ -17,7 +17,7 @@ from paris_ray.evaluation.compare_claims import Claim
 from paris_ray.evaluation.compare_config import CompareConfig, InceptionJudge
 from paris_ray.evaluation.compare_plan import QUALITY, Plan, axes_for
 from paris_ray.evaluation.compare_rows import MAIN, ROWS, Drawing, Run
-from paris_ray.evaluation.distances import frechet, kernel_distance, moments
+from paris_ray.evaluation.distances import Reference, frechet, moments
 from paris_ray.evaluation.intervals import Interval, mean_interval, paired_interval, sets_interval, split_floor
 from paris_ray.evaluation.scene_scorer import SCORES
 from paris_ray.manifest import published
@@ -154,12 +154,12 @@ class Results:
 
     def _frechet(self, features: NDArray[np.float64]) -> float:
         """Of features (N, A) to the reference."""
-        return frechet(*self._moments, *moments(features))
+        return self._compared.frechet(features)
 
     @functools.cached_property
-    def _moments(self) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    def _compared(self) -> Reference:
         assert self.reference is not None
-        return moments(self.reference)
+        return Reference(self.reference)
 
     # -- figures ----------------------------------------------------------------------------------------------------------
 
@@ -185,7 +185,7 @@ class Results:
 
     def kernel(self, way: Way) -> float | None:
         """Kernel distance to the originals, which is unbiased: KID where the judge is Inception."""
-        return self.distance(way, lambda features: kernel_distance(self.reference, features))  # type: ignore[arg-type]
+        return self.distance(way, lambda features: self._compared.kernel(features))
 
     def floor(self, count: int) -> Interval | None:
         """What so many of the originals themselves get."""

@@ -66,7 +66,9 @@ def signed(interval: Interval | None) -> str:
 
 def way_header(results: Results) -> tuple[str, ...]:
     """Of :func:`way_rows`."""
-    names = ("FID", "KID") if results.fid else ("Fréchet distance", "kernel distance")
+    count = results.compare.seen_captions
+    pictures = f"{count // 1000}K" if count % 1000 == 0 else str(count)
+    names = (f"FID-{pictures}", f"KID-{pictures}") if results.fid else ("Fréchet distance", "kernel distance")
     return (
         "way", "what", QUALITY, "95 %", "by chance", "objects", "by chance", *names, "loss", "GFLOP a picture", "rate", "guidance", "steps", "seeds",
     )  # fmt: skip

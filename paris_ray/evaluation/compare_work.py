@@ -39,6 +39,9 @@ from paris_ray.training.loop import BrokenRowsError, NonFiniteError, Place
 SWAPPED = {0: 1, 1: 0}
 """Who answers for whom under the planted fault ``swapped``."""
 
+REFERENCE = 50_000
+"""Originals that distances are measured to, at most, the first by hash: as many as FID is published of."""
+
 SHOWN = 16
 """Originals that are kept to be looked at."""
 
@@ -298,7 +301,7 @@ def _score(scorer: SceneScorer, folder: Folder, name: str, asked: Sequence[Capti
 def draw_reference(compare: CompareConfig) -> None:
     """The originals as the codec gives them back: what distances are measured to, and the most that any score can be.
 
-    Writes ``validation.npy`` (M, D), the features of all validation rows, and of ``seen``, and where it is asked for ``held_out``, the first ones as
+    Writes ``validation.npy`` (M, D), the features of the first :data:`REFERENCE` validation rows, and of ``seen``, and where it is asked for ``held_out``, the first ones as
     ``pictures-PART.npy`` and of scenes the scores ``scores-PART.npy`` (N, 6), both in the captions' order, and ``groups-PART.npy`` (N, 2): which
     combination a caption has that training never sees, and of which kind. In the manifest, of scenes, how much clusters say of what is in them.
     """
@@ -319,7 +322,7 @@ def draw_reference(compare: CompareConfig) -> None:
         pieces = (torch.from_numpy(latents[start : start + _DECODED]) for start in range(0, len(rows), _DECODED))
         return np.concatenate([np.asarray(codec.decode(piece.to(device()))) for piece in pieces])
 
-    rows = choose(compare, source, "validation", None)
+    rows = choose(compare, source, "validation", None)[:REFERENCE]
     for start in range(0, len(rows), _DECODED):
         features.append(judge(compare)(originals(rows[start : start + _DECODED])).astype(np.float32))
     save(stage.folder, "validation", np.concatenate(features))

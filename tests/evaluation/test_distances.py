@@ -78,6 +78,18 @@ def test_kernel_distance_equals_two_loops_and_torch_fidelitys(monkeypatch):
     assert distances.kernel_distance(a, b) == pytest.approx(theirs[KEY_METRIC_KID_MEAN], rel=1e-4)
 
 
+def test_what_depends_on_the_reference_alone_is_worked_out_once(monkeypatch):
+    root, within, asked = distances._root, distances._within, []
+    monkeypatch.setattr(distances, "_root", lambda covariance: asked.append("root") or root(covariance))
+    monkeypatch.setattr(distances, "_within", lambda one: asked.append(len(one)) or within(one))
+    reference = distances.Reference(features(40, 4, 0))
+    for seed in (1, 2, 3):
+        assert reference.frechet(features(30, 4, seed)) == pytest.approx(distances.frechet_distance(features(40, 4, 0), features(30, 4, seed)))
+        reference.kernel(features(30, 4, seed))
+    assert asked.count("root") == 1 + 3  # the function's own
+    assert asked.count(40) == 1
+
+
 def test_kernel_distance_is_unbiased():
     """Of two halves of one distribution: zero on average, on both sides of it."""
     found = np.array([distances.kernel_distance(features(20, 4, seed), features(20, 4, 1000 + seed)) for seed in range(400)])
