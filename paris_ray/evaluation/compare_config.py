@@ -114,6 +114,11 @@ class CompareConfig(Strict):
         return self
 
     @property
+    def encoder(self) -> Judge:
+        """In whose features distances are measured."""
+        return self.judge or self.base.data.embedding
+
+    @property
     def choice_rows(self) -> int:
         """Validation rows, the first by hash, by which anything is chosen."""
         return max(self.loss_rows, self.validation_captions)

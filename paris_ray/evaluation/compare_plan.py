@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from paris_ray import stages
-from paris_ray.config import RunConfig
+from paris_ray.config import OpenClipEmbedding, RunConfig
 from paris_ray.evaluation import compare_rows, matching
 from paris_ray.evaluation.arrays import load
 from paris_ray.evaluation.compare_config import CompareConfig, InceptionJudge
@@ -50,7 +50,7 @@ class Unit:
 
     Attributes:
         key: what it is, for people, and where it is below the comparison's folder.
-        kind: ``train``, ``losses``, ``draw`` or ``reference``.
+        kind: ``train``, ``losses``, ``draw``, ``reference`` or ``captions``.
         arguments: of the function in :data:`paris_ray.evaluation.compare_work.WORK`; ``None``: something must be chosen first.
         flops: what it is expected to cost, in operations.
         needs: keys of the units before it.
@@ -256,6 +256,8 @@ class Plan:
     def units(self) -> list[Unit]:
         """All units, done ones too; those for which something must be chosen first cannot be done yet. A row that is left out has none."""
         found = [Unit("reference", "reference", (), 1e12)]
+        if isinstance(self.compare.encoder, OpenClipEmbedding):
+            found.append(Unit("captions", "captions", (), 1e12))
         makers: dict[str, Run] = {}
         for row in self.compare.rows:
             if not self.left_out(row):

@@ -9,6 +9,7 @@ from paris_ray.evaluation import alignment_figures, compare_cost, compare_rows
 from paris_ray.evaluation.compare_claims import CLAIMS, NOT, QUESTIONS, REPRODUCED, UNTOLD, answer, verdict
 from paris_ray.evaluation.compare_config import CompareConfig
 from paris_ray.evaluation.compare_curves import training_curves
+from paris_ray.evaluation.compare_measures import AMONG_HEADER, AMONG_MEANING, ROUTER_HEADER, ROUTER_MEANING, among_rows, measures, router_rows
 from paris_ray.evaluation.compare_plan import QUALITY
 from paris_ray.evaluation.compare_results import Results
 from paris_ray.evaluation.compare_rows import MAIN, ROWS, Run
@@ -26,6 +27,7 @@ from paris_ray.evaluation.compare_tables import (
     way_rows,
 )  # fmt: skip
 from paris_ray.evaluation.intervals import Interval
+from paris_ray.evaluation.times import TIMES
 from paris_ray.manifest import published, software
 from paris_ray.pages import blocks, charts
 from paris_ray.storage import Folder
@@ -55,9 +57,11 @@ def page(results: Results, judged: list[list[str]], asked: list[list[str]]) -> s
         ("claims", "What papers claim", _claims(judged, asked)),
         ("table", "Captions like those of training", _table(results)),
         ("unseen", "Captions with unseen combinations", _unseen(results)),
+        ("among", "Pictures among originals", _among(results)),
         ("matched", "What is matched", _matched(results)),
         ("cost", "Quality and cost", _cost(results)),
         ("experts", "Experts and their data", _experts(results)),
+        ("routers", "Routers, and losses by time", _routers(results)),
         ("pictures", "Pictures", _pictures(results)),
         ("choices", "What was chosen, and on what", _choices(results)),
         ("faults", "Planted faults", _faults(results)),
@@ -109,6 +113,23 @@ def _unseen(results: Results) -> str:
     return blocks.paragraph(said) + blocks.table(UNSEEN_HEADER, rows, numeric=range(2, len(UNSEEN_HEADER)))
 
 
+def _among(results: Results) -> str:
+    rows = among_rows(measures(results))
+    if not rows:
+        return blocks.absent("Nothing is drawn yet.")
+    return blocks.paragraph(AMONG_MEANING) + blocks.table(AMONG_HEADER, rows, numeric=range(1, len(AMONG_HEADER)))
+
+
+def _routers(results: Results) -> str:
+    colours = _colours(results)
+    rows, losses = router_rows(measures(results)), measures(results).losses_by_time()
+    if not losses:
+        return blocks.absent("Not measured yet.")
+    lines = [charts.Series(row, TIMES, one.tolist(), colours[row]) for row, one in losses.items()]
+    html = blocks.paragraph(ROUTER_MEANING) + blocks.table(ROUTER_HEADER, rows, numeric=range(1, len(ROUTER_HEADER)))
+    return html + "<h3>Loss by time</h3>" + charts.line_chart(lines, "t, from picture to noise", "held-out loss", "Held-out loss by time")
+
+
 def _matched(results: Results) -> str:
     cells = compare_cost.matched_table(results.compare, results.plan)
     return blocks.paragraph(compare_cost.MEANING) + blocks.table(compare_cost.COLUMNS, cells, numeric=range(2, len(compare_cost.COLUMNS)))
@@ -119,12 +140,18 @@ def _colours(results: Results) -> dict[str, str]:
 
 
 def _cost(results: Results) -> str:
-    colours, points = _colours(results), []
+    colours, points, trained = _colours(results), [], []
     for way in results.ways.values():
         quality = results.quality(way)
         if quality is not None:
-            points.append(charts.Point(way.key, results.picture_flops(way) / 1e9, quality.value, quality.low, quality.high, colours[way.row]))
+            y = (quality.value, quality.low, quality.high, colours[way.row])
+            points.append(charts.Point(way.key, results.picture_flops(way) / 1e9, *y))
+            if way.key == way.row and not ROWS[way.row].fault:
+                trained.append(charts.Point(way.key, measures(results).training_flops(way.row) / 1e15, *y))
     drawn = charts.scatter_chart(points, "GFLOP a picture", QUALITY, "Quality against inference cost")
+    drawn += "<h3>Against the cost of training</h3>" + charts.scatter_chart(
+        trained, "training PFLOP", QUALITY, "Quality against training cost, router included"
+    )
     curves = [charts.Series(row, x, y, colours[row]) for row, x, y in training_curves(results.plan)]
     learnt = (
         charts.line_chart(curves, "training PFLOP", "training loss", "Loss against training cost") if curves else blocks.absent("No training yet.")

@@ -185,7 +185,7 @@ class Results:
 
     def kernel(self, way: Way) -> float | None:
         """Kernel distance to the originals, which is unbiased: KID where the judge is Inception."""
-        return self.distance(way, lambda features: self._compared.kernel(features))
+        return None if self.reference is None else self.distance(way, self._compared.kernel)
 
     def floor(self, count: int) -> Interval | None:
         """What so many of the originals themselves get."""

@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from paris_ray.data.scenes import UNSEEN
 from paris_ray.evaluation import compare_cost
 from paris_ray.evaluation.compare_claims import LEAST_SEEDS, Claim
+from paris_ray.evaluation.compare_measures import AMONG_HEADER, AMONG_MEANING, ROUTER_HEADER, ROUTER_MEANING, among_rows, measures, router_rows
 from paris_ray.evaluation.compare_plan import GRADED, MORE_STEPS, QUALITY
 from paris_ray.evaluation.compare_results import Results, Way
 from paris_ray.evaluation.compare_rows import BLIND, MAIN, ROWS
@@ -155,6 +156,10 @@ def markdown(results: Results, judged: list[list[str]], asked: list[list[str]]) 
             table(CLAIM_HEADER, asked),
             "Captions with a combination that training never sees, a question of our own:",
             table(UNSEEN_HEADER, unseen_rows(results)),
+            AMONG_MEANING,
+            table(AMONG_HEADER, among_rows(measures(results))),
+            ROUTER_MEANING,
+            table(ROUTER_HEADER, router_rows(measures(results))),
             table(compare_cost.COLUMNS, compare_cost.matched_table(results.compare, results.plan)),
             protocol(results),
         ]

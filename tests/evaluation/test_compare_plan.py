@@ -11,7 +11,7 @@ from scipy.stats import spearmanr
 
 from paris_ray.config import ConfigError, ScenesSource
 from paris_ray.data.scenes import TEXTURES, Scene, Scenes
-from paris_ray.evaluation import alignment_figures, compare, compare_config, compare_plan, compare_work, matching
+from paris_ray.evaluation import alignment_figures, compare, compare_config, compare_plan, compare_scenes, matching
 from paris_ray.evaluation.arrays import save
 from paris_ray.evaluation.compare_captions import Caption
 from paris_ray.evaluation.compare_claims import CLAIMS, QUESTIONS, answer, verdict
@@ -192,11 +192,11 @@ def test_a_folder_is_asked_for_a_unit_once_until_something_has_ended(tmp_path, m
 def test_what_clusters_share_with_scenes_and_which_combination_is_asked():
     source = Scenes(ScenesSource(objects=8), 32)
     scenes = [source.scene("seen", i) for i in range(400)]
-    shared = compare_work.shared_information(scenes, [TEXTURES.index(scene.texture) for scene in scenes])
+    shared = compare_scenes.shared_information(scenes, [TEXTURES.index(scene.texture) for scene in scenes])
     assert shared["texture"][0] == pytest.approx(1)
     assert all(one < 0.1 for name, pair in shared.items() for one in (pair if name != "texture" else pair[1:]))
     asked = [Caption(str(i), source.scene("unseen", i).caption, 0) for i in range(60)]
-    groups = compare_work.unseen_groups(source.hold_out, asked)
+    groups = compare_scenes.unseen_groups(source.hold_out, asked)
     assert groups[:, 1].tolist() == [i % 3 for i in range(60)]
     words = [source.hold_out.asked(Scene.parse(one.caption)) for one in asked]
     assert all((a == b) == (x == y) for a, x in zip(words, groups[:, 0], strict=True) for b, y in zip(words, groups[:, 0], strict=True))
