@@ -6,7 +6,7 @@ import numpy as np
 
 from paris_ray.data.openmoji import ATTRIBUTION
 from paris_ray.evaluation import alignment_figures, compare_cost, compare_rows
-from paris_ray.evaluation.compare_claims import CLAIMS, NOT, QUESTIONS, REPRODUCED, UNTOLD, answer, verdict
+from paris_ray.evaluation.compare_claims import CLAIMS, LEAST_SEEDS, NOT, QUESTIONS, REPRODUCED, UNTOLD, answer, verdict
 from paris_ray.evaluation.compare_config import CompareConfig
 from paris_ray.evaluation.compare_curves import training_curves
 from paris_ray.evaluation.compare_measures import AMONG_HEADER, AMONG_MEANING, ROUTER_HEADER, ROUTER_MEANING, among_rows, measures, router_rows
@@ -271,8 +271,10 @@ def _faults(results: Results) -> str:
 
 
 def verdict_of_fault(interval: Interval | None) -> str:
-    """Whether a measurement shows the fault: it moves by more than its interval, in whatever direction."""
-    return "no" if interval is None or interval.low <= 0 <= interval.high else "yes"
+    """Whether a measurement shows the fault: it moves by more than its interval, in whatever direction; of too few trainings nothing is told."""
+    if interval is None or interval.seeds < LEAST_SEEDS:
+        return UNTOLD
+    return "no" if interval.low <= 0 <= interval.high else "yes"
 
 
 def _software(compare: CompareConfig) -> str:
