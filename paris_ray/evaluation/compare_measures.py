@@ -57,6 +57,14 @@ class Among:
     clip: Interval | None
 
 
+@dataclass(frozen=True)
+class ByTime:
+    """Held-out losses at each of some times."""
+
+    times: Sequence[float]
+    losses: Sequence[float]
+
+
 class Measures:
     """These figures, from a comparison's folder.
 
@@ -174,14 +182,14 @@ class Measures:
             return None
         return found, prior(np.repeat(np.arange(len(sizes)), sizes).tolist(), clusters.tolist(), len(sizes))
 
-    def losses_by_time(self) -> dict[str, NDArray[np.float64]]:
-        """Of each row, (T,) at :data:`paris_ray.evaluation.times.TIMES`, the mean over rows of the corpus and seeds."""
+    def losses_by_time(self) -> dict[str, ByTime]:
+        """Of each row, the mean over rows of the corpus and seeds."""
         found = {}
         for row in self.compare.rows:
             each = [self.results.losses(row, "routed", seed) for seed in self.compare.seeds]
             by_time = [one.mean(1) for one in each if one is not None and len(one) == len(TIMES)]
             if by_time and not ROWS[row].fault:
-                found[row] = np.asarray(np.mean(by_time, 0))
+                found[row] = ByTime(TIMES, np.mean(by_time, 0).tolist())
         return found
 
     def training_flops(self, row: str) -> float:
@@ -195,6 +203,25 @@ class Measures:
 def measures(results: Results) -> Measures:
     """The same object for all parts of a report."""
     return Measures(results)
+
+
+Table = tuple[str, tuple[str, ...], list[list[str]]]
+"""What it says, in words; its header; its cells."""
+
+
+def tables(results: Results) -> list[Table]:
+    """All of them."""
+    return [among_table(results), router_table(results)]
+
+
+def among_table(results: Results) -> Table:
+    """How pictures lie among originals, and what they repeat."""
+    return AMONG_MEANING, AMONG_HEADER, among_rows(measures(results))
+
+
+def router_table(results: Results) -> Table:
+    """How good routers are."""
+    return ROUTER_MEANING, ROUTER_HEADER, router_rows(measures(results))
 
 
 # -- cells --------------------------------------------------------------------------------------------------------------

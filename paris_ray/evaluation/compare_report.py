@@ -5,11 +5,10 @@ from __future__ import annotations
 import numpy as np
 
 from paris_ray.data.openmoji import ATTRIBUTION
-from paris_ray.evaluation import alignment_figures, compare_cost, compare_rows
-from paris_ray.evaluation.compare_claims import CLAIMS, LEAST_SEEDS, NOT, QUESTIONS, REPRODUCED, UNTOLD, answer, verdict
+from paris_ray.evaluation import alignment_figures, compare_cost, compare_measures, compare_rows
+from paris_ray.evaluation.compare_claims import CLAIMS, NOT, QUESTIONS, REPRODUCED, UNTOLD, answer, verdict
 from paris_ray.evaluation.compare_config import CompareConfig
 from paris_ray.evaluation.compare_curves import training_curves
-from paris_ray.evaluation.compare_measures import AMONG_HEADER, AMONG_MEANING, ROUTER_HEADER, ROUTER_MEANING, among_rows, measures, router_rows
 from paris_ray.evaluation.compare_plan import QUALITY
 from paris_ray.evaluation.compare_results import Results
 from paris_ray.evaluation.compare_rows import MAIN, ROWS, Run
@@ -27,7 +26,6 @@ from paris_ray.evaluation.compare_tables import (
     way_rows,
 )  # fmt: skip
 from paris_ray.evaluation.intervals import Interval
-from paris_ray.evaluation.times import TIMES
 from paris_ray.manifest import published, software
 from paris_ray.pages import blocks, charts
 from paris_ray.storage import Folder
@@ -114,19 +112,19 @@ def _unseen(results: Results) -> str:
 
 
 def _among(results: Results) -> str:
-    rows = among_rows(measures(results))
+    meaning, header, rows = compare_measures.among_table(results)
     if not rows:
         return blocks.absent("Nothing is drawn yet.")
-    return blocks.paragraph(AMONG_MEANING) + blocks.table(AMONG_HEADER, rows, numeric=range(1, len(AMONG_HEADER)))
+    return blocks.paragraph(meaning) + blocks.table(header, rows, numeric=range(1, len(header)))
 
 
 def _routers(results: Results) -> str:
-    colours = _colours(results)
-    rows, losses = router_rows(measures(results)), measures(results).losses_by_time()
+    losses, colours = compare_measures.measures(results).losses_by_time(), _colours(results)
     if not losses:
         return blocks.absent("Not measured yet.")
-    lines = [charts.Series(row, TIMES, one.tolist(), colours[row]) for row, one in losses.items()]
-    html = blocks.paragraph(ROUTER_MEANING) + blocks.table(ROUTER_HEADER, rows, numeric=range(1, len(ROUTER_HEADER)))
+    lines = [charts.Series(row, one.times, one.losses, colours[row]) for row, one in losses.items()]
+    meaning, header, rows = compare_measures.router_table(results)
+    html = blocks.paragraph(meaning) + blocks.table(header, rows, numeric=range(1, len(header)))
     return html + "<h3>Loss by time</h3>" + charts.line_chart(lines, "t, from picture to noise", "held-out loss", "Held-out loss by time")
 
 
@@ -147,7 +145,7 @@ def _cost(results: Results) -> str:
             y = (quality.value, quality.low, quality.high, colours[way.row])
             points.append(charts.Point(way.key, results.picture_flops(way) / 1e9, *y))
             if way.key == way.row and not ROWS[way.row].fault:
-                trained.append(charts.Point(way.key, measures(results).training_flops(way.row) / 1e15, *y))
+                trained.append(charts.Point(way.key, compare_measures.measures(results).training_flops(way.row) / 1e15, *y))
     drawn = charts.scatter_chart(points, "GFLOP a picture", QUALITY, "Quality against inference cost")
     drawn += "<h3>Against the cost of training</h3>" + charts.scatter_chart(
         trained, "training PFLOP", QUALITY, "Quality against training cost, router included"
@@ -255,6 +253,7 @@ def _choices(results: Results) -> str:
     second = blocks.table(["quality on validation captions", *(f"{scale:g}" for scale in compare.guidance_scales)], scales, numeric=range(1, 20))
     said = [f"At an end of the rates, where another might be better still: {', '.join(edge)}."] if edge else []
     said += [f"Came to no end: {'; '.join(lost)}."] if (lost := results.lost()) else []
+    said += [f"Left out: {one}." for one in results.left_out()]
     return first + "".join(blocks.paragraph(line) for line in said) + second
 
 
@@ -271,10 +270,8 @@ def _faults(results: Results) -> str:
 
 
 def verdict_of_fault(interval: Interval | None) -> str:
-    """Whether a measurement shows the fault: it moves by more than its interval, in whatever direction; of too few trainings nothing is told."""
-    if interval is None or interval.seeds < LEAST_SEEDS:
-        return UNTOLD
-    return "no" if interval.low <= 0 <= interval.high else "yes"
+    """Whether a measurement shows the fault: it moves by more than its interval, in whatever direction."""
+    return "no" if interval is None or interval.low <= 0 <= interval.high else "yes"
 
 
 def _software(compare: CompareConfig) -> str:

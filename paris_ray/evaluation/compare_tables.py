@@ -8,9 +8,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from paris_ray.data.scenes import UNSEEN
-from paris_ray.evaluation import compare_cost
+from paris_ray.evaluation import compare_cost, compare_measures
 from paris_ray.evaluation.compare_claims import LEAST_SEEDS, Claim
-from paris_ray.evaluation.compare_measures import AMONG_HEADER, AMONG_MEANING, ROUTER_HEADER, ROUTER_MEANING, among_rows, measures, router_rows
 from paris_ray.evaluation.compare_plan import GRADED, MORE_STEPS, QUALITY
 from paris_ray.evaluation.compare_results import Results, Way
 from paris_ray.evaluation.compare_rows import BLIND, MAIN, ROWS
@@ -156,11 +155,9 @@ def markdown(results: Results, judged: list[list[str]], asked: list[list[str]]) 
             table(CLAIM_HEADER, asked),
             "Captions with a combination that training never sees, a question of our own:",
             table(UNSEEN_HEADER, unseen_rows(results)),
-            AMONG_MEANING,
-            table(AMONG_HEADER, among_rows(measures(results))),
-            ROUTER_MEANING,
-            table(ROUTER_HEADER, router_rows(measures(results))),
+            *(part for meaning, header, rows in compare_measures.tables(results) for part in (meaning, table(header, rows))),
             table(compare_cost.COLUMNS, compare_cost.matched_table(results.compare, results.plan)),
+            *(f"Left out: {one}." for one in results.left_out()),
             protocol(results),
         ]
     )
@@ -193,5 +190,4 @@ def protocol(results: Results) -> str:
         said.append(f"{made['counts']['rows']} originals; as many of them as there are captions have a Fréchet distance of {floor} to the others.")
     if made is not None and not made["counts"]["independent"]:
         said.append("That encoder also made the clusters: its distances are no independent judge.")
-    said += [f"Left out: {one}." for one in results.left_out()]
     return " ".join(said)

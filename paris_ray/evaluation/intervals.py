@@ -94,7 +94,7 @@ def sets_interval(statistic: Callable[..., float], *sets: NDArray[np.floating], 
     each = lambda chosen: np.array([statistic(*(one[:, i] for one in chosen)) for i in range(r)])  # noqa: E731
     g = rng.generator(seed, "bootstrap-sets", 0)
     draws = [each([one[rows] for one in sets]).mean() for rows in (g.integers(n, size=n) for _ in range(repeats))]
-    return _interval(each(sets), float(np.var(draws, ddof=1)), min(n, repeats))  # the variance is of so many draws
+    return _interval(each(sets), float(np.var(draws, ddof=1)), n)
 
 
 def _interval(of_seeds: NDArray[np.float64], of_captions: float, captions: int) -> Interval:
@@ -103,7 +103,7 @@ def _interval(of_seeds: NDArray[np.float64], of_captions: float, captions: int) 
     Args:
         of_seeds: (R,) the number under each.
         of_captions: variance of the mean as captions are drawn anew.
-        captions: of so many the variance is.
+        captions: how many there are.
     """
     value, r, upper = float(of_seeds.mean()), len(of_seeds), (1 + LEVEL) / 2
     square = float(student.ppf(upper, captions - 1)) ** 2 * of_captions if captions > 1 else np.inf

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from test_compare_plan import config, finish
+from planted import config, finish
 
 from paris_ray.evaluation import compare_work
 from paris_ray.evaluation.compare_plan import FAILED

@@ -9,8 +9,8 @@ import fake_training_run as fake
 import numpy as np
 import pytest
 import torch
+from planted import publish
 from safetensors.torch import load_file
-from test_compare_plan import publish
 
 from paris_ray import stages
 from paris_ray.evaluation import compare_config, compare_rows, compare_work
@@ -18,7 +18,6 @@ from paris_ray.evaluation.compare_plan import Plan
 from paris_ray.evaluation.compare_report import verdict_of_fault
 from paris_ray.evaluation.compare_results import Results
 from paris_ray.evaluation.compare_rows import Run
-from paris_ray.evaluation.intervals import Interval
 from paris_ray.evaluation.times import TIMES
 from paris_ray.models import Router
 from paris_ray.models.dit import DiT
@@ -140,10 +139,3 @@ def test_each_fault_moves_the_loss_by_more_than_its_interval(measured):
         assert loss.low > 0, (row, loss)
         assert verdict_of_fault(loss) == "yes", row
     assert measured.loss("experts") < 1.4  # zero would have 2: the mean square of noise and of data
-
-
-def test_of_fewer_than_three_trainings_no_fault_is_shown():
-    assert verdict_of_fault(Interval(0.5, 0.4, 0.6, seeds=2)) == "cannot be told here"
-    assert verdict_of_fault(Interval(0.5, 0.4, 0.6, seeds=3)) == "yes"
-    assert verdict_of_fault(Interval(0.5, -0.4, 1.6, seeds=3)) == "no"
-    assert verdict_of_fault(None) == "cannot be told here"

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from test_compare_plan import config
+from planted import config
 
 from paris_ray.config import ConfigError
 from paris_ray.evaluation import compare_config, compare_work

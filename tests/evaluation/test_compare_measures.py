@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from test_compare_plan import config, finish
+from planted import config, finish
 
 from paris_ray.config import OpenClipEmbedding
 from paris_ray.evaluation import compare_measures, compare_scenes, compare_work
@@ -159,7 +159,7 @@ def test_routers_and_losses_by_time_are_in_the_report(tmp_path):
     assert cells["calibration error"] == f"{np.mean([0.35, 0.1]):.3f}"
     assert row[ROUTER_HEADER.index("by sizes alone")] == "0.250"
     assert row[-1] == f"{-np.mean(np.log([0.5, 0.25, 0.125, 0.125])):.3f}"
-    np.testing.assert_allclose(measures.losses_by_time()["experts"], by_time + 0.5)
+    np.testing.assert_allclose(measures.losses_by_time()["experts"].losses, by_time + 0.5)
     assert "0.750 | 0.750" in write_report(mine)
     html = Folder(mine.folder).read_bytes("report.html").decode()
     for words in ("Held-out loss by time", "Quality against training cost", "right at t = 0.98"):
