@@ -77,20 +77,6 @@ def frechet_distance(reference: NDArray[np.floating], made: NDArray[np.floating]
     return frechet(*moments(a), *moments(b))
 
 
-def kernel_distance(a: NDArray[np.floating], b: NDArray[np.floating]) -> float:
-    """The unbiased estimate of the squared maximum mean discrepancy under the kernel (x·y/D + 1)³ (Bińkowski et al., arXiv 1801.01401): KID's.
-
-    Over all rows, not the mean over subsets; may be a little below zero.
-
-    Args:
-        a: (N, D).
-        b: (M, D).
-    """
-    if len(a) < 2 or len(b) < 2:
-        raise ValueError(f"a has {len(a)} rows, b {len(b)}; an unbiased estimate needs 2 of each")
-    return Reference(a).kernel(b)
-
-
 class Reference:
     """Originals that many sets are compared with: what depends on them alone is worked out once.
 
@@ -115,8 +101,17 @@ class Reference:
         return _frechet(*self._moments, *moments(made))
 
     def kernel(self, made: NDArray[np.floating]) -> float:
-        """The kernel distance of a set (M, D); see :func:`kernel_distance`."""
+        """The kernel distance of a set (M, D).
+
+        The unbiased estimate of the squared maximum mean discrepancy under the kernel (x·y/D + 1)³ (Bińkowski et al., arXiv 1801.01401), KID's, over
+        all rows, not the mean over subsets; may be a little below zero.
+
+        Raises:
+            ValueError: fewer than two rows in either.
+        """
         x, y = self.features, np.asarray(made, np.float64)
+        if min(len(x), len(y)) < 2:
+            raise ValueError(f"the reference has {len(x)} rows, the set {len(y)}; an unbiased estimate needs 2 of each")
         return self._own + _within(y) - 2 * _kernel_sum(x, y) / (len(x) * len(y))
 
 

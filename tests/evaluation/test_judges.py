@@ -85,7 +85,7 @@ def test_fid_and_kid_are_torch_fidelitys_from_end_to_end(pictures):
         kid_subset_size=len(made), kid_subsets=1, cuda=False, cache=False, verbose=False, save_cpu_ram=True,
     )  # fmt: skip
     assert distances.frechet_distance(judge(real), judge(made)) == pytest.approx(theirs["frechet_inception_distance"], rel=1e-4)
-    assert distances.kernel_distance(judge(real), judge(made)) == pytest.approx(theirs["kernel_inception_distance_mean"], rel=1e-4)
+    assert distances.Reference(judge(real)).kernel(judge(made)) == pytest.approx(theirs["kernel_inception_distance_mean"], rel=1e-4)
     assert theirs["frechet_inception_distance"] > 0.01
     assert "torch-fidelity" in judge.name
     assert "layer sixteen" in judge.name
