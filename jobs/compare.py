@@ -37,7 +37,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--dry-run", action="store_true", help="print what is matched and what it would cost; do nothing")
     parser.add_argument("--report-only", action="store_true", help="write the report of what is done, and nothing else")
     args = parser.parse_args(argv)
-    from paris_ray.evaluation import compare, compare_cost
+    from paris_ray.evaluation import compare, compare_cost, compare_scenes
 
     began = time.monotonic()
     try:
@@ -55,7 +55,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         with Lock(folder, "the comparison"):
             compare.settle(config)
             cut(config)
-            compare_captions.check(config, Folder(compare_rows.partition_config(config, compare_rows.MAIN).run_dir))
+            main_row = Folder(compare_rows.partition_config(config, compare_rows.MAIN).run_dir)
+            compare_captions.check(config, main_row)
+            if warning := compare_scenes.undivided(config, main_row):
+                print(f"compare: {warning}", file=sys.stderr, flush=True)
             done = compare.run(config, None if args.minutes is None else 60 * args.minutes - (time.monotonic() - began))
             report(config)
         return 0 if done else cli.STOPPED

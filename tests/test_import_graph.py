@@ -33,6 +33,7 @@ WITHOUT_RAY = [
     "paris_ray.evaluation.compare", "paris_ray.evaluation.compare_report", "paris_ray.evaluation.compare_work", "paris_ray.evaluation.compare_cost",
     "paris_ray.evaluation.distances", "paris_ray.evaluation.intervals", "paris_ray.evaluation.scene_scorer",
     "paris_ray.evaluation.judges", "paris_ray.evaluation.losses", "paris_ray.evaluation.routers",
+    "paris_ray.evaluation.compare_measures", "paris_ray.evaluation.compare_scenes", "paris_ray.evaluation.classifiers",
     "paris_ray.hub", "paris_ray.models.network", "paris_ray.models.fold", "paris_ray.models.init_from",
 ]  # fmt: skip
 """Modules that a machine without Ray can use; all of paris_ray/inference as well."""

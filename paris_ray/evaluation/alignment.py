@@ -22,8 +22,9 @@ from paris_ray.diffusion.ensemble import Experts, ensemble_velocity, routing_wei
 from paris_ray.diffusion.path import interpolate
 from paris_ray.diffusion.routing import Routing
 from paris_ray.diffusion.sampler import initial_noise
-from paris_ray.evaluation.losses import TIMES, conditioning
+from paris_ray.evaluation.losses import conditioning
 from paris_ray.evaluation.metrics import unit
+from paris_ray.evaluation.times import TIMES
 from paris_ray.inference.prompts import Prompts
 from paris_ray.inference.weighing import Weigher
 from paris_ray.inference.weights import ParisModel
@@ -47,7 +48,7 @@ def look(
         clusters: of the rows, for ``oracle``.
 
     Returns:
-        ``experts`` (K, T, N): mean squared error of each expert's velocity at :data:`paris_ray.evaluation.losses.TIMES`; ``router`` (T, N, K): its
+        ``experts`` (K, T, N): mean squared error of each expert's velocity at :data:`paris_ray.evaluation.times.TIMES`; ``router`` (T, N, K): its
         probabilities; ``disagreement`` (T, N): mean squared difference of the experts' velocities from their mean under these probabilities; and of
         each routing ``loss-<routing>`` (T, N).
     """

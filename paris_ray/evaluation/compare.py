@@ -31,7 +31,7 @@ GROWING = ("learning_rates", "guidance_scales", "seeds")
 
 SAY_SECONDS = 15.0
 
-FLOPS_PER_SECOND = {"train": 3e10, "draw": 1.5e10, "losses": 1e10, "reference": 2e10}
+FLOPS_PER_SECOND = {"train": 3e10, "draw": 1.5e10, "losses": 1e10, "reference": 2e10, "captions": 2e10}
 """Of one process on one CPU core, until something has been measured."""
 
 

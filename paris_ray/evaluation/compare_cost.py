@@ -63,10 +63,12 @@ def text(compare: CompareConfig) -> str:
         flops[unit.kind] += unit.flops
         counts[unit.kind][0] += plan.done(unit.key)
         counts[unit.kind][1] += 1
-    names = {"train": "training", "losses": "losses", "draw": "pictures", "reference": "originals"}
+    names = {"train": "training", "losses": "losses", "draw": "pictures", "reference": "originals", "captions": "captions"}
     price = compare.base.expert.resources.price_per_hour
     lines.append(f"{'':<12}{'units done':>14}{'PFLOP':>12}" + "".join(f"{'one ' + device:>14}" for device in DEVICES))
     for kind, name in names.items():
+        if not counts[kind][1]:
+            continue
         hours = "".join(f"{time_text(gpu_hours(flops[kind], peak)):>14}" for peak in DEVICES.values())
         lines.append(f"{name:<12}{f'{counts[kind][0]} of {counts[kind][1]}':>14}{flops[kind] / 1e15:>12.4g}{hours}")
     total = sum(flops.values())

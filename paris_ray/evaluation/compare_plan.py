@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from paris_ray import stages
-from paris_ray.config import ConfigError, RunConfig
+from paris_ray.config import OpenClipEmbedding, RunConfig
 from paris_ray.evaluation import compare_rows, matching
 from paris_ray.evaluation.arrays import load
 from paris_ray.evaluation.compare_config import CompareConfig, InceptionJudge
@@ -50,7 +50,7 @@ class Unit:
 
     Attributes:
         key: what it is, for people, and where it is below the comparison's folder.
-        kind: ``train``, ``losses``, ``draw`` or ``reference``.
+        kind: ``train``, ``losses``, ``draw``, ``reference`` or ``captions``.
         arguments: of the function in :data:`paris_ray.evaluation.compare_work.WORK`; ``None``: something must be chosen first.
         flops: what it is expected to cost, in operations.
         needs: keys of the units before it.
@@ -65,16 +65,13 @@ class Unit:
     phase: int = 0
 
 
-def choose_rate(losses: Mapping[float, float]) -> float:
+def choose_rate(losses: Mapping[float, float]) -> float | None:
     """The learning rate with the least loss on validation rows; of equal ones the lower. A rate that diverged has the loss infinity.
 
-    Raises:
-        ConfigError: all diverged.
+    ``None``: all diverged.
     """
     finite = {rate: loss for rate, loss in losses.items() if np.isfinite(loss)}
-    if not finite:
-        raise ConfigError(f"learning_rates: training diverged at all of {sorted(losses)}; give lower ones")
-    return min(finite, key=lambda rate: (finite[rate], rate))
+    return min(finite, key=lambda rate: (finite[rate], rate), default=None)
 
 
 def choose_guidance(quality: Mapping[float, NDArray[np.float64]]) -> float:
@@ -147,10 +144,8 @@ class Plan:
         found = sorted(self.compare.learning_rates)
         for _ in range(EXTRA_RATES if len(found) > 1 else 0):
             losses = self._losses_at(row, found)
-            if len(losses) < len(found) or not any(np.isfinite(loss) for loss in losses.values()):
-                break
-            best = choose_rate(losses)
-            if best not in (found[0], found[-1]):
+            best = choose_rate(losses) if len(losses) == len(found) else None
+            if best is None or best not in (found[0], found[-1]):
                 break
             found = [best / 2, *found] if best == found[0] else [*found, best * 2]
         return found
@@ -172,14 +167,20 @@ class Plan:
         return found
 
     def rate(self, row: str) -> float | None:
-        """The row's learning rate, once it is chosen."""
+        """The row's learning rate, once it is chosen; of a row that is left out there is none."""
         row = MAIN if ROWS[row].borrows else row
         if ("rate", row) not in self._chosen:
             losses = self.validation_losses(row)
-            if len(losses) < len(self.rates(row)):
+            chosen = choose_rate(losses) if len(losses) == len(self.rates(row)) else None
+            if chosen is None:
                 return None
-            self._chosen["rate", row] = choose_rate(losses)
+            self._chosen["rate", row] = chosen
         return self._chosen["rate", row]
+
+    def left_out(self, row: str) -> bool:
+        """Whether the row, or the main row whose experts it has, came to no end at any learning rate."""
+        row = MAIN if ROWS[row].borrows else row
+        return all(self.failed(Run(row, self.compare.seeds[0], rate)) for rate in self.compare.learning_rates)
 
     def lost(self, run: Run) -> bool:
         """Whether there are no pictures of a training: it, or the one whose experts it has or learns from, came to no end."""
@@ -228,7 +229,7 @@ class Plan:
         elif row == BLIND:  # the oracle asks no router: it is the main row's
             named = [routing for routing in compare.routings if routing in ("top-1", "full")]
         else:
-            named = [MORE_STEPS] if row == "monolith" else []
+            named = [MORE_STEPS] if row == "monolith" and not self.left_out(MAIN) else []
         return [row, *(f"{row}/{text}" for text in named if text != own)]
 
     def drawing(self, way: str, guidance: float, part: str) -> Drawing | None:
@@ -258,11 +259,14 @@ class Plan:
     # -- units ------------------------------------------------------------------------------------------------------------
 
     def units(self) -> list[Unit]:
-        """All units, done ones too; those for which something must be chosen first cannot be done yet."""
+        """All units, done ones too; those for which something must be chosen first cannot be done yet. A row that is left out has none."""
         found = [Unit("reference", "reference", (), 1e12)]
+        if isinstance(self.compare.encoder, OpenClipEmbedding):
+            found.append(Unit("captions", "captions", (), 1e12))
         makers: dict[str, Run] = {}
         for row in self.compare.rows:
-            found += self._row(row, makers)
+            if not self.left_out(row):
+                found += self._row(row, makers)
         return found
 
     def _row(self, row: str, makers: dict[str, Run]) -> Iterator[Unit]:

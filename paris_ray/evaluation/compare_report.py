@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from paris_ray.data.openmoji import ATTRIBUTION
-from paris_ray.evaluation import alignment_figures, compare_cost, compare_rows
+from paris_ray.evaluation import alignment_figures, compare_cost, compare_measures, compare_rows
 from paris_ray.evaluation.compare_claims import CLAIMS, LEAST_SEEDS, NOT, PUBLISHED_EXPERTS, QUESTIONS, REPRODUCED, UNTOLD, answer, verdict
 from paris_ray.evaluation.compare_config import CompareConfig
 from paris_ray.evaluation.compare_curves import training_curves
@@ -62,9 +62,11 @@ def page(results: Results, judged: list[list[str]], asked: list[list[str]]) -> s
         ("claims", "What papers claim", _claims(compare, judged, asked)),
         ("table", "Captions like those of training", _table(results)),
         ("unseen", "Captions with unseen combinations", _unseen(results)),
+        ("among", "Pictures among originals", _among(results)),
         ("matched", "What is matched", _matched(results)),
         ("cost", "Quality and cost", _cost(results)),
         ("experts", "Experts and their data", _experts(results)),
+        ("routers", "Routers, and losses by time", _routers(results)),
         ("pictures", "Pictures", _pictures(results)),
         ("choices", "What was chosen, and on what", _choices(results)),
         ("faults", "Planted faults", _faults(results)),
@@ -119,6 +121,23 @@ def _unseen(results: Results) -> str:
     return blocks.paragraph(said) + blocks.table(UNSEEN_HEADER, rows, numeric=range(2, len(UNSEEN_HEADER)))
 
 
+def _among(results: Results) -> str:
+    meaning, header, rows = compare_measures.among_table(results)
+    if not rows:
+        return blocks.absent("Nothing is drawn yet.")
+    return blocks.paragraph(meaning) + blocks.table(header, rows, numeric=range(1, len(header)))
+
+
+def _routers(results: Results) -> str:
+    losses, colours = compare_measures.measures(results).losses_by_time(), _colours(results)
+    if not losses:
+        return blocks.absent("Not measured yet.")
+    lines = [charts.Series(row, one.times, one.losses, colours[row]) for row, one in losses.items()]
+    meaning, header, rows = compare_measures.router_table(results)
+    html = blocks.paragraph(meaning) + blocks.table(header, rows, numeric=range(1, len(header)))
+    return html + "<h3>Loss by time</h3>" + charts.line_chart(lines, "t, from picture to noise", "held-out loss", "Held-out loss by time")
+
+
 def _matched(results: Results) -> str:
     cells = compare_cost.matched_table(results.compare, results.plan)
     return blocks.paragraph(compare_cost.MEANING) + blocks.table(compare_cost.COLUMNS, cells, numeric=range(2, len(compare_cost.COLUMNS)))
@@ -129,12 +148,18 @@ def _colours(results: Results) -> dict[str, str]:
 
 
 def _cost(results: Results) -> str:
-    colours, points = _colours(results), []
+    colours, points, trained = _colours(results), [], []
     for way in results.ways.values():
         quality = results.quality(way)
         if quality is not None:
-            points.append(charts.Point(way.key, results.picture_flops(way) / 1e9, quality.value, quality.low, quality.high, colours[way.row]))
+            y = (quality.value, quality.low, quality.high, colours[way.row])
+            points.append(charts.Point(way.key, results.picture_flops(way) / 1e9, *y))
+            if way.key == way.row and not ROWS[way.row].fault:
+                trained.append(charts.Point(way.key, compare_measures.measures(results).training_flops(way.row) / 1e15, *y))
     drawn = charts.scatter_chart(points, "GFLOP a picture", QUALITY, "Quality against inference cost")
+    drawn += "<h3>Against the cost of training</h3>" + charts.scatter_chart(
+        trained, "training PFLOP", QUALITY, "Quality against training cost, router included"
+    )
     curves = [charts.Series(row, x, y, colours[row]) for row, x, y in training_curves(results.plan)]
     learnt = (
         charts.line_chart(curves, "training PFLOP", "training loss", "Loss against training cost") if curves else blocks.absent("No training yet.")
@@ -261,6 +286,7 @@ def _choices(results: Results) -> str:
     second = blocks.table(["quality on validation captions", *(f"{scale:g}" for scale in compare.guidance_scales)], scales, numeric=range(1, 20))
     said = [f"At an end of the rates, where another might be better still: {', '.join(edge)}."] if edge else []
     said += [f"Came to no end: {'; '.join(lost)}."] if (lost := results.lost()) else []
+    said += [f"Left out: {one}." for one in results.left_out()]
     return first + "".join(blocks.paragraph(line) for line in said) + second
 
 

@@ -17,7 +17,7 @@ from paris_ray.evaluation.compare_claims import BETTER, Claim
 from paris_ray.evaluation.compare_config import CompareConfig, InceptionJudge
 from paris_ray.evaluation.compare_plan import GRADED, QUALITY, Plan, axes_for
 from paris_ray.evaluation.compare_rows import MAIN, ROWS, Drawing, Run
-from paris_ray.evaluation.distances import frechet, kernel_distance, moments
+from paris_ray.evaluation.distances import Reference, frechet, moments
 from paris_ray.evaluation.intervals import Floor, Interval, mean_interval, paired_interval, sets_interval, split_floor
 from paris_ray.evaluation.scene_scorer import SCORES
 from paris_ray.manifest import published
@@ -116,6 +116,13 @@ class Results:
         """Trainings that came to no end, at the row's own rate or another."""
         return [f"{row} seed {run.seed} rate {run.rate:g}" for row in self.compare.rows for run in self._runs(row) if self.plan.lost(run)]
 
+    def left_out(self) -> list[str]:
+        """Rows without any training, and what helps."""
+        rates = ", ".join(f"{rate:g}" for rate in self.compare.learning_rates)
+        said = f"came to no end at any of learning_rates, {rates}: add a lower one"
+        rows = [row for row in self.compare.rows if self.plan.left_out(row)]
+        return [f"{row} has the experts of {MAIN}, which {said}" if ROWS[row].borrows else f"{row} {said}" for row in rows]
+
     def _runs(self, row: str) -> list[Run]:
         first, chosen = self.compare.seeds[0], self.plan.rate(row)
         runs = [] if ROWS[row].borrows else [self.plan.run(row, first, rate) for rate in self.plan.rates(row)]
@@ -189,12 +196,12 @@ class Results:
 
     def _frechet(self, features: NDArray[np.float64]) -> float:
         """Of features (N, A) to the reference."""
-        return frechet(*self._moments, *moments(features))
+        return self._compared.frechet(features)
 
     @functools.cached_property
-    def _moments(self) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    def _compared(self) -> Reference:
         assert self.reference is not None
-        return moments(self.reference)
+        return Reference(self.reference)
 
     # -- figures ----------------------------------------------------------------------------------------------------------
 
@@ -220,7 +227,7 @@ class Results:
 
     def kernel(self, way: Way) -> float | None:
         """Kernel distance to the originals, which is unbiased: KID where the judge is Inception."""
-        return self.distance(way, lambda features: kernel_distance(self.reference, features))  # type: ignore[arg-type]
+        return None if self.reference is None else self.distance(way, self._compared.kernel)
 
     def floor(self, count: int) -> Floor | None:
         """What so many of the originals get, or half of them, measured to the others."""

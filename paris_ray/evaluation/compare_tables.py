@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from paris_ray.data.scenes import UNSEEN
-from paris_ray.evaluation import compare_cost
+from paris_ray.evaluation import compare_cost, compare_measures
 from paris_ray.evaluation.compare_claims import BETTER, PUBLISHED_EXPERTS, Claim
 from paris_ray.evaluation.compare_plan import MORE_STEPS, QUALITY
 from paris_ray.evaluation.compare_protocol import protocol
@@ -82,7 +82,9 @@ def signed(interval: Interval | None) -> str:
 
 def way_header(results: Results) -> tuple[str, ...]:
     """Of :func:`way_rows`."""
-    names = ("FID", "KID") if results.fid else ("Fréchet distance", "kernel distance")
+    count = results.compare.seen_captions
+    pictures = f"{count // 1000}K" if count % 1000 == 0 else str(count)
+    names = (f"FID-{pictures}", f"KID-{pictures}") if results.fid else ("Fréchet distance", "kernel distance")
     return (
         "way", "what", QUALITY, "95 %", "by chance", "objects", "by chance", *names, "loss", "GFLOP a picture", "rate", "guidance", "steps", "seeds",
     )  # fmt: skip
@@ -170,7 +172,9 @@ def markdown(results: Results, judged: list[list[str]], asked: list[list[str]]) 
             table(CLAIM_HEADER, asked),
             "Captions with a combination that training never sees, a question of our own:",
             table(UNSEEN_HEADER, unseen_rows(results)),
+            *(part for meaning, header, rows in compare_measures.tables(results) for part in (meaning, table(header, rows))),
             table(compare_cost.COLUMNS, compare_cost.matched_table(results.compare, results.plan)),
+            *(f"Left out: {one}." for one in results.left_out()),
             protocol(results),
         ]
     )

@@ -12,11 +12,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from sklearn.metrics import normalized_mutual_info_score
 
-from paris_ray import rng, stages
-from paris_ray.config import RunConfig, ScenesSource
-from paris_ray.data.scenes import UNSEEN, HoldOut, Scene, Scenes
+from paris_ray import stages
+from paris_ray.config import OpenClipEmbedding, RunConfig, ScenesSource
+from paris_ray.data.scenes import HoldOut, Scene, Scenes
 from paris_ray.evaluation import compare_rows, losses
 from paris_ray.evaluation.alignment import cluster_ranks, look
 from paris_ray.evaluation.arrays import save
@@ -24,8 +23,10 @@ from paris_ray.evaluation.compare_captions import PARTS, Caption, choose
 from paris_ray.evaluation.compare_config import CompareConfig, InceptionJudge
 from paris_ray.evaluation.compare_plan import FAILED
 from paris_ray.evaluation.compare_rows import MAIN, ROWS, Run
+from paris_ray.evaluation.compare_scenes import shared_information, unseen_groups
 from paris_ray.evaluation.protocol import read_latents
 from paris_ray.evaluation.scene_scorer import SCORES, SceneScorer, chance, score
+from paris_ray.evaluation.times import TIMES
 from paris_ray.inference.engine import Engine
 from paris_ray.inference.experts import LocalExperts
 from paris_ray.inference.request import ImageRequest
@@ -34,11 +35,14 @@ from paris_ray.layout import EXPERT_FILE
 from paris_ray.manifest import MANIFEST, Stage, require
 from paris_ray.storage import Folder, link_all, link_file
 from paris_ray.training import checkpoint, worker
-from paris_ray.training.loop import NonFiniteError, Place
+from paris_ray.training.loop import BrokenRowsError, NonFiniteError, Place
 from paris_ray.training.student_task import student_stage
 
 SWAPPED = {0: 1, 1: 0}
 """Who answers for whom under the planted fault ``swapped``."""
+
+REFERENCE = 50_000
+"""Originals that distances are measured to, at most, the first by hash: as many as FID is published of."""
 
 SHOWN = 16
 """Originals that are kept to be looked at."""
@@ -119,13 +123,24 @@ def train(compare: CompareConfig, run: Run, stage: str, source: Run | None = Non
         _train(config, stage, None if teacher is None else stages.folder(run_config(compare, teacher), "assemble"))
 
 
+class RouterError(RuntimeError):
+    """A router came to no end."""
+
+
 def _train(config: RunConfig, name: str, teacher: Folder | None = None) -> None:
     began, stage = time.monotonic(), stages.stage(config, name) if teacher is None else student_stage(config, name, teacher)
     if stage.begin().state != "valid":
         try:
             counts = worker.run(config, name, Place(device()), teacher=teacher)
-        except NonFiniteError as error:  # at this rate there is no such run
-            Folder(config.run_dir).write_json(FAILED, {"stage": name, "why": str(error)})
+        except BrokenRowsError:
+            raise
+        except NonFiniteError as error:
+            if name == "router":  # the same at every learning rate of the experts
+                raise RouterError(
+                    f"base.router.train.learning_rate is {config.router.train.learning_rate:g}, at which the router diverged; give a lower one, in "
+                    f"another folder: all rows have a router of that rate. {error}"
+                ) from None
+            Folder(config.run_dir).write_json(FAILED, {"stage": name, "why": str(error)})  # at this rate there is no such run
             return
         stage.publish(counts, time.monotonic() - began, result="export/")
 
@@ -198,7 +213,7 @@ def measure_losses(compare: CompareConfig, run: Run, part: str) -> None:
     assemble(config)
     _share_encoders(Folder(config.run_dir))
     model, experts, print_ = _opened(config)
-    stage = unit(Folder(config.run_dir), f"losses/{part}", {"rows": compare.loss_rows, "times": list(losses.TIMES)}, {"model": print_})
+    stage = unit(Folder(config.run_dir), f"losses/{part}", {"rows": compare.loss_rows, "times": list(TIMES)}, {"model": print_})
     if stage.begin().state == "valid":
         return
     rows = asked_captions(compare, run.row, part, compare.loss_rows)
@@ -289,9 +304,10 @@ def _score(scorer: SceneScorer, folder: Folder, name: str, asked: Sequence[Capti
 def draw_reference(compare: CompareConfig) -> None:
     """The originals as the codec gives them back: what distances are measured to, and the most that any score can be.
 
-    Writes ``validation.npy`` (M, D), the features of all validation rows, and of ``seen``, and where it is asked for ``held_out``, the first ones as
-    ``pictures-PART.npy`` and of scenes the scores ``scores-PART.npy`` (N, 6), both in the captions' order, and ``groups-PART.npy`` (N, 2): which
-    combination a caption has that training never sees, and of which kind. In the manifest, of scenes, how much clusters say of what is in them.
+    Writes ``validation.npy`` (M, D), the features of validation rows, :data:`REFERENCE` at most, and of ``seen``, and where it is asked for
+    ``held_out``, the first ones as ``pictures-PART.npy`` and of scenes the scores ``scores-PART.npy`` (N, 6), both in the captions' order, and
+    ``groups-PART.npy`` (N, 2): which combination a caption has that training never sees, and of which kind. In the manifest, of scenes, how much
+    clusters say of what is in them.
     """
     from paris_ray.data.codec import load_codec
 
@@ -310,7 +326,7 @@ def draw_reference(compare: CompareConfig) -> None:
         pieces = (torch.from_numpy(latents[start : start + _DECODED]) for start in range(0, len(rows), _DECODED))
         return np.concatenate([np.asarray(codec.decode(piece.to(device()))) for piece in pieces])
 
-    rows = choose(compare, source, "validation", None)
+    rows = choose(compare, source, "validation", None)[:REFERENCE]
     for start in range(0, len(rows), _DECODED):
         features.append(judge(compare)(originals(rows[start : start + _DECODED])).astype(np.float32))
     save(stage.folder, "validation", np.concatenate(features))
@@ -328,31 +344,24 @@ def draw_reference(compare: CompareConfig) -> None:
     stage.publish({"rows": len(rows), "independent": own.fingerprint != encoder, **counts}, time.monotonic() - began)
 
 
-def unseen_groups(hold_out: HoldOut, asked: Sequence[Caption]) -> np.ndarray:
-    """Numbers of the unseen combination of each caption, and of its kind, an index in :data:`paris_ray.data.scenes.UNSEEN`: (N, 2); -1 for none."""
-    scenes = [Scene.parse(one.caption) for one in asked]
-    words, kinds = [hold_out.asked(scene) for scene in scenes], [hold_out.unseen(scene) for scene in scenes]
-    numbers = {word: i for i, word in enumerate(sorted({*words} - {""}))}
-    return np.array([[numbers.get(word, -1), UNSEEN.index(kind[0]) if kind else -1] for word, kind in zip(words, kinds, strict=True)])
+def encode_captions(compare: CompareConfig) -> None:
+    """The judged captions in the space of a judge that is a CLIP: ``texts.npy`` (N, D), of length 1."""
+    from paris_ray.evaluation.judges import OpenClip
 
-
-def shared_information(scenes: Sequence[Scene], clusters: Sequence[int]) -> dict[str, list[float]]:
-    """Normalised mutual information of clusters with what scenes show, and of the same clusters shuffled: what experts have to divide."""
-    shown = {
-        "first thing": [scene.things[0].name for scene in scenes],
-        "its place": [scene.things[0].place for scene in scenes],
-        "number of things": [str(len(scene.things)) for scene in scenes],
-        "colour": [scene.colour for scene in scenes],
-        "texture": [scene.texture for scene in scenes],
-    }
-    shuffled = np.asarray(clusters)[rng.permutation(0, "shared-information", 0, len(clusters))]
-    found = {name: [normalized_mutual_info_score(words, one) for one in (clusters, shuffled)] for name, words in shown.items()}
-    return {name: [float(own), float(none)] for name, (own, none) in found.items()}
+    began, source, encoder = time.monotonic(), partition_folder(compare, MAIN), compare.encoder
+    assert isinstance(encoder, OpenClipEmbedding)
+    corpus = str(require(source / "corpus", "embed")["fingerprint"])
+    stage = Stage("captions", Folder(compare.folder) / "captions", {"judge": judge_name(compare), "seen": compare.seen_captions}, {"corpus": corpus})
+    if stage.begin().state == "valid":
+        return
+    rows = choose(compare, source, "seen", compare.seen_captions)
+    save(stage.folder, "texts", OpenClip(encoder, str(device())).texts([row.caption for row in rows]))
+    stage.publish({"captions": len(rows)}, time.monotonic() - began)
 
 
 def judge_name(compare: CompareConfig) -> str:
     """The encoder in whose features distances are measured."""
-    chosen = compare.judge or compare.base.data.embedding
+    chosen = compare.encoder
     return "-".join(str(part) for part in (chosen.kind, getattr(chosen, "model", None), getattr(chosen, "image_size", None)) if part)
 
 
@@ -364,7 +373,7 @@ def judge(compare: CompareConfig) -> Any:
 @functools.lru_cache(maxsize=1)
 def _judge(compare: str) -> Any:
     config = CompareConfig.model_validate_json(compare)
-    chosen = config.judge or config.base.data.embedding
+    chosen = config.encoder
     if isinstance(chosen, InceptionJudge):
         from paris_ray.evaluation.judges import Inception
 
@@ -386,4 +395,10 @@ def _hold_out(base: str) -> HoldOut:
     return Scenes(data.source, data.image_size).hold_out
 
 
-WORK: dict[str, Callable[..., None]] = {"train": train, "losses": measure_losses, "draw": draw, "reference": draw_reference}
+WORK: dict[str, Callable[..., None]] = {
+    "train": train,
+    "losses": measure_losses,
+    "draw": draw,
+    "reference": draw_reference,
+    "captions": encode_captions,
+}

@@ -100,11 +100,7 @@ def _serve(end: Any, tree: dict[str, Any], log: str, gpu: int | None) -> None:
     with open(log, "a", buffering=1) as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
-    if gpu is None:
-        os.environ["OMP_NUM_THREADS"] = "1"
-    else:
-        visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-        os.environ["CUDA_VISIBLE_DEVICES"] = visible.split(",")[gpu] if visible else str(gpu)
+    os.environ |= place(gpu, os.environ.get("CUDA_VISIBLE_DEVICES"))
     from paris_ray.evaluation import compare_config
     from paris_ray.training import termination
 
@@ -132,6 +128,18 @@ def _serve(end: Any, tree: dict[str, Any], log: str, gpu: int | None) -> None:
             end.send(traceback.format_exc())
         else:
             end.send(None)
+
+
+def place(gpu: int | None, visible: str | None) -> dict[str, str]:
+    """Environment of a process, to be set before it imports torch: its one GPU; or one thread and no GPU, whatever the machine has.
+
+    Args:
+        gpu: which of those there are.
+        visible: ``CUDA_VISIBLE_DEVICES`` of its parent.
+    """
+    if gpu is None:
+        return {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    return {"CUDA_VISIBLE_DEVICES": visible.split(",")[gpu] if visible else str(gpu)}
 
 
 def _go_with_parent() -> None:

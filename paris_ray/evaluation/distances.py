@@ -6,6 +6,7 @@ it is named after its encoder, which must not be the one that made the clusters.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 
@@ -32,8 +33,21 @@ def moments(features: NDArray[np.floating]) -> tuple[NDArray[np.float64], NDArra
 
 def frechet(mean_a: NDArray[np.float64], covariance_a: NDArray[np.float64], mean_b: NDArray[np.float64], covariance_b: NDArray[np.float64]) -> float:
     """Fréchet distance of two Gaussians, squared (Dowson & Landau 1982): |μ_a − μ_b|² + tr(Σ_a + Σ_b − 2·(Σ_a Σ_b)^½). Σ may be singular."""
-    values, vectors = np.linalg.eigh(covariance_a)
-    root = (vectors * np.sqrt(np.clip(values, 0, None))) @ vectors.T
+    return _frechet(mean_a, covariance_a, _root(covariance_a), mean_b, covariance_b)
+
+
+def _root(covariance: NDArray[np.float64]) -> NDArray[np.float64]:
+    values, vectors = np.linalg.eigh(covariance)
+    return np.asarray((vectors * np.sqrt(np.clip(values, 0, None))) @ vectors.T)
+
+
+def _frechet(
+    mean_a: NDArray[np.float64],
+    covariance_a: NDArray[np.float64],
+    root: NDArray[np.float64],
+    mean_b: NDArray[np.float64],
+    covariance_b: NDArray[np.float64],
+) -> float:
     # Σ_a Σ_b has the eigenvalues of Σ_a^½ Σ_b Σ_a^½, which is symmetric: no complex numbers.
     mixed = np.linalg.eigvalsh(root @ covariance_b @ root)
     trace = np.trace(covariance_a) + np.trace(covariance_b) - 2 * np.sqrt(np.clip(mixed, 0, None)).sum()
@@ -63,27 +77,52 @@ def frechet_distance(reference: NDArray[np.floating], made: NDArray[np.floating]
     return frechet(*moments(a), *moments(b))
 
 
-def kernel_distance(a: NDArray[np.floating], b: NDArray[np.floating]) -> float:
-    """The unbiased estimate of the squared maximum mean discrepancy under the kernel (x·y/D + 1)³ (Bińkowski et al., arXiv 1801.01401): KID's.
-
-    Over all rows, not the mean over subsets; may be a little below zero.
+class Reference:
+    """Originals that many sets are compared with: what depends on them alone is worked out once.
 
     Args:
-        a: (N, D).
-        b: (M, D).
+        features: (N, D).
     """
-    if len(a) < 2 or len(b) < 2:
-        raise ValueError(f"a has {len(a)} rows, b {len(b)}; an unbiased estimate needs 2 of each")
-    x, y = np.asarray(a, np.float64), np.asarray(b, np.float64)
 
-    def total(one: NDArray[np.float64], other: NDArray[np.float64]) -> float:
-        return sum(float(((one[i : i + _BLOCK] @ other.T / one.shape[1] + 1) ** 3).sum()) for i in range(0, len(one), _BLOCK))
+    def __init__(self, features: NDArray[np.floating]):
+        self.features = np.asarray(features, np.float64)
 
-    def diagonal(one: NDArray[np.float64]) -> float:
-        return float(((np.square(one).sum(1) / one.shape[1] + 1) ** 3).sum())
+    @functools.cached_property
+    def _moments(self) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.float64]]:
+        mean, covariance = moments(self.features)
+        return mean, covariance, _root(covariance)
 
-    n, m = len(x), len(y)
-    return (total(x, x) - diagonal(x)) / (n * (n - 1)) + (total(y, y) - diagonal(y)) / (m * (m - 1)) - 2 * total(x, y) / (n * m)
+    @functools.cached_property
+    def _own(self) -> float:
+        return _within(self.features)
+
+    def frechet(self, made: NDArray[np.floating]) -> float:
+        """The Fréchet distance of a set (M, D)."""
+        return _frechet(*self._moments, *moments(made))
+
+    def kernel(self, made: NDArray[np.floating]) -> float:
+        """The kernel distance of a set (M, D).
+
+        The unbiased estimate of the squared maximum mean discrepancy under the kernel (x·y/D + 1)³ (Bińkowski et al., arXiv 1801.01401), KID's, over
+        all rows, not the mean over subsets; may be a little below zero.
+
+        Raises:
+            ValueError: fewer than two rows in either.
+        """
+        x, y = self.features, np.asarray(made, np.float64)
+        if min(len(x), len(y)) < 2:
+            raise ValueError(f"the reference has {len(x)} rows, the set {len(y)}; an unbiased estimate needs 2 of each")
+        return self._own + _within(y) - 2 * _kernel_sum(x, y) / (len(x) * len(y))
+
+
+def _kernel_sum(one: NDArray[np.float64], other: NDArray[np.float64]) -> float:
+    return sum(float(((one[i : i + _BLOCK] @ other.T / one.shape[1] + 1) ** 3).sum()) for i in range(0, len(one), _BLOCK))
+
+
+def _within(one: NDArray[np.float64]) -> float:
+    """Mean of the kernel over pairs of different rows."""
+    diagonal = float(((np.square(one).sum(1) / one.shape[1] + 1) ** 3).sum())
+    return (_kernel_sum(one, one) - diagonal) / (len(one) * (len(one) - 1))
 
 
 @dataclass(frozen=True)
@@ -169,3 +208,18 @@ def diversity(features: NDArray[np.floating], prompts: Sequence[Hashable]) -> ND
             cosines = directions[own] @ directions[own].T
             found.append(1.0 - (cosines.sum() - np.trace(cosines)) / (n * (n - 1)))
     return np.array(found)
+
+
+def clip_score(images: NDArray[np.floating], texts: NDArray[np.floating]) -> NDArray[np.float64]:
+    """CLIP score of each picture and its caption (Hessel et al., arXiv 2104.08718), 100 · max(cos, 0): the scale of most tables, theirs has 2.5.
+
+    Args:
+        images: features (N, D) of a CLIP.
+        texts: likewise (N, D).
+
+    Returns:
+        (N,).
+    """
+    if images.shape != texts.shape:
+        raise ValueError(f"images have the shape {images.shape}, texts {texts.shape}; each picture needs its caption")
+    return 100.0 * np.clip((unit(images).astype(np.float64) * unit(texts).astype(np.float64)).sum(1), 0, None)

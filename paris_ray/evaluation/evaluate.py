@@ -35,6 +35,7 @@ from paris_ray import rng, stages
 from paris_ray.config import RunConfig
 from paris_ray.evaluation import protocol
 from paris_ray.evaluation.asking import Ask, Endpoint, ask_all
+from paris_ray.evaluation.classifiers import prior
 from paris_ray.evaluation.metrics import Share, chance, share
 from paris_ray.evaluation.protocol import Corpus, Question, Record, judge
 from paris_ray.progress import Progress
@@ -240,7 +241,7 @@ class _Evaluation:
         return {
             "t": list(routers.TIMES),
             "rows": len(rows),
-            "prior": routers.prior(trained, clusters, self.config.num_experts).as_json(),
+            "prior": prior(trained, clusters, self.config.num_experts).as_json(),
             "accuracy": {kind: [one.as_json() for one in by_time] for kind, by_time in found.items()},
         }
 

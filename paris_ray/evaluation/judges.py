@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import importlib.metadata
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,9 +15,6 @@ from numpy.typing import NDArray
 from paris_ray.config import OpenClipEmbedding
 from paris_ray.data.embedding import ImageEmbedder, image_tower, open_clip_model
 from paris_ray.data.encoders import frozen, weights_fingerprint
-
-KID_SUBSET = 1000
-"""Rows of a subset of KID, as everywhere; all rows where there are fewer."""
 
 _ROWS = 64
 
@@ -69,28 +65,6 @@ class Inception:
         return np.concatenate(found)
 
 
-def fid_and_kid(reference: NDArray[np.float32], made: NDArray[np.float32], seed: int) -> dict[str, Any]:
-    """FID and KID of Inception's features, by torch-fidelity's own functions.
-
-    Args:
-        reference: (N, D).
-        made: (M, D).
-        seed: of KID's subsets.
-
-    Returns:
-        ``fid``; ``kid`` and ``kid_deviation``, mean and standard deviation over 100 subsets of ``kid_subset`` rows.
-    """
-    import torch
-    from torch_fidelity.metric_fid import KEY_METRIC_FID, fid_features_to_statistics, fid_statistics_to_metric
-    from torch_fidelity.metric_kid import KEY_METRIC_KID_MEAN, KEY_METRIC_KID_STD, kid_features_to_metric
-
-    a, b = torch.from_numpy(reference), torch.from_numpy(made)
-    fid = fid_statistics_to_metric(fid_features_to_statistics(a), fid_features_to_statistics(b), verbose=False)
-    subset = min(KID_SUBSET, len(a), len(b))
-    kid = kid_features_to_metric(a, b, kid_subset_size=subset, rng_seed=seed % 2**32, verbose=False)
-    return {"fid": fid[KEY_METRIC_FID], "kid": kid[KEY_METRIC_KID_MEAN], "kid_deviation": kid[KEY_METRIC_KID_STD], "kid_subset": subset}
-
-
 class OpenClip:
     """A CLIP that compares pictures with captions.
 
@@ -125,21 +99,6 @@ class OpenClip:
                 tokens = self._tokenizer(list(captions[start : start + _ROWS])).to(self.device)
                 found.append(self._model.encode_text(tokens).float().cpu().numpy())
         return _directions(np.concatenate(found))
-
-
-def clip_score(images: NDArray[np.floating], texts: NDArray[np.floating]) -> NDArray[np.float64]:
-    """CLIP score of each picture and its caption (Hessel et al., arXiv 2104.08718), 100 · max(cos, 0): the scale of most tables, theirs has 2.5.
-
-    Args:
-        images: directions (N, D).
-        texts: directions (N, D).
-
-    Returns:
-        (N,).
-    """
-    if images.shape != texts.shape:
-        raise ValueError(f"images have the shape {images.shape}, texts {texts.shape}; each picture needs its caption")
-    return 100.0 * np.clip((_directions(images).astype(np.float64) * _directions(texts).astype(np.float64)).sum(1), 0, None)
 
 
 def _directions(vectors: NDArray[np.floating]) -> NDArray[np.float32]:

@@ -16,12 +16,10 @@ from paris_ray.diffusion.ensemble import Conditioning, Experts, ensemble_velocit
 from paris_ray.diffusion.path import interpolate
 from paris_ray.diffusion.routing import Routing
 from paris_ray.diffusion.sampler import initial_noise
+from paris_ray.evaluation.times import TIMES
 from paris_ray.inference.prompts import Prompts
 from paris_ray.inference.weighing import Weigher
 from paris_ray.inference.weights import ParisModel
-
-TIMES = (0.1, 0.3, 0.5, 0.7, 0.9, 0.98)
-"""Where losses are measured. At t = 1 an expert of DDPM has no signal left (:class:`paris_ray.diffusion.path.Ddpm`)."""
 
 Velocity = Callable[[Tensor, Tensor, Sequence[int]], Tensor]
 """States (n, C, H, W), times (n,), and which of the N rows these are → velocities."""
@@ -53,25 +51,6 @@ def flow_losses(velocity: Velocity, latents: NDArray[np.float32], seeds: Sequenc
             found = velocity(interpolate(clean, own, t), t, rows).float().cpu()
             losses[i, start : rows.stop] = (found - (own - clean)).double().square().flatten(1).mean(1).numpy()
     return losses
-
-
-def expert_velocity(model: ParisModel, experts: Experts, captions: Sequence[str], asked: Sequence[int]) -> Velocity:
-    """What one expert of each row says, without guidance.
-
-    Args:
-        model: encodes the captions.
-        experts: the experts.
-        captions: of the N rows.
-        asked: the expert of each: of its cluster, or the same for all.
-    """
-    weights = torch.eye(model.num_experts, dtype=torch.float64)[torch.as_tensor(list(asked))]
-    prompts = Prompts(model)
-
-    def velocity(x: Tensor, t: Tensor, rows: Sequence[int]) -> Tensor:
-        x, t = x.to(model.device), t.to(model.device)
-        return ensemble_velocity(x, t, conditioning(model, prompts, [captions[row] for row in rows]), experts, weights[list(rows)])
-
-    return velocity
 
 
 def routed_velocity(model: ParisModel, experts: Experts, captions: Sequence[str], routing: str) -> Velocity:

@@ -37,6 +37,10 @@ class NonFiniteError(RuntimeError):
     """A loss or a gradient is not a number; no weight was updated with it."""
 
 
+class BrokenRowsError(NonFiniteError):
+    """What was read is no number either: no other setting would have helped."""
+
+
 class Task(Protocol):
     """What is trained.
 
@@ -344,7 +348,8 @@ class Loop:
 
     def _non_finite(self, images: int, what: str) -> NonFiniteError:
         """The error of the step that ended at ``images``, with what helps."""
-        if rows := self._broken_rows(images - self.config.batch_size):
+        rows = self._broken_rows(images - self.config.batch_size)
+        if rows:
             shown = ", ".join(rows[:8]) + (f" and {len(rows) - 8} more" if len(rows) > 8 else "")
             helps = f"What it read is no number either, in the rows {shown}: copy their shard anew, or pass --rebuild partition"
         else:
@@ -352,7 +357,7 @@ class Loop:
                 f"Lower train.learning_rate (now {self.config.learning_rate:g}), lengthen train.warmup_images (now {self.config.warmup_images}), "
                 f"or set train.clip_norm (now {self.config.clip_norm}) and train.precision=fp32"
             )
-        return NonFiniteError(
+        return (BrokenRowsError if rows else NonFiniteError)(
             f"{self.task.stage}: not a finite number at image {images} ({what}); stopped before the update, and the checkpoint before it is good. "
             f"{helps}; then start the stage anew."
         )

@@ -22,6 +22,10 @@ def features(n, width, seed, shift=0.0, scale=1.0):
     return (g.normal(size=(n, width)) @ mixing * scale + shift).astype(np.float32)
 
 
+def kernel_distance(a, b):
+    return distances.Reference(a).kernel(b)
+
+
 def test_frechet_distance_of_gaussians_in_closed_form():
     g = np.random.default_rng(0)
     # Of diagonal covariances: |Δμ|² + Σ(σ_a − σ_b)².
@@ -71,16 +75,28 @@ def test_kernel_distance_equals_two_loops_and_torch_fidelitys(monkeypatch):
     expected = within(a) + within(b) - 2 * sum(kernel(x, y) for x in a for y in b) / (23 * 17)
     for block in (1024, 5):
         monkeypatch.setattr(distances, "_BLOCK", block)
-        assert distances.kernel_distance(a, b) == pytest.approx(expected, rel=1e-9)
+        assert kernel_distance(a, b) == pytest.approx(expected, rel=1e-9)
     # Theirs, with one subset of all rows.
     a, b = features(150, 16, 3), features(150, 16, 4, shift=0.2)
     theirs = kid_features_to_metric(torch.from_numpy(a), torch.from_numpy(b), kid_subsets=1, kid_subset_size=150, verbose=False)
-    assert distances.kernel_distance(a, b) == pytest.approx(theirs[KEY_METRIC_KID_MEAN], rel=1e-4)
+    assert kernel_distance(a, b) == pytest.approx(theirs[KEY_METRIC_KID_MEAN], rel=1e-4)
+
+
+def test_what_depends_on_the_reference_alone_is_worked_out_once(monkeypatch):
+    root, within, asked = distances._root, distances._within, []
+    monkeypatch.setattr(distances, "_root", lambda covariance: asked.append("root") or root(covariance))
+    monkeypatch.setattr(distances, "_within", lambda one: asked.append(len(one)) or within(one))
+    reference = distances.Reference(features(40, 4, 0))
+    for seed in (1, 2, 3):
+        assert reference.frechet(features(30, 4, seed)) == pytest.approx(distances.frechet_distance(features(40, 4, 0), features(30, 4, seed)))
+        reference.kernel(features(30, 4, seed))
+    assert asked.count("root") == 1 + 3  # the function's own
+    assert asked.count(40) == 1
 
 
 def test_kernel_distance_is_unbiased():
     """Of two halves of one distribution: zero on average, on both sides of it."""
-    found = np.array([distances.kernel_distance(features(20, 4, seed), features(20, 4, 1000 + seed)) for seed in range(400)])
+    found = np.array([kernel_distance(features(20, 4, seed), features(20, 4, 1000 + seed)) for seed in range(400)])
     assert abs(found.mean()) < 4 * found.std() / 20
     assert (found < 0).mean() == pytest.approx(0.5, abs=0.25)
     biased = np.mean([np.mean((features(20, 4, s) @ features(20, 4, s).T / 4 + 1) ** 3) for s in range(50)])
@@ -158,7 +174,7 @@ def encode(images):
     return torch.cat([maps.mean((2, 3)), maps.amax((2, 3))], 1).numpy()
 
 
-@pytest.mark.parametrize("statistic", [distances.frechet_distance, distances.kernel_distance])
+@pytest.mark.parametrize("statistic", [distances.frechet_distance, kernel_distance])
 def test_distances_grow_with_blur_noise_and_mixing(pictures, statistic):
     real, noise = encode(pictures), np.random.default_rng(0).normal(size=pictures.shape)
     ladders = {
@@ -207,6 +223,6 @@ def test_shapes_that_cannot_be_are_refused():
     with pytest.raises(ValueError, match="same encoder"):
         distances.frechet_distance(np.ones((3, 2)), np.ones((3, 4)))
     with pytest.raises(ValueError, match="needs 2 of each"):
-        distances.kernel_distance(np.ones((1, 2)), np.ones((3, 2)))
+        kernel_distance(np.ones((1, 2)), np.ones((3, 2)))
     with pytest.raises(ValueError, match="same pictures"):
         distances.diversity(np.ones((2, 2)), ["a"])
