@@ -55,8 +55,8 @@ def plant(compare_, plan, row, values, name="all", part="seen"):
     """Scores (N, R) of a way, the row's own or another."""
     drawing = plan.drawing(row, plan.guidance(row), part)
     for r, seed in enumerate(compare_.seeds[: values.shape[1]]):
-        name = row.partition("/")[0]
-        folder = plan.runs_folder(plan.run(name, seed, plan.rate(name))) / drawing.folder
+        whose = row.partition("/")[0]
+        folder = plan.runs_folder(plan.run(whose, seed, plan.rate(whose))) / drawing.folder
         scores = np.load(f"{folder.path}/scores.npy")
         scores[:, SCORES.index(name)] = values[:, r]
         save(folder, "scores", scores)

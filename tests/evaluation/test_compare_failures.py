@@ -71,7 +71,7 @@ def training(tmp_path, monkeypatch):
         mine = config(tmp_path)
         run = mine.base.model_copy(update={"run_dir": str(tmp_path / "run")})
         monkeypatch.setattr(compare_work.stages, "stage", lambda *_: Unfinished())
-        monkeypatch.setattr(compare_work.worker, "run", lambda *_: (_ for _ in ()).throw(error))
+        monkeypatch.setattr(compare_work.worker, "run", lambda *_, **__: (_ for _ in ()).throw(error))
         compare_work._train(run, name)
         return Folder(run.run_dir)
 

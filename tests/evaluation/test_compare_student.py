@@ -107,8 +107,8 @@ def test_the_claim_is_of_the_student_and_the_better_monolith(tmp_path):
     (claim,) = [claim for claim in CLAIMS if claim.better == "distilled"]
     assert "7.76 against 7.82" in claim.published
     assert "at a third of the compute" in claim.published
-    ((*_, router, _, agree, said, _, _),) = claims(Results(mine), [claim], verdict)
-    assert (router, agree, said) == (SAME, "3 of 3", "reproduced")
+    ((*_, router, experts, _, agree, said, _, _),) = claims(Results(mine), [claim], verdict)
+    assert (router, experts, agree, said) == (SAME, "4, published of 8", "3 of 3", "reproduced")
     assert "A student's teacher is the main row's mixture of the same seed" in protocol(Results(mine))
 
 
