@@ -200,7 +200,7 @@ def compare_tiny() -> dict[str, Any]:
 def compare_gpu() -> dict[str, Any]:
     """Eight experts on plain scenes of 64 pixels, five seeds, faults planted; sized for 25 minutes on one H100 by counted kernels, not measured.
 
-    More rows, such as experts-4, experts-16 and mixed, take some 3 minutes each, an expert's batch for a monolith as much.
+    More rows, such as distilled, experts-4, experts-16 and mixed, take 3 to 5 minutes each.
     """
     tiny = compare_tiny()
     base = tiny["base"]

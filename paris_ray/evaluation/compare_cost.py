@@ -27,13 +27,18 @@ MEANING = (
 )
 
 
+def matched_row(plan: Plan, name: str) -> matching.Matched:
+    """Of a row at its learning rate; before that is chosen, at the first."""
+    compare = plan.compare
+    run = plan.run(name, compare.seeds[0], plan.rate(name) or compare.learning_rates[0])
+    return matching.matched(plan.config(run), compare_rows.routing(compare, name), compare_rows.teacher_flops(compare, name, plan.inputs))
+
+
 def matched_table(compare: CompareConfig, plan: Plan | None = None) -> list[list[str]]:
     """Cells of each row, under :data:`COLUMNS`."""
     plan, found = plan or Plan(compare), []
     for name in compare.rows:
-        rate = plan.rate(name) or compare.learning_rates[0]
-        teacher = compare_rows.teacher_flops(compare, name, plan.inputs)
-        one = matching.matched(plan.config(plan.run(name, compare.seeds[0], rate)), compare_rows.routing(compare, name), teacher)
+        one, teacher = matched_row(plan, name), ROWS[name].student
         found.append(
             [
                 name,

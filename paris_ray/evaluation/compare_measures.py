@@ -11,11 +11,11 @@ from numpy.typing import NDArray
 
 from paris_ray.data.schema import SPLITS, read_columns
 from paris_ray.data.splits import read_splits
-from paris_ray.evaluation import compare_rows, matching
+from paris_ray.evaluation import compare_rows
 from paris_ray.evaluation.classifiers import ClassifierAt, judged, prior
 from paris_ray.evaluation.compare_captions import choose
 from paris_ray.evaluation.compare_results import Results
-from paris_ray.evaluation.compare_rows import MAIN, ROWS, Run
+from paris_ray.evaluation.compare_rows import MAIN, ROWS
 from paris_ray.evaluation.distances import clip_score, diversity, precision_recall
 from paris_ray.evaluation.intervals import Interval, mean_interval
 from paris_ray.evaluation.metrics import chance, nearest
@@ -191,12 +191,6 @@ class Measures:
             if by_time and not ROWS[row].fault:
                 found[row] = ByTime(TIMES, np.mean(by_time, 0).tolist())
         return found
-
-    def training_flops(self, row: str) -> float:
-        """What one training of a row costs, its router's included."""
-        plan = self.results.plan
-        run = Run(row, self.compare.seeds[0], plan.rate(row) or self.compare.learning_rates[0])
-        return matching.matched(plan.config(run), compare_rows.routing(self.compare, row)).training_flops
 
 
 @functools.lru_cache(maxsize=1)

@@ -178,9 +178,10 @@ class Plan:
         return self._chosen["rate", row]
 
     def left_out(self, row: str) -> bool:
-        """Whether the row, or the main row whose experts it has, came to no end at any learning rate."""
-        row = MAIN if ROWS[row].borrows else row
-        return all(self.failed(Run(row, self.compare.seeds[0], rate)) for rate in self.compare.learning_rates)
+        """Whether the row, or the main row whose experts it has or learns from, came to no end at any learning rate."""
+        if all(self.failed(self.run(row, self.compare.seeds[0], rate)) for rate in self.compare.learning_rates):
+            return True
+        return (ROWS[row].borrows or ROWS[row].student) and self.left_out(MAIN)
 
     def lost(self, run: Run) -> bool:
         """Whether there are no pictures of a training: it, or the one whose experts it has or learns from, came to no end."""

@@ -155,7 +155,7 @@ def _cost(results: Results) -> str:
             y = (quality.value, quality.low, quality.high, colours[way.row])
             points.append(charts.Point(way.key, results.picture_flops(way) / 1e9, *y))
             if way.key == way.row and not ROWS[way.row].fault:
-                trained.append(charts.Point(way.key, compare_measures.measures(results).training_flops(way.row) / 1e15, *y))
+                trained.append(charts.Point(way.key, compare_cost.matched_row(results.plan, way.row).training_flops / 1e15, *y))
     drawn = charts.scatter_chart(points, "GFLOP a picture", QUALITY, "Quality against inference cost")
     drawn += "<h3>Against the cost of training</h3>" + charts.scatter_chart(
         trained, "training PFLOP", QUALITY, "Quality against training cost, router included"

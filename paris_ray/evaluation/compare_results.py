@@ -121,7 +121,8 @@ class Results:
         rates = ", ".join(f"{rate:g}" for rate in self.compare.learning_rates)
         said = f"came to no end at any of learning_rates, {rates}: add a lower one"
         rows = [row for row in self.compare.rows if self.plan.left_out(row)]
-        return [f"{row} has the experts of {MAIN}, which {said}" if ROWS[row].borrows else f"{row} {said}" for row in rows]
+        needs = {row: ROWS[row].borrows or ROWS[row].student for row in rows if MAIN in rows}
+        return [f"{row} needs the experts of {MAIN}, which {said}" if needs.get(row) else f"{row} {said}" for row in rows]
 
     def _runs(self, row: str) -> list[Run]:
         first, chosen = self.compare.seeds[0], self.plan.rate(row)

@@ -41,13 +41,14 @@ def test_a_row_without_a_finite_rate_is_named_and_left_out(tmp_path):
 
 
 def test_without_the_main_row_the_others_go_on(tmp_path):
-    mine = config(tmp_path, "rows=[experts, monolith, blind, fault-raw]")
+    mine = config(tmp_path, "rows=[experts, monolith, blind, distilled, fault-raw]")
     fail_at_all_rates(mine, "experts")
     plan, order = finish(mine)
     assert all(plan.done(unit.key) for unit in plan.units())
     assert {unit.key.split("/")[1] for unit in order if "/" in unit.key} == {"monolith"}
     text = write_report(mine)
-    assert "blind has the experts of experts, which came to no end" in text
+    for row in ("blind", "distilled", "fault-raw"):
+        assert f"{row} needs the experts of experts, which came to no end" in text
 
 
 def test_a_lower_rate_brings_a_row_back(tmp_path):
