@@ -37,6 +37,10 @@ class Entry:
     size: int
 
 
+_OWN_DISKS = (
+    "apfs", "bcachefs", "btrfs", "exfat", "ext2", "ext3", "ext4", "f2fs", "fuseblk", "hfs", "jfs", "ntfs", "ntfs3", "overlay", "ramfs", "tmpfs",
+    "ufs", "vfat", "xfs", "zfs",
+)  # fmt: skip
 # Small files that others than the folder's writer hold for a moment.
 _GUARD, _CLAIM = ".tmp-guard-", ".tmp-claim-"
 
@@ -90,6 +94,19 @@ class Folder:
         self.uri = self.path if self.is_local else text.rstrip("/")
         self.patient = True
 
+    @property
+    def is_shared(self) -> bool:
+        """Whether other machines may write here, too: in every store, and on a disk that is not known to be of one machine (NFS, SMB, Lustre …)."""
+        if not self.is_local:
+            return True
+        import psutil
+
+        path, found = os.path.join(os.path.realpath(self.path), ""), ("", "")
+        for disk in psutil.disk_partitions(all=True):  # of several at one place the last one is seen
+            if path.startswith(os.path.join(disk.mountpoint, "")) and len(disk.mountpoint) >= len(found[0]):
+                found = disk.mountpoint, disk.fstype
+        return found[1].lower() not in _OWN_DISKS
+
     def __truediv__(self, name: str) -> Folder:
         child = object.__new__(Folder)
         child.fs, child.is_local, child.patient = self.fs, self.is_local, self.patient
@@ -98,7 +115,10 @@ class Folder:
         return child
 
     def impatient(self, seconds: float) -> Folder:
-        """The same folder, whose store is asked once and fails after so long a silence: for what had better not be done than late."""
+        """The same folder, whose store is asked once and fails after so long a silence: for what had better not be done than late.
+
+        As far as its client can be told so, see :func:`paris_ray.storage_io.asked`.
+        """
         folder = object.__new__(Folder)
         folder.fs, folder.path, folder.is_local, folder.uri = asked(self.fs, 1, seconds), self.path, self.is_local, self.uri
         folder.patient = False
