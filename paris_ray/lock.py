@@ -256,11 +256,12 @@ class Lock:
         """Interrupt an owner whose lease ends, though the store still owe it an answer, and end one that does not stop."""
         while not self._left.is_set() or storage_io.given_up():
             now, ends = _now(), self._ends()
-            if self._limit is None and now >= ends:
-                self._lose(f"it could not be renewed for {now - self._renewed:.0f} s")
+            ago = f"{now - self._renewed:.0f} s"
             if now >= min(self._limit or math.inf, ends + LEASE_SECONDS / 16):
-                print(f"{self.folder.uri}: {self.what} did not stop in time; ended", file=sys.stderr, flush=True)
+                print(f"{self.folder.uri}: {self.what} has lost its lock, renewed {ago} ago, and has not stopped; ended", file=sys.stderr, flush=True)
                 os._exit(EXIT)
+            if self._limit is None and now >= ends:
+                self._lose(f"it could not be renewed for {ago}")
             time.sleep(LEASE_SECONDS / 120)
 
     def _lose(self, why: str) -> None:
