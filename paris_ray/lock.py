@@ -50,19 +50,20 @@ class Lock:
     hour). So a lock outlives neither crash nor power cut.
 
     When the owner stops. Its lease begins before its last renewal was sent, thus before anybody could see that one. At 7/8 of it the owner is
-    interrupted as by Ctrl-C; at 15/16 its process ends on the spot if it is still in the block, or an upload is on its way. A process that has ended
-    sends nothing more, and its workers' ends with it: Ray ends them when their driver is gone. An owner that finds another's lock in place of its
-    own is interrupted at once, and has 1/16 of a lease to leave.
+    interrupted as by Ctrl-C; at 15/16 its process ends on the spot if it is still in the block, or an upload that was given up is on its way. In
+    the rest Ray ends its workers, as it does when their driver is gone. An owner that finds another's lock in place of its own is interrupted at
+    once, and has 1/16 of a lease to leave.
 
     By what clock. Each measures spans on its own, one that nobody sets and that runs on while the machine sleeps, and looks at it every second: who
     wakes after its lease ends then. A virtual machine that is paused sees no time pass; its owner finds out at the next renewal.
 
-    What is under way. The lock's own requests are made once, and end after a sixteenth of a lease without an answer; the owner's others end with it.
-    On a disk the file appears by a link, so one wins, and is renewed and broken under the file system's own lock. A store gives neither, so whoever
-    has seen no owner, or a dead one, writes its claim and looks again after a pause: of those who took less than the pause, from looking to having
-    written, all have written before any of them looks again, and the last one finds its own claim. Who took longer may have written over an owner's
-    claim; it waits a whole lease, in which that owner finds out and stops. An owner gives the lock back in the first half of its lease only, so that
-    no deletion comes late, and leaves it to end by itself while an upload that was given up may still arrive.
+    What is under way. A process that has ended asks no store again and renames no file. What it had handed to the network may still arrive; stores
+    close connections that are silent for less than a lease. On a disk the lock appears by a link, so one wins, and is renewed and broken under the
+    file system's own lock, where it has such. A store gives neither, so whoever has seen no owner, or a dead one, writes its claim and looks again
+    after a pause: of those who took less than the pause, from looking to having written, all have written before any of them looks again, and the
+    last one finds its own claim. Who took longer may have written over an owner's claim; it waits a whole lease, in which that owner finds out and
+    stops. The lock's requests are made once, and fail after a sixteenth of a lease without an answer. The lock is given back in the first half of a
+    lease only, so that the deletion does not come late, and not while an upload that was given up may still arrive.
 
     On a disk of this machine alone there is no lease to end: the owner's process tells, also after a night's sleep.
 

@@ -36,6 +36,7 @@ from paris_ray import lock
 from paris_ray.lock import LOCK
 from paris_ray.software import software
 from paris_ray.storage import Folder
+from paris_ray.storage_io import given_up
 
 STARTED = "_started.json"
 APPENDING = "_append.json"
@@ -138,12 +139,12 @@ class Stage:
     def attempt(self) -> Iterator[None]:
         """After :meth:`begin`: an error that ends the work before it has made anything takes back the mark; the next start may have other inputs.
 
-        Not once a lock is lost: then the mark may be the next owner's.
+        Not once a lock is lost, when the mark may be the next owner's, nor while the store is away.
         """
         try:
             yield
         except BaseException:
-            if not lock.lost() and {entry.name for entry in self.folder.files(recursive=True)} <= {STARTED, LOCK}:
+            if not (lock.lost() or given_up()) and {entry.name for entry in self.folder.files(recursive=True)} <= {STARTED, LOCK}:
                 self.folder.delete(STARTED)
             raise
 

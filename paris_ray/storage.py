@@ -7,6 +7,7 @@ Everything that a stage reads or writes goes through a :class:`Folder`.
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import hashlib
 import json
@@ -292,12 +293,16 @@ class Folder:
 
     @contextlib.contextmanager
     def guard(self, name: str) -> Iterator[None]:
-        """Hold off other processes that guard the same name, for the moment of a check and a change; on local disks only."""
+        """Hold off other processes that guard the same name, for the moment of a check and a change; on disks that have locks only."""
         if not self.is_local:
             yield
             return
         with open(self._at(f"{_GUARD}{name}"), "wb") as file:
-            fcntl.flock(file, fcntl.LOCK_EX)
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX)
+            except OSError as error:
+                if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
+                    raise
             yield
 
     def upload(self, local_path: str, name: str) -> None:

@@ -155,7 +155,8 @@ class AtomicWriter:
     def _undisturbed(self) -> None:
         """Upload in a thread, which no signal reaches. One that comes lets the file arrive if it does so soon; a second one gives it up at once.
 
-        What was given up is not cut off in its middle: it may still arrive, as a whole, while this process lives (:func:`given_up`).
+        What was given up is not cut off in its middle: it may still arrive, as a whole, while this process lives (:func:`given_up`). So long the
+        store is away, and what else is written has the same while only.
         """
         failed: list[BaseException] = []
 
@@ -170,8 +171,14 @@ class AtomicWriter:
 
         try:
             try:
-                threading.Thread(target=act, name="upload", daemon=True).start()
-                self._done.wait()  # a thread whose join is interrupted looks as if it had ended
+                try:
+                    threading.Thread(target=act, name="upload", daemon=True).start()
+                except RuntimeError:  # there are too many
+                    self._done.set()
+                    raise
+                # A thread whose join is interrupted looks as if it had ended.
+                if not self._done.wait(SOON_S if given_up() else None):
+                    raise TimeoutError(f"the upload of {self.target} was given up, as one before it")
             except BaseException:
                 self._interrupted.set()
                 self._done.wait(SOON_S)

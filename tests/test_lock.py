@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import math
 import os
 import random
@@ -270,6 +271,21 @@ def test_a_disk_that_hangs(ours: bool, tmp_path: Path, monkeypatch: pytest.Monke
         return
     with pytest.raises(KeyboardInterrupt), Lock(folder, "me"):
         time.sleep(3)
+
+
+@pytest.mark.parametrize("number", [errno.ENOLCK, errno.ENOSYS])
+def test_a_network_disk_without_locks(number: int, shared: Folder, monkeypatch: pytest.MonkeyPatch) -> None:
+    """NFS without its lock server, Lustre as it comes: still a dead owner's lock is taken, renewed and given back."""
+    monkeypatch.setattr(lock, "LEASE_SECONDS", 2.0)
+
+    def refuse(*_: object) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr("fcntl.flock", refuse)
+    claim(shared, started=1000.0)
+    with Lock(shared, "me"):
+        time.sleep(2.5)
+    assert not shared.exists("_lock.json")
 
 
 SLEEPER = """

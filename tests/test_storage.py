@@ -310,6 +310,10 @@ def test_an_upload_that_does_not_end_soon_is_given_up_and_never_in_part(interrup
         file.write(os.urandom(2 * CHUNK + 5))
     assert time.monotonic() - begun < 10
     assert given_up()
+    monkeypatch.setattr(storage_io, "SOON_S", 0.3)
+    hanging = SimpleNamespace(open_output_stream=lambda path: go.wait(20))
+    with pytest.raises(TimeoutError, match="y was given up"), AtomicWriter(hanging, "y") as file:  # type: ignore[arg-type]
+        file.write(b"what is done on the way out")
     go.set()
     assert ended.wait(10)
     gc.collect()
