@@ -178,6 +178,7 @@ LEVELS = [
         "paris_ray.training_config",
         "paris_ray.storage",
         "paris_ray.storage_io",
+        "paris_ray.lock",
         "paris_ray.manifest",
         "paris_ray.hub",
         "paris_ray.host_memory",
