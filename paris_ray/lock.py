@@ -224,12 +224,12 @@ class Lock:
                 try:
                     if not self._renew():
                         owner = self._owner(self._quick)
-                        by = f"{owner['what']} (process {owner['pid']} on {owner['host']})" if owner else "nobody"
+                        by = f"{owner['what']} (process {owner['pid']} on {owner['host']})" if owner and "host" in owner else "nobody"
                         self._lose(f"{by} has it now")
                         return
                     due = self._renewed + LEASE_SECONDS / 4
-                except OSError:
-                    due = _now() + LEASE_SECONDS / 24  # the store is away for a moment; there are some more chances
+                except Exception:  # whatever a store's client raises: it is away for a moment, and there are some more chances
+                    due = _now() + LEASE_SECONDS / 24
             if self._left.wait(LEASE_SECONDS / 120) and storage_io.given_up():
                 time.sleep(LEASE_SECONDS / 120)
         self._give_back()

@@ -1,4 +1,7 @@
-"""How files of a store are read and written: asked again where that helps, and never left in part. :mod:`paris_ray.storage` alone uses it."""
+"""How files of a store are read and written: asked again where that helps, and never left in part.
+
+:mod:`paris_ray.storage` alone uses it, but for what a lock and a stage ask about an error or an upload.
+"""
 
 from __future__ import annotations
 
