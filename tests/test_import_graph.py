@@ -17,7 +17,7 @@ WITHOUT_RAY = [
     "paris_ray.config", "paris_ray.storage", "paris_ray.storage_io", "paris_ray.manifest", "paris_ray.stages", "paris_ray.rng", "paris_ray.progress",
     "paris_ray.presets", "paris_ray.headers", "paris_ray.layout", "paris_ray.resources", "paris_ray.strict", "paris_ray.host_memory",
     "paris_ray.config_errors", "paris_ray.data_config", "paris_ray.opening", "paris_ray.training_config",
-    "paris_ray.software",
+    "paris_ray.software", "paris_ray.lock",
     "paris_ray.models", "paris_ray.models.dit", "paris_ray.models.router", "paris_ray.models.layers",
     "paris_ray.diffusion.path", "paris_ray.diffusion.ensemble", "paris_ray.diffusion.routing", "paris_ray.diffusion.sampler",
     "paris_ray.data.schema", "paris_ray.data.sources", "paris_ray.data.sources.folder", "paris_ray.data.sources.parquet",
