@@ -79,6 +79,13 @@ def _local_files(root: str, below: str, recursive: bool, above: tuple[str, ...])
                     yield Entry(name, 0)
 
 
+def _is_at(file: IO[bytes], path: str) -> bool:
+    try:
+        return os.path.samestat(os.fstat(file.fileno()), os.stat(path))
+    except FileNotFoundError:
+        return False
+
+
 class Folder:
     """A folder on local disk or in an object store.
 
@@ -297,13 +304,22 @@ class Folder:
         if not self.is_local:
             yield
             return
-        with open(self._at(f"{_GUARD}{name}"), "wb") as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX)
-            except OSError as error:
-                if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
-                    raise
-            yield
+        path = self._at(f"{_GUARD}{name}")
+        while True:
+            with open(path, "wb") as file:
+                try:
+                    fcntl.flock(file, fcntl.LOCK_EX)
+                except OSError as error:
+                    if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
+                        raise
+                if not _is_at(file, path):
+                    continue  # who held it before has deleted it
+                try:
+                    yield
+                finally:
+                    with contextlib.suppress(FileNotFoundError):
+                        os.unlink(path)
+                return
 
     def upload(self, local_path: str, name: str) -> None:
         """Copy a local file into the folder under ``name``, atomically."""

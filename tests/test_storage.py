@@ -273,6 +273,26 @@ class Sink(io.RawIOBase):
         super().close()
 
 
+def test_a_guard_holds_off_the_others_and_leaves_nothing(tmp_path: Path) -> None:
+    folder = Folder(tmp_path)
+    folder.write_bytes("count", b"0")
+
+    def count() -> None:
+        for _ in range(50):
+            with folder.guard("count"):
+                number = int(folder.read_bytes("count"))
+                time.sleep(0.0001)
+                (tmp_path / "count").write_bytes(b"%d" % (number + 1))
+
+    threads = [threading.Thread(target=count) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert folder.read_bytes("count") == b"400"
+    assert os.listdir(tmp_path) == ["count"]
+
+
 @pytest.fixture
 def interruptible() -> Iterator[None]:
     """Tests in the background of a shell ignore Ctrl-C."""
