@@ -179,12 +179,11 @@ class AtomicWriter:
                 except RuntimeError:  # there are too many
                     self._done.set()
                     raise
-                # A thread whose join is interrupted looks as if it had ended.
-                if not self._done.wait(SOON_S if given_up() else None):
+                if not self._ends_within(SOON_S if given_up() else math.inf):
                     raise TimeoutError(f"the upload of {self.target} was given up, as one before it")
             except BaseException:
                 self._interrupted.set()
-                self._done.wait(SOON_S)
+                self._ends_within(SOON_S)
                 raise
         finally:
             if not self._done.is_set():
@@ -192,6 +191,14 @@ class AtomicWriter:
                 _GIVEN_UP.append(self._done)
         if failed:
             raise failed[0]
+
+    def _ends_within(self, seconds: float) -> bool:
+        """Whether the upload does; in steps, as a signal that comes just before a wait does not end it."""
+        end = time.monotonic() + seconds
+        while not self._done.wait(0.2):
+            if time.monotonic() >= end:
+                return False
+        return True
 
     def _upload(self) -> None:
         """Send the whole file; again from its beginning where its end was lost: a store that has it may refuse to be told so a second time."""

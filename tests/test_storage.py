@@ -195,7 +195,7 @@ def test_linked_folders_share_bytes_and_no_later_change(tmp_path: Path) -> None:
 )
 def test_an_upload_whose_end_is_lost_is_sent_again(monkeypatch: pytest.MonkeyPatch, message: str, times: int, sent: int) -> None:
     """Whole, from its beginning; not for ever, and not when it is refused."""
-    monkeypatch.setattr("time.sleep", lambda seconds: None)
+    monkeypatch.setattr("random.random", lambda: 0.0)
     folder, real, asked = Folder("memory://paris-ray-upload"), Folder("memory://paris-ray-upload").fs, []
 
     class Losing:
@@ -321,12 +321,14 @@ def test_an_upload_that_does_not_end_soon_is_given_up_and_never_in_part(interrup
     def hang() -> None:
         os.kill(os.getpid(), signal.SIGINT)
         if twice:
-            threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGINT)).start()
+            assert writer._interrupted.wait(20)  # two signals that wait together are one
+            os.kill(os.getpid(), signal.SIGINT)
         go.wait(20)
         threading.Timer(0.2, ended.set).start()
 
     fs, begun = SimpleNamespace(open_output_stream=lambda path: Sink(files, path, hang)), time.monotonic()
-    with pytest.raises(KeyboardInterrupt), AtomicWriter(fs, "x") as file:  # type: ignore[arg-type]
+    writer = AtomicWriter(fs, "x")  # type: ignore[arg-type]
+    with pytest.raises(KeyboardInterrupt), writer as file:
         file.write(os.urandom(2 * CHUNK + 5))
     assert time.monotonic() - begun < 10
     assert given_up()
