@@ -23,7 +23,8 @@ import yaml
 from jobs import checks, cli
 from paris_ray import stages
 from paris_ray.config import ConfigError, RunConfig
-from paris_ray.manifest import STARTED, Lock, StaleError, published, require
+from paris_ray.lock import Lock
+from paris_ray.manifest import STARTED, StaleError, published, require
 
 UNBALANCED = 2.0
 """Times an equal share above which an expert is said to be large, where the config has no cap; so does the report."""

@@ -12,6 +12,7 @@ from typing import Any
 from paris_ray import stages
 from paris_ray.progress import clock
 from paris_ray.storage import Folder
+from paris_ray.training import machines
 from paris_ray.training.machines import QUEUED
 
 LINE_SECONDS = 10.0
@@ -78,7 +79,7 @@ class Board:
     def event(self, name: str, since: float) -> Mapping[str, Any] | None:
         """The last event of a stage; ``None`` while the attempt that runs since then has said nothing."""
         try:
-            event = dict(self.events.read_json(f"{name}.json"))
+            event = machines.event(self.events, name)
         except (OSError, ValueError):
             return None
         return event if event["updated"] >= since and (event["state"] != "starting" or event["message"]) else None

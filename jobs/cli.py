@@ -19,7 +19,8 @@ from paris_ray import stages
 from paris_ray.config import ConfigError, RunConfig
 from paris_ray.data.report import cost
 from paris_ray.diffusion.routing import Routing
-from paris_ray.manifest import Lock, LockedError, StaleError, Status
+from paris_ray.lock import Lock, LockedError
+from paris_ray.manifest import StaleError, Status
 from paris_ray.opening import absolute, heard, open_folder, why
 from paris_ray.storage import Folder
 

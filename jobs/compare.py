@@ -20,7 +20,8 @@ from paris_ray import config as configs
 from paris_ray.config import ConfigError
 from paris_ray.evaluation import compare_captions, compare_config, compare_rows
 from paris_ray.evaluation.compare_config import CompareConfig
-from paris_ray.manifest import Lock, LockedError, StaleError, published
+from paris_ray.lock import Lock, LockedError
+from paris_ray.manifest import StaleError, published
 from paris_ray.opening import open_folder
 from paris_ray.storage import Folder, link_all
 

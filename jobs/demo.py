@@ -25,7 +25,8 @@ from jobs.runner import ClusterLostError
 from paris_ray import config as configs
 from paris_ray import stages
 from paris_ray.config import ConfigError, RunConfig
-from paris_ray.manifest import Lock, LockedError, StaleError
+from paris_ray.lock import Lock, LockedError
+from paris_ray.manifest import StaleError
 from paris_ray.opening import heard
 from paris_ray.progress import clock
 from paris_ray.storage import Folder

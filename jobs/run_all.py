@@ -24,7 +24,8 @@ from paris_ray import config as configs
 from paris_ray import stages
 from paris_ray.config import ConfigError, RunConfig
 from paris_ray.config_errors import nearest
-from paris_ray.manifest import Lock, LockedError, StaleError
+from paris_ray.lock import Lock, LockedError
+from paris_ray.manifest import StaleError
 from paris_ray.opening import heard
 from paris_ray.progress import clock
 from paris_ray.storage import Folder

@@ -22,6 +22,7 @@ from paris_ray.config import ConfigError, RunConfig
 from paris_ray.opening import heard
 from paris_ray.progress import clock, counted
 from paris_ray.storage import Folder
+from paris_ray.training import machines
 from paris_ray.training.machines import QUEUED, bill
 from paris_ray.training.worker import ATTEMPTS
 
@@ -77,7 +78,7 @@ def look(config: RunConfig, name: str, now: float) -> dict[str, Any]:
     status = cli.status(config, name)
     state = status.state
     try:
-        event = Folder(config.run_dir).read_json(f"events/{name}.json")
+        event = machines.event(Folder(config.run_dir) / "events", name)
     except (OSError, ValueError):
         event = {}
     seen = now - event["updated"] if "updated" in event else None

@@ -28,37 +28,24 @@ import json
 import os
 import posixpath
 import shlex
-import signal
-import socket
-import sys
-import threading
-import time
-import uuid
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-import psutil
-
+from paris_ray import lock
+from paris_ray.lock import LOCK
 from paris_ray.software import software
 from paris_ray.storage import Folder
+from paris_ray.storage_io import given_up
 
 STARTED = "_started.json"
 APPENDING = "_append.json"
 MANIFEST = "_manifest.json"
-LOCK = "_lock.json"
 FORMAT = 1
-
-LEASE_SECONDS = 120.0
-"""A lock written on another host counts as abandoned when its owner has not renewed it for this long."""
 
 
 class StaleError(ValueError):
     """What is in a stage's folder was made from other inputs, or is damaged."""
-
-
-class LockedError(RuntimeError):
-    """Somebody else is writing in the folder."""
 
 
 def fingerprint(value: Any) -> str:
@@ -150,11 +137,14 @@ class Stage:
 
     @contextlib.contextmanager
     def attempt(self) -> Iterator[None]:
-        """After :meth:`begin`: an error that ends the work before it has made anything takes back the mark; the next start may have other inputs."""
+        """After :meth:`begin`: an error that ends the work before it has made anything takes back the mark; the next start may have other inputs.
+
+        Not once a lock is lost, when the mark may be the next owner's, nor while the store is away.
+        """
         try:
             yield
         except BaseException:
-            if {entry.name for entry in self.folder.files(recursive=True)} <= {STARTED, LOCK}:
+            if not (lock.lost() or given_up()) and {entry.name for entry in self.folder.files(recursive=True)} <= {STARTED, LOCK}:
                 self.folder.delete(STARTED)
             raise
 
@@ -263,161 +253,3 @@ def _read(folder: Folder, name: str) -> dict[str, Any] | None:
         return dict(folder.read_json(name))
     except FileNotFoundError:
         return None
-
-
-class Lock:
-    """One writer per folder; a context manager.
-
-    The lock is a file with its owner's host, process and time. An owner on this host counts as gone when its process is gone (id and start
-    time); one elsewhere when it has not renewed the file for :data:`LEASE_SECONDS`. So a lock outlives neither crash nor power cut. An owner that was
-    away for so long that another took its lock finds out at the next renewal, and is interrupted as by Ctrl-C: two writers would be worse. One that
-    cannot renew it in an object store is so before its lease ends, without asking anybody.
-
-    Args:
-        folder: what to lock.
-        what: the owner in words, for the other's error message.
-        wait: seconds to wait for another owner to go.
-
-    Raises:
-        LockedError: another live process holds it.
-    """
-
-    def __init__(self, folder: Folder, what: str, wait: float = 0.0):
-        self.folder, self.what, self.wait = folder, what, wait
-        self._stop = threading.Event()
-        # A renewal that lands late would take the place of another's lock.
-        self._quick = folder.impatient(LEASE_SECONDS / 8)
-
-    def _claim(self) -> bytes:
-        owner = {
-            "host": socket.gethostname(),
-            "pid": os.getpid(),
-            "started": psutil.Process().create_time(),
-            "token": self.token,
-            "what": self.what,
-            "renewed": time.time(),
-        }
-        return json.dumps(owner).encode()
-
-    def __enter__(self) -> Lock:
-        self.token = uuid.uuid4().hex
-        deadline = time.monotonic() + self.wait
-        first: dict[str, Any] | None = None
-        waiting = False
-        while not self._create():
-            owner = self._owner()
-            if owner is None:
-                time.sleep(0.01)
-                continue
-            if not _alive(owner):
-                self._break(owner)
-                continue
-            if owner["host"] != socket.gethostname() and first in (None, owner):
-                # Its host may have died with it; that it lives shows at its next renewal, that it does not when the lease ends.
-                if first is None:
-                    print(f"{self.folder.uri} was locked by {owner['what']} on {owner['host']}; waiting to see whether it lives", file=sys.stderr)
-                    first = owner
-            elif time.monotonic() < deadline:
-                if not waiting:
-                    print(f"{self.folder.uri} is being written by {owner['what']} (process {owner['pid']}); waiting for it", file=sys.stderr)
-                    waiting = True
-            else:
-                raise LockedError(
-                    f"{self.folder.uri} is being written by {owner['what']} (process {owner['pid']} on {owner['host']}). "
-                    "Only one writer is allowed: wait for it, or stop it and run this again."
-                )
-            time.sleep(0.5)
-        if not self._owned():
-            raise LockedError(f"{self.folder.uri} was locked by somebody else at the same moment; run this again")
-        self._thread = threading.Thread(target=self._renew, daemon=True, name="lock")
-        self._thread.start()
-        if not self.folder.is_local:
-            threading.Thread(target=self._fence, daemon=True, name="lease").start()
-        return self
-
-    def _create(self) -> bool:
-        self._renewed = _now()
-        return self.folder.create(LOCK, self._claim())
-
-    def _owner(self) -> dict[str, Any] | None:
-        try:
-            return _read(self.folder, LOCK)
-        except ValueError:
-            return {"token": "unreadable"}  # torn by a power cut: locks appear whole, so nobody is writing it
-
-    def _owned(self) -> bool:
-        return (self._owner() or {}).get("token") == self.token
-
-    def _break(self, dead: dict[str, Any]) -> None:
-        """Delete a dead owner's lock, unless somebody else has done so and put up their own."""
-        with self.folder.guard(LOCK):
-            if (self._owner() or {}).get("token") == dead["token"]:
-                self.folder.delete(LOCK)
-
-    def _renew(self) -> None:
-        pause = LEASE_SECONDS / 4
-        while not self._stop.wait(pause):
-            pause = LEASE_SECONDS / 4
-            try:
-                before = _now()
-                owner = _read(self._quick, LOCK) or {}
-                if owner.get("token") != self.token:
-                    by = f"{owner['what']} (process {owner['pid']} on {owner['host']}) has it" if owner else "nobody has it"
-                    self._lost(f"has lost its lock, now {by}")
-                    return
-                self._quick.write_bytes(LOCK, self._claim())
-                self._renewed = before
-            except OSError:
-                pause = LEASE_SECONDS / 24  # the store is away for a moment; there are some more chances
-
-    def _ends(self) -> float:
-        """When the owner takes its own lease for ended: a little before the others do."""
-        return self._renewed + LEASE_SECONDS * 7 / 8
-
-    def _fence(self) -> None:
-        """Interrupt an owner whose lease ends, though the store still owe it an answer: nobody else will ask before taking the lock."""
-        while not self._stop.wait(max(0.0, self._ends() - _now())):
-            if _now() >= self._ends():
-                self._lost(f"has lost its lock: it could not be renewed for {_now() - self._renewed:.0f} s")
-                return
-
-    def _lost(self, why: str) -> None:
-        if self._stop.is_set():
-            return
-        self._stop.set()
-        print(f"{self.folder.uri}: {self.what} {why}; stopping, so that there is one writer only", file=sys.stderr)
-        # What runs under nohup may ignore the first.
-        ignored = signal.getsignal(signal.SIGINT) is signal.SIG_IGN
-        os.kill(os.getpid(), signal.SIGTERM if ignored else signal.SIGINT)
-
-    def __exit__(self, *_: object) -> None:
-        self._stop.set()
-        self._thread.join(LEASE_SECONDS / 4)
-        if self.folder.is_local:
-            if self._owned():
-                self.folder.delete(LOCK)
-            return
-        while _now() < self._ends():  # later it may be another's, and ends by itself
-            try:
-                if (_read(self._quick, LOCK) or {}).get("token") == self.token:
-                    self._quick.delete(LOCK)
-                return
-            except OSError:
-                time.sleep(LEASE_SECONDS / 240)
-
-
-def _now() -> float:
-    """Seconds on a clock that nobody sets and that runs on while a machine sleeps."""
-    return time.clock_gettime(time.CLOCK_BOOTTIME) if hasattr(time, "CLOCK_BOOTTIME") else time.monotonic()
-
-
-def _alive(owner: dict[str, Any]) -> bool:
-    if "host" not in owner:
-        return False
-    if owner["host"] != socket.gethostname():
-        return bool(time.time() - owner["renewed"] < LEASE_SECONDS)
-    try:
-        process = psutil.Process(owner["pid"])
-        return abs(process.create_time() - owner["started"]) < 1.0 and process.status() != psutil.STATUS_ZOMBIE
-    except psutil.NoSuchProcess:
-        return False

@@ -7,6 +7,7 @@ Everything that a stage reads or writes goes through a :class:`Folder`.
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import hashlib
 import json
@@ -37,6 +38,10 @@ class Entry:
     size: int
 
 
+_OWN_DISKS = (
+    "apfs", "bcachefs", "btrfs", "exfat", "ext2", "ext3", "ext4", "f2fs", "fuseblk", "hfs", "jfs", "ntfs", "ntfs3", "overlay", "ramfs", "tmpfs",
+    "ufs", "vfat", "xfs", "zfs",
+)  # fmt: skip
 # Small files that others than the folder's writer hold for a moment.
 _GUARD, _CLAIM = ".tmp-guard-", ".tmp-claim-"
 
@@ -74,6 +79,13 @@ def _local_files(root: str, below: str, recursive: bool, above: tuple[str, ...])
                     yield Entry(name, 0)
 
 
+def _is_at(file: IO[bytes], path: str) -> bool:
+    try:
+        return os.path.samestat(os.fstat(file.fileno()), os.stat(path))
+    except FileNotFoundError:
+        return False
+
+
 class Folder:
     """A folder on local disk or in an object store.
 
@@ -90,6 +102,19 @@ class Folder:
         self.uri = self.path if self.is_local else text.rstrip("/")
         self.patient = True
 
+    @property
+    def is_shared(self) -> bool:
+        """Whether other machines may write here, too: in every store, and on a disk that is not known to be of one machine (NFS, SMB, Lustre …)."""
+        if not self.is_local:
+            return True
+        import psutil
+
+        path, found = os.path.join(os.path.realpath(self.path), ""), ("", "")
+        for disk in psutil.disk_partitions(all=True):  # of several at one place the last one is seen
+            if path.startswith(os.path.join(disk.mountpoint, "")) and len(disk.mountpoint) >= len(found[0]):
+                found = disk.mountpoint, disk.fstype
+        return found[1].lower() not in _OWN_DISKS
+
     def __truediv__(self, name: str) -> Folder:
         child = object.__new__(Folder)
         child.fs, child.is_local, child.patient = self.fs, self.is_local, self.patient
@@ -98,7 +123,10 @@ class Folder:
         return child
 
     def impatient(self, seconds: float) -> Folder:
-        """The same folder, whose store is asked once and fails after so long a silence: for what had better not be done than late."""
+        """The same folder, whose store is asked once and fails after so long a silence: for what had better not be done than late.
+
+        As far as its client can be told so, see :func:`paris_ray.storage_io.asked`.
+        """
         folder = object.__new__(Folder)
         folder.fs, folder.path, folder.is_local, folder.uri = asked(self.fs, 1, seconds), self.path, self.is_local, self.uri
         folder.patient = False
@@ -272,13 +300,26 @@ class Folder:
 
     @contextlib.contextmanager
     def guard(self, name: str) -> Iterator[None]:
-        """Hold off other processes that guard the same name, for the moment of a check and a change; on local disks only."""
+        """Hold off other processes that guard the same name, for the moment of a check and a change; on disks that have locks only."""
         if not self.is_local:
             yield
             return
-        with open(self._at(f"{_GUARD}{name}"), "wb") as file:
-            fcntl.flock(file, fcntl.LOCK_EX)
-            yield
+        path = self._at(f"{_GUARD}{name}")
+        while True:
+            with open(path, "wb") as file:
+                try:
+                    fcntl.flock(file, fcntl.LOCK_EX)
+                except OSError as error:
+                    if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
+                        raise
+                if not _is_at(file, path):
+                    continue  # who held it before has deleted it
+                try:
+                    yield
+                finally:
+                    with contextlib.suppress(FileNotFoundError):
+                        os.unlink(path)
+                return
 
     def upload(self, local_path: str, name: str) -> None:
         """Copy a local file into the folder under ``name``, atomically."""

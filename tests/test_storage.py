@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import datetime
 import errno
+import gc
 import hashlib
 import io
 import multiprocessing
@@ -10,7 +12,9 @@ import os
 import pickle
 import re
 import signal
-from collections.abc import Callable
+import threading
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -19,8 +23,9 @@ import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 import pytest
 
+from paris_ray import storage_io
 from paris_ray.storage import Entry, Folder, cache_folder, copy_file, link_all, link_file
-from paris_ray.storage_io import CHUNK, AtomicWriter, PatientReader, asked
+from paris_ray.storage_io import CHUNK, AtomicWriter, PatientReader, asked, given_up, passes
 
 
 def test_a_file_appears_only_when_its_writer_ends_well(tmp_path: Path) -> None:
@@ -190,7 +195,7 @@ def test_linked_folders_share_bytes_and_no_later_change(tmp_path: Path) -> None:
 )
 def test_an_upload_whose_end_is_lost_is_sent_again(monkeypatch: pytest.MonkeyPatch, message: str, times: int, sent: int) -> None:
     """Whole, from its beginning; not for ever, and not when it is refused."""
-    monkeypatch.setattr("time.sleep", lambda seconds: None)
+    monkeypatch.setattr("random.random", lambda: 0.0)
     folder, real, asked = Folder("memory://paris-ray-upload"), Folder("memory://paris-ray-upload").fs, []
 
     class Losing:
@@ -268,16 +273,109 @@ class Sink(io.RawIOBase):
         super().close()
 
 
-def test_an_upload_that_a_signal_interrupts_is_whole(request: pytest.FixtureRequest) -> None:
-    """A lost lock is told by one, and so is Ctrl-C."""
+def test_a_guard_holds_off_the_others_and_leaves_nothing(tmp_path: Path) -> None:
+    folder = Folder(tmp_path)
+    folder.write_bytes("count", b"0")
+
+    def count() -> None:
+        for _ in range(50):
+            with folder.guard("count"):
+                number = int(folder.read_bytes("count"))
+                time.sleep(0.0001)
+                (tmp_path / "count").write_bytes(b"%d" % (number + 1))
+
+    threads = [threading.Thread(target=count) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert folder.read_bytes("count") == b"400"
+    assert os.listdir(tmp_path) == ["count"]
+
+
+@pytest.fixture
+def interruptible() -> Iterator[None]:
+    """Tests in the background of a shell ignore Ctrl-C."""
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    request.addfinalizer(lambda: signal.signal(signal.SIGINT, before))
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def test_an_upload_that_a_signal_interrupts_is_whole(interruptible: None) -> None:
     files: dict[str, bytes] = {}
-    fs = SimpleNamespace(open_output_stream=lambda path: Sink(files, path, lambda: os.kill(os.getpid(), signal.SIGINT)))
+    signals = iter([signal.SIGINT])
+    fs = SimpleNamespace(open_output_stream=lambda path: Sink(files, path, lambda: [os.kill(os.getpid(), one) for one in signals]))
     data = os.urandom(2 * CHUNK + 5)
     with pytest.raises(KeyboardInterrupt), AtomicWriter(fs, "x") as file:  # type: ignore[arg-type]
         file.write(data)
     assert files == {"x": data}
+
+
+@pytest.mark.parametrize("twice", [False, True])
+def test_an_upload_that_does_not_end_soon_is_given_up_and_never_in_part(interruptible: None, twice: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Once interrupted it has a while, the second time none; the piece that was on its way may still end, the file does not."""
+    monkeypatch.setattr(storage_io, "SOON_S", 60.0 if twice else 0.3)
+    files: dict[str, bytes] = {}
+    go, ended = threading.Event(), threading.Event()
+
+    def hang() -> None:
+        os.kill(os.getpid(), signal.SIGINT)
+        if twice:
+            assert writer._interrupted.wait(20)  # two signals that wait together are one
+            os.kill(os.getpid(), signal.SIGINT)
+        go.wait(20)
+        threading.Timer(0.2, ended.set).start()
+
+    fs, begun = SimpleNamespace(open_output_stream=lambda path: Sink(files, path, hang)), time.monotonic()
+    writer = AtomicWriter(fs, "x")  # type: ignore[arg-type]
+    with pytest.raises(KeyboardInterrupt), writer as file:
+        file.write(os.urandom(2 * CHUNK + 5))
+    assert time.monotonic() - begun < 10
+    assert given_up()
+    monkeypatch.setattr(storage_io, "SOON_S", 0.3)
+    hanging = SimpleNamespace(open_output_stream=lambda path: go.wait(20))
+    with pytest.raises(TimeoutError, match="y was given up"), AtomicWriter(hanging, "y") as file:  # type: ignore[arg-type]
+        file.write(b"what is done on the way out")
+    go.set()
+    assert ended.wait(10)
+    gc.collect()
+    assert not given_up()
+    assert files == {}
+
+
+def test_an_interrupted_upload_is_not_tried_again(interruptible: None) -> None:
+    tries = []
+
+    def refuse(path: str) -> None:
+        tries.append(path)
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(0.2)
+        raise ConnectionResetError("lost")
+
+    begun = time.monotonic()
+    with pytest.raises(KeyboardInterrupt), AtomicWriter(SimpleNamespace(open_output_stream=refuse), "x") as file:  # type: ignore[arg-type]
+        file.write(b"1")
+    assert tries == ["x"]
+    assert time.monotonic() - begun < 8
+
+
+def test_a_file_that_cannot_be_read_is_not_stored_in_part() -> None:
+    """Its disk fails after the first piece; a store's stream commits what it has when it is closed, or dropped."""
+
+    class Failing(io.BytesIO):
+        def read(self, size: int | None = -1) -> bytes:
+            if self.tell():
+                raise OSError(errno.EIO, "Input/output error")
+            return super().read(size)
+
+    files: dict[str, bytes] = {}
+    fs = SimpleNamespace(open_output_stream=lambda path: Sink(files, path, lambda: None))
+    writer = AtomicWriter(fs, "x")  # type: ignore[arg-type]
+    with pytest.raises(OSError, match="Input/output error"), writer:  # noqa: PT012
+        writer.file.close()
+        writer.file = Failing(os.urandom(2 * CHUNK))
+    gc.collect()
+    assert files == {}
 
 
 @pytest.mark.parametrize(
@@ -296,7 +394,7 @@ def test_an_upload_that_a_signal_interrupts_is_whole(request: pytest.FixtureRequ
     ids=str,
 )
 def test_what_is_sent_again_is_what_may_be_well_the_next_time(error: OSError, times: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("time.sleep", lambda seconds: None)
+    monkeypatch.setattr("random.random", lambda: 0.0)
     tries = []
 
     def refuse(path: str) -> None:
@@ -316,6 +414,27 @@ def test_s3s_own_settings_stay_when_it_is_asked_oftener() -> None:
     assert wanted.items() <= often.items()
     assert (often["request_timeout"], quick["request_timeout"], quick["connect_timeout"]) == (7, 15, 15)
     assert wanted.items() <= quick.items()
+
+
+def test_googles_store_is_asked_for_so_long() -> None:
+    """Its client does so for a quarter of an hour by itself."""
+    fs = pafs.GcsFileSystem(anonymous=True, endpoint_override="127.0.0.1:9", scheme="http")
+    quick = asked(fs, 1, 7.5)
+    assert quick.__reduce__()[1][0] == {**fs.__reduce__()[1][0], "retry_time_limit": datetime.timedelta(seconds=8)}
+    with pytest.raises(OSError, match="UNAVAILABLE") as caught:
+        asked(fs, 1, 0.5).get_file_info("bucket/x")
+    assert passes(caught.value)
+
+
+@pytest.mark.parametrize(("kind", "shared"), [("ext4", False), ("nfs4", True), ("fuse.sshfs", True), ("unheard-of", True)])
+def test_a_disk_that_other_machines_may_write_to(kind: str, shared: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "net").mkdir()
+    disks = [("/", "btrfs"), (str(tmp_path / "net"), "autofs"), (str(tmp_path / "net"), kind), (str(tmp_path / "net" / "deep"), "xfs")]
+    monkeypatch.setattr("psutil.disk_partitions", lambda all: [SimpleNamespace(mountpoint=place, fstype=one) for place, one in disks])
+    os.symlink(tmp_path / "net", tmp_path / "link")
+    assert Folder(tmp_path / "net").is_shared == Folder(tmp_path / "link" / "run").is_shared == shared
+    assert not Folder(tmp_path / "network").is_shared
+    assert Folder("memory://paris-ray-shared").is_shared
 
 
 def test_an_impatient_folder_asks_once(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,6 +14,7 @@ from paris_ray import config as configs
 from paris_ray import manifest, stages
 from paris_ray.config import RunConfig
 from paris_ray.layout import EXPERT_FILE
+from paris_ray.lock import LOCK
 from paris_ray.stages import expert_name, folder
 from paris_ray.storage import Folder, copy_file
 
@@ -90,7 +91,7 @@ def accept(config: RunConfig, k: int, handed: Folder, replace: bool = False) -> 
     task = _loaded(config, k, theirs.folder)
     measured = _judged(task, found["counts"].get("validation_loss"), name)
     if ours.folder.files(recursive=True):
-        ours.folder.delete_all(keep=(manifest.LOCK,))
+        ours.folder.delete_all(keep=(LOCK,))
     for file in found["files"]:
         copy_file(theirs.folder, file["name"], ours.folder)
     copy_file(theirs.folder, manifest.MANIFEST, ours.folder)

@@ -1,8 +1,9 @@
 """The machines of a training: waited for, held, paid. Imports no Ray until it looks.
 
-The driver looks at the placement group of its workers every few seconds. While that has no room, the stage's event says so, with what is asked for,
-what the cluster has and what its autoscaler is about, and after ``resources.wait_minutes`` that there is none; while it is there, hours and money are
-counted in ``RUN/events/machines/``. When it waited and when it held which nodes stands there, too.
+The driver looks at the placement group of its workers every few seconds. While that has no room, it says so, with what is asked for, what the
+cluster has and what its autoscaler is about, and after ``resources.wait_minutes`` that there is none; while it is there, hours and money are counted.
+When it waited and when it held which nodes is kept, too. All of this stands in ``RUN/events/machines/``, which the driver alone writes, as the
+stage's event is its worker's; :func:`event` reads both.
 """
 
 from __future__ import annotations
@@ -14,18 +15,16 @@ from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
+from paris_ray import stages
 from paris_ray.progress import clock, counted
 from paris_ray.resources import Resources, in_words
 from paris_ray.storage import Folder
 
 EVERY_S, EVERY_S_REMOTE = 3.0, 15.0
-BILL_S = 60.0
-"""How often it is written for how long a training has waited."""
-QUICK_S = 5.0
 WAIT_S = 10.0
 """A training that has waited for so long says what for."""
 QUEUED = "queued"
-"""State of the event of a training that has waited for machines for as long as it may; before that it is starting."""
+"""State of a training that has waited for machines for as long as it may; before that it is starting."""
 _KIND_LABELS = ("ray.io/node-group", "ray.io/accelerator-type")
 """Labels that name a kind of node: the group that an autoscaler or KubeRay starts it in, or its GPU."""
 _REQUEST = re.compile(r"^launch failed with |Failed to launch \d+ nodes of type \S+ with request id \S*:")
@@ -42,7 +41,8 @@ def bill(events: Folder, stage: str) -> dict[str, Any]:
 
     Returns:
         ``hours`` (of workers), ``cost`` (``None`` when no price was known in any of them), ``node`` (the kind of node of the last start) and
-        ``spans``: when it waited and when it held what, ``{"from", "until", "node", "ids"}`` in unix time, node ``None`` and no ids while it waited.
+        ``spans``: when it waited and when it held what, ``{"from", "until", "node", "ids"}`` in unix time, node ``None`` and no ids while it waited;
+        ``wait``: what :func:`event` takes of it.
     """
     try:
         return read_bill(events, stage)
@@ -56,6 +56,16 @@ def read_bill(events: Folder, stage: str) -> dict[str, Any]:
         return dict(events.read_json(f"machines/{stage}.json"))
     except FileNotFoundError:
         return dict(_NOTHING)
+
+
+def event(events: Folder, stage: str) -> dict[str, Any]:
+    """The last that is known of a stage: its event, or what its driver has said since of the machines that it waits for.
+
+    Raises OSError or ValueError when the store does not tell the event, FileNotFoundError when there is none.
+    """
+    said = dict(events.read_json(f"{stage}.json"))
+    wait = bill(events, stage).get("wait") if stages.trains(stage) else None
+    return {**said, **wait} if wait and wait["updated"] > said["updated"] else said
 
 
 class Machines:
@@ -75,10 +85,7 @@ class Machines:
         self._node: str | None = None
         self._spans: list[dict[str, Any]] = []  # of this start
         self._waits_since: float | None = None
-        self._written = 0.0
-        # The event is the worker's too: what is read of it is written back at once, or not at all.
-        self._quick = events.impatient(QUICK_S)
-        self._told: str | None = None  # which state the event has by us
+        self._wait: dict[str, Any] | None = None  # what the event would say of it
         self._failing = False
         self._looked = time.monotonic()
         self._end = threading.Event()
@@ -121,18 +128,19 @@ class Machines:
             self._node = ", ".join(sorted({kind(node) for node in alive if node["NodeID"] in held})) or self._node
             self._held += passed
             self._span(passed, self._node, sorted(held))
-            self._write_bill()
-            if self._told:
-                self._came()
+            if self._wait and self._wait["message"]:  # no longer, be the worker's first word still to come
+                self._wait = _said("starting", "")
+            self._write()
         elif states & {"PENDING", "PREPARED", "RESCHEDULING"}:
             self._waits_since = self._waits_since or now
             waited, late = now - self._waits_since, now - self._waits_since >= 60 * self._asked.wait_minutes
-            if self._span(passed, None, []) or now - self._written >= BILL_S:
-                self._write_bill()
+            new = self._span(passed, None, [])
             if late or waited >= WAIT_S:
                 report = scaler(scaling, [one for one, (state, _) in groups.items() if state != "CREATED"], time.time() - waited)
                 what = "; ".join([wants(self._asked), has(alive, free, self._asked), *([report] if report else [])])
                 self._say(QUEUED if late else "starting", f"{'no room' if late else 'waits for machines'} for {clock(waited)}: {what}")
+            elif new:
+                self._write()
 
     def _span(self, passed: float, node: str | None, ids: list[str]) -> bool:
         """Whether it is a new one."""
@@ -143,30 +151,25 @@ class Machines:
         self._spans.append({"from": now - passed, "until": now, "node": node, "ids": ids})
         return True
 
-    def _write_bill(self) -> None:
-        self._written = time.monotonic()
+    def _write(self) -> None:
         if self._before is None:  # never taken for nothing because a store was away: what is written here replaces it
             self._before = read_bill(self._events, self._stage)
         hours, price = self._asked.num_workers * self._held / 3600, self._asked.price_per_hour
         spent = self._before["cost"] if price is None or not hours else (self._before["cost"] or 0.0) + hours * price
         found = {"hours": self._before["hours"] + hours, "cost": spent, "node": self._node or self._before["node"]}
-        self._events.write_json(f"machines/{self._stage}.json", {**found, "spans": [*self._before.get("spans", []), *self._spans]})
+        spans = [*self._before.get("spans", []), *self._spans]
+        self._events.write_json(f"machines/{self._stage}.json", {**found, "spans": spans, "wait": self._wait})
 
     def _say(self, state: str, message: str) -> None:
-        """In the event, whose figures are the workers'."""
-        event = self._quick.read_json(f"{self._stage}.json")
-        now = {"state": state, "rate": 0.0, "eta": None, "message": message, "updated": time.time()}
-        self._quick.write_json(f"{self._stage}.json", {**event, **now})
-        if self._told != state:  # once; the event has the rest
+        told, self._wait = self._wait, _said(state, message)
+        self._write()
+        if told is None or told["state"] != state or not told["message"]:  # once; followers have the rest
             print(f"{self._stage}: {message}", flush=True)
-        self._told = state
 
-    def _came(self) -> None:
-        """The event no longer says that the training waits, be its worker's first word still to come."""
-        event = self._quick.read_json(f"{self._stage}.json")
-        if event["state"] == self._told:
-            self._quick.write_json(f"{self._stage}.json", {**event, "state": "starting", "message": "", "updated": time.time()})
-        self._told = None
+
+def _said(state: str, message: str) -> dict[str, Any]:
+    """In a stage's event, whose other figures are its worker's."""
+    return {"state": state, "rate": 0.0, "eta": None, "message": message, "updated": time.time()}
 
 
 def _see() -> tuple[dict[str, tuple[str, list[str]]], list[dict[str, Any]], dict[str, float], Any]:

@@ -6,6 +6,7 @@ import contextlib
 import time
 
 from paris_ray.storage import Folder
+from paris_ray.training.machines import event
 
 FILE = "_wall.json"
 
@@ -13,7 +14,7 @@ FILE = "_wall.json"
 def last_sign(events: Folder, stage: str) -> float:
     """When the stage last said how far it was, in unix time; 0 if it never did."""
     try:
-        return float(events.read_json(f"{stage}.json")["updated"])
+        return float(event(events, stage)["updated"])
     except (OSError, ValueError, KeyError, TypeError):
         return 0.0
 

@@ -18,7 +18,7 @@ from fsspec.implementations.memory import MemoryFileSystem
 from jobs import append, cli, demo, embed, evaluate, partition, run_all, serve, status
 from paris_ray import config as configs
 from paris_ray import stages
-from paris_ray.manifest import Lock
+from paris_ray.lock import Lock
 from paris_ray.progress import Progress
 from paris_ray.storage import Folder
 from paris_ray.training.budget import Inputs, expert_flops

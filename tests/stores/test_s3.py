@@ -19,8 +19,8 @@ from s3 import SERVER, Proxy, faulty, server
 from jobs import doctor, store_facts
 from jobs.findings import Facts
 from jobs.local_cluster import PROJECT
-from paris_ray import manifest
-from paris_ray.manifest import Lock, LockedError
+from paris_ray import lock
+from paris_ray.lock import Lock, LockedError
 from paris_ray.storage import Folder, copy_file
 from paris_ray.training import checkpoint, worker
 from paris_ray.training.loop import Place
@@ -88,15 +88,94 @@ def test_a_lock_whose_renewal_hangs_ends_its_owner_before_its_lease(
 ) -> None:
     """The renewal is on its way for longer than the lease, and another has taken the lock by then: nobody writes for the first one any more."""
     store.share = 0.0
-    monkeypatch.setattr(manifest, "LEASE_SECONDS", 4.0)
+    monkeypatch.setattr(lock, "LEASE_SECONDS", 4.0)
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     request.addfinalizer(lambda: signal.signal(signal.SIGINT, before))
-    folder, begun = Folder("s3://bucket/held"), time.monotonic()
-    with pytest.raises(KeyboardInterrupt), Lock(folder, "old"):  # noqa: PT012
-        store.puts_held_until = time.monotonic() + 8
+    with pytest.raises(KeyboardInterrupt), Lock(Folder("s3://bucket/held"), "old"):  # noqa: PT012
+        begun = time.monotonic()
+        store.puts_held_until = begun + 8
         time.sleep(20)
-    assert time.monotonic() - begun < 6
+    assert time.monotonic() - begun < 5
     assert "it could not be renewed for" in capsys.readouterr().err
+
+
+WRITER = """
+import signal, sys
+from paris_ray import lock, storage_io
+from paris_ray.storage import Folder
+lock.LEASE_SECONDS, storage_io.SOON_S = 8.0, float(sys.argv[2])
+signal.signal(signal.SIGINT, signal.default_int_handler)
+folder = Folder(sys.argv[1])
+with lock.Lock(folder, "the writer"):
+    print("holds", flush=True)
+    sys.stdin.readline()
+    print("sends", flush=True)
+    folder.write_json("_manifest.json", "new")
+print("has sent", flush=True)
+"""
+
+
+def writer(folder: Folder, soon: float) -> subprocess.Popen[str]:
+    """A process that has the lock, and at a line of input writes a manifest."""
+    folder.write_json("_manifest.json", "old")
+    process = subprocess.Popen([sys.executable, "-c", WRITER, folder.uri, str(soon)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    assert process.stdout.readline() == "holds\n"
+    return process
+
+
+def send(process: subprocess.Popen[str]) -> None:
+    assert process.stdin is not None
+    assert process.stdout is not None
+    process.stdin.write("\n")
+    process.stdin.flush()
+    assert process.stdout.readline() == "sends\n"
+
+
+def test_an_upload_does_not_arrive_after_its_lease(store: Proxy) -> None:
+    """The store is away for longer than the lease while a manifest is written, and asked again all the time."""
+    store.share = 0.0
+    folder = Folder("s3://bucket/late")
+    process = writer(folder, soon=60)
+    store.away_until = time.monotonic() + 12
+    begun = time.monotonic()
+    send(process)
+    assert process.wait(30) == lock.EXIT
+    assert time.monotonic() - begun < 10  # 7.5 s at most, by its own clock
+    assert folder.read_json("_manifest.json") == "old"  # when it is back
+
+
+@pytest.mark.parametrize("times", [1, 2])
+def test_ctrl_c_while_a_store_is_away_ends_an_upload_soon(store: Proxy, times: int) -> None:
+    """After the while that it is given, or at the second time at once. The object is whole, and who comes next need not wait."""
+    store.share = 0.0
+    folder = Folder(f"s3://bucket/interrupted-{times}")
+    process = writer(folder, soon=1 if times == 1 else 60)
+    store.away_until = time.monotonic() + 120
+    send(process)
+    begun = time.monotonic()
+    for _ in range(times):
+        time.sleep(0.5)
+        process.send_signal(signal.SIGINT)
+    assert process.wait(30) == 130
+    assert time.monotonic() - begun < 6
+    store.away_until = 0.0
+    assert folder.read_json("_manifest.json") == "old"
+    with Lock(folder, "next"):
+        pass
+
+
+def test_ctrl_c_lets_an_upload_arrive_that_is_on_its_way(store: Proxy) -> None:
+    store.share = 0.0
+    folder = Folder("s3://bucket/arrives")
+    process = writer(folder, soon=20)
+    store.puts_held_until = time.monotonic() + 2.5
+    send(process)
+    time.sleep(0.5)
+    process.send_signal(signal.SIGINT)
+    assert process.wait(30) == -signal.SIGINT
+    assert folder.read_json("_manifest.json") == "new"
+    assert not folder.exists("_lock.json")
 
 
 def test_a_bucket_that_does_not_exist_is_said_at_once(store: Proxy) -> None:

@@ -38,12 +38,12 @@ class Watch:
         self.one.look({name: (state, nodes) for name, (state, *nodes) in groups.items()}, NODES, FREE, scaling)
 
     def event(self):
-        return self.events.read_json("expert-0.json")
+        return machines.event(self.events, "expert-0")
 
 
 def figures(events):
-    """A bill without its history."""
-    return {key: value for key, value in bill(events, "expert-0").items() if key != "spans"}
+    """A bill without its history, and without what is waited for."""
+    return {key: value for key, value in bill(events, "expert-0").items() if key not in ("spans", "wait")}
 
 
 def test_hours_and_money_count_while_machines_are_held(tmp_path, monkeypatch):
@@ -118,16 +118,33 @@ def test_what_has_no_room_for_long_says_so(tmp_path, monkeypatch, capsys):
     assert time.time() - event["updated"] < 60
     assert f"expert-0: {said}" in capsys.readouterr().out
     one.look(60, g=("PENDING", ""))
-    assert one.events.read_json("expert-0.json")["message"].startswith("no room for 11 min")
+    assert one.event()["message"].startswith("no room for 11 min")
     assert capsys.readouterr().out == ""  # in the log once
     # The machines are there: nobody need end it, be its worker still to say its first word.
     one.look(5, g=("CREATED", "a"))
-    event = one.events.read_json("expert-0.json")
+    event = one.event()
     assert (event["state"], event["message"], event["done"]) == ("starting", "", 80)
+    said = {**EVENT, "updated": time.time()}
+    one.events.write_json("expert-0.json", said)
     one.look(599, g=("PENDING", ""))
-    one.events.write_json("expert-0.json", EVENT)
     one.look(9, g=("PENDING", ""))
-    assert one.event() == EVENT  # it counts anew
+    assert one.event() == said  # it counts anew, and its worker has said something since
+
+
+def test_the_event_is_its_workers_alone(tmp_path, monkeypatch):
+    """Read, changed and written by the driver it would lose what the worker says meanwhile."""
+    one, written = Watch(tmp_path, monkeypatch, wait_minutes=1), []
+    one.events.write_json("expert-0.json", EVENT)
+    monkeypatch.setattr(Folder, "write_json", lambda self, name, value, write=Folder.write_json: (written.append(name), write(self, name, value)))
+    for passed, state in ((0, "PENDING"), (30, "PENDING"), (60, "PENDING"), (3, "CREATED"), (3, "CREATED")):
+        one.look(passed, g=(state, "a"))
+    assert set(written) == {"machines/expert-0.json"}
+    # What is waited for is worth less than what the worker has said since.
+    later = {**EVENT, "updated": time.time() + 1, "done": 160}
+    one.events.write_json("expert-0.json", later)
+    assert one.event() == later
+    with pytest.raises(FileNotFoundError):
+        machines.event(one.events, "expert-1")
 
 
 def test_when_it_waited_and_what_it_held(tmp_path, monkeypatch):
@@ -148,15 +165,15 @@ def test_when_it_waited_and_what_it_held(tmp_path, monkeypatch):
     ]  # fmt: skip
 
 
-def test_a_long_wait_is_written_down_each_minute(tmp_path, monkeypatch):
+def test_a_look_writes_once(tmp_path, monkeypatch):
     """A store takes money for each write, and the driver looks every few seconds."""
     one = Watch(tmp_path, monkeypatch)
     one.events.write_json("expert-0.json", EVENT)
     written = []
-    monkeypatch.setattr(Machines, "_write_bill", lambda self, write=Machines._write_bill: (written.append(one.now), write(self)))
+    monkeypatch.setattr(Machines, "_write", lambda self, write=Machines._write: (written.append(one.now), write(self)))
     for _ in range(40):
         one.look(15, g=("PENDING", ""))
-    assert len(written) == 10  # ten minutes
+    assert len(written) == len(set(written)) == 40
     one.look(15, g=("CREATED", "a"))
     assert [span["ids"] for span in bill(one.events, "expert-0")["spans"]] == [[], ["a"]]
 
