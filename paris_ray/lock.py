@@ -163,9 +163,12 @@ class Lock:
             time.sleep(min(left, LEASE_SECONDS / 8))
             if _now() >= self._ends():
                 return False
+            began = _now()
             with contextlib.suppress(OSError):
-                if _now() - self._renewed >= LEASE_SECONDS / 4 and not self._renew():
+                if began - self._renewed >= LEASE_SECONDS / 4 and not self._renew():
                     return False
+            if _now() - began >= _pause():  # a claim once more, and as late
+                end = _now() + LEASE_SECONDS
         return self._owned(self.folder)
 
     def _break(self, dead: dict[str, Any]) -> None:

@@ -13,6 +13,7 @@ import subprocess
 import sys
 import threading
 import time
+import uuid
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -231,7 +232,7 @@ def held(monkeypatch: pytest.MonkeyPatch) -> Iterator[Folder]:
     monkeypatch.setattr(Held, "protocol", "held")
     monkeypatch.setattr(Held, "store", {})
     Held.go.set()
-    yield Folder("held://bucket/run")
+    yield Folder(f"held://bucket/{uuid.uuid4().hex}")  # what was held back arrives where nobody looks any more
     Held.go.set()
 
 
@@ -378,6 +379,26 @@ def test_a_late_claim_waits_for_who_it_may_have_written_over(dead: bool, held: F
         thread.join(20)
         assert len(lost) == 1
         assert began[0] > lost[0] + lock.LEASE_SECONDS / 16  # in which the other one ends
+
+
+def test_a_claim_that_is_renewed_late_waits_anew(held: Folder, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It may have written over the claim of somebody who has begun meanwhile."""
+    monkeypatch.setattr(lock, "LEASE_SECONDS", 2.0)
+    ended: list[float] = []
+
+    def renew(self: Lock, renew=Lock._renew) -> bool:
+        if not ended:
+            time.sleep(0.2)
+        owned = bool(renew(self))
+        ended.append(time.monotonic())
+        return owned
+
+    monkeypatch.setattr(Lock, "_renew", renew)
+    one = Lock(held, "late")
+    one.token, one._renewed = "t", lock._now()
+    claim(held)
+    assert one._settled(late=True)
+    assert time.monotonic() - ended[0] >= lock.LEASE_SECONDS - 0.01
 
 
 def test_of_many_that_claim_at_the_same_moment_one_works_at_a_time(held: Folder, monkeypatch: pytest.MonkeyPatch) -> None:
