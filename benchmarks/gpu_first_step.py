@@ -92,7 +92,7 @@ def main() -> None:
         "",
         f"{time.strftime('%Y-%m-%d')} · {rounds[0]['eager']['device']} · torch {rounds[0]['eager']['torch']} · bf16",
         f"256 image tokens, 77 text tokens, batch {args.batch}; medians of {args.repeats} processes each, in turn.",
-        f"`python benchmarks/gpu_first_step.py --size {args.size} --batch {args.batch}`",
+        f"`python benchmarks/gpu_first_step.py {' '.join(sys.argv[1:])}`",
         "",
         "| blocks | ready, s | first step, s | both, s | steady, ms a step | images/s | MFU |",
         "|---|---|---|---|---|---|---|",
