@@ -42,6 +42,7 @@ import pyarrow.parquet as pq
 from PIL import Image
 
 from benchmarks.alternating import HEAD, alternate, hardware, ratios
+from benchmarks.output import command, write
 from paris_ray import config as configs
 from paris_ray.config import RunConfig
 from paris_ray.data import embed, part
@@ -283,13 +284,11 @@ def main() -> None:
     if args.one_memory:
         print(json.dumps(one_memory(int(args.one_memory[0]), Path(args.one_memory[1]))))
         return
-    head = [f"# Embed: {'memory' if args.memory else 'rate'}", "", hardware(1), f"`python benchmarks/data_embed.py {' '.join(sys.argv[1:])}`", ""]
+    head = [f"# Embed: {'memory' if args.memory else 'rate'}", "", hardware(1), command(), ""]
     print("\n".join(head), flush=True)
     table = measure_memory(args.memory) if args.memory else measure_rates(args.rows, args.rounds)
     print("\n".join(table), flush=True)
-    if args.out:
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-        args.out.write_text("\n".join([*head, *table, ""]))
+    write(args.out, [*head, *table])
 
 
 if __name__ == "__main__":

@@ -31,6 +31,7 @@ import threadpoolctl
 from sklearn.cluster._k_means_lloyd import lloyd_iter_chunked_dense
 
 from benchmarks.alternating import HEAD, alternate, hardware, ratios
+from benchmarks.output import command, write
 from paris_ray.data import kmeans, nearest
 
 try:
@@ -129,7 +130,7 @@ def main() -> None:
         f"{hardware(args.threads)}, {libraries}",
         f"{args.rows} rows of {args.width}, {args.centroids} centroids, cosine, backend {args.backend}. Seconds are medians of a pass; the ratio is "
         "theirs over ours, median of the rounds, with its 95 % interval.",
-        f"`python benchmarks/data_kmeans.py {' '.join(sys.argv[1:])}`",
+        command(),
         "",
         *HEAD,
     ]
@@ -153,9 +154,7 @@ def main() -> None:
         f"Ours, over all passes: {args.rows * args.passes / total['ours']:,.0f} rows/s on {args.threads} thread(s).",
     ]
     print("\n".join([*others_, *tail]), flush=True)
-    if args.out:
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-        args.out.write_text("\n".join([*head, *table, *tail, ""]))
+    write(args.out, [*head, *table, *tail])
 
 
 if __name__ == "__main__":

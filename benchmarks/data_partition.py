@@ -38,6 +38,7 @@ import pyarrow.dataset as pads
 import pyarrow.parquet as pq
 
 from benchmarks.alternating import HEAD, alternate, hardware, ratios
+from benchmarks.output import command, write
 from paris_ray import config as configs
 from paris_ray import stages
 from paris_ray.config import RunConfig
@@ -207,7 +208,7 @@ def main() -> None:
         f"# Partition: {'memory' if args.memory else 'rate'}",
         "",
         f"{hardware(args.threads)}, pyarrow {pa.__version__}",
-        f"`python benchmarks/data_partition.py {' '.join(sys.argv[1:])}`",
+        command(),
         "",
     ]
     print("\n".join(lines), flush=True)
@@ -215,9 +216,7 @@ def main() -> None:
         for text in memory(args.memory, Path(folder)) if args.memory else writing(args.rows, args.rounds, args.threads, Path(folder)):
             print(text, flush=True)
             lines.append(text)
-    if args.out:
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-        args.out.write_text("\n".join([*lines, ""]))
+    write(args.out, lines)
     return None
 
 

@@ -21,8 +21,9 @@ import tempfile
 import time
 from pathlib import Path
 
-ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT))  # from any folder, without installation
+sys.path.insert(0, str(Path(__file__).parents[1]))  # from any folder, without installation
+
+from benchmarks.output import command, write
 
 STEPS = 30
 
@@ -92,7 +93,7 @@ def main() -> None:
         "",
         f"{time.strftime('%Y-%m-%d')} · {rounds[0]['eager']['device']} · torch {rounds[0]['eager']['torch']} · bf16",
         f"256 image tokens, 77 text tokens, batch {args.batch}; medians of {args.repeats} processes each, in turn.",
-        f"`python benchmarks/gpu_first_step.py {' '.join(sys.argv[1:])}`",
+        command(),
         "",
         "| blocks | ready, s | first step, s | both, s | steady, ms a step | images/s | MFU |",
         "|---|---|---|---|---|---|---|",
@@ -105,9 +106,7 @@ def main() -> None:
         f"Compiled against eager: {of['eager']['steady'] / of['compiled']['steady']:.3f} of its rate; compiling pays after {pays}.",
     ]
     print("\n".join(lines))
-    if args.out:
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-        args.out.write_text("\n".join([*lines, ""]))
+    write(args.out, lines)
 
 
 if __name__ == "__main__":

@@ -30,6 +30,7 @@ from diffusers import PixArtTransformer2DModel
 from torch import Tensor, nn
 
 from benchmarks import flops, timing
+from benchmarks.output import command, write
 from paris_ray.config import SIZES, TrainConfig
 from paris_ray.diffusion.path import Flow
 from paris_ray.inference.precision import set_precision
@@ -195,7 +196,7 @@ def main() -> None:
         f"{timing.hardware(args.device)} · {args.precision} · torch {torch.__version__}, diffusers {diffusers.__version__}",
         f"{layers} layers, {tokens} image tokens, {TEXT_TOKENS} text tokens, batch {args.batch}; {step}. "
         "Milliseconds are medians; the ratio is theirs over ours, median of the pairs, with its 95 % interval; MFU is ours.",
-        f"`python benchmarks/model_pixart.py {' '.join(sys.argv[1:])}`",
+        command(),
         "",
         "| what | ours, ms | diffusers, ms | ratio | interval | pairs × calls | MFU |",
         "|---|---|---|---|---|---|---|",
@@ -203,9 +204,7 @@ def main() -> None:
     print("\n".join(head), flush=True)
     with tempfile.TemporaryDirectory() as folder:
         table = measure(args, folder)
-    if args.out:
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-        args.out.write_text("\n".join([*head, *table, ""]))
+    write(args.out, [*head, *table])
 
 
 if __name__ == "__main__":

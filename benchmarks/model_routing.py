@@ -31,6 +31,7 @@ from torch import Tensor
 
 from benchmarks import flops, timing
 from benchmarks.alternating import alternate, interval
+from benchmarks.output import command, write
 from paris_ray.config import SIZES
 from paris_ray.data.clip import VOCABULARY, Clip, clip_shapes
 from paris_ray.data.codec import VaeCodec
@@ -215,16 +216,14 @@ def main() -> None:
         f"{tokens} image tokens, {TEXT_TOKENS} text tokens, {args.steps} Euler steps, guidance 7.5; the "
         f"engine is included, text encoding and decoding are {'too' if args.whole else 'left out'}. The ratio is the routing's seconds over those of "
         "one expert alone, median of the rounds, with its 95 % interval; the arithmetic is the same of the operations counted, router included.",
-        f"`python benchmarks/model_routing.py {' '.join(sys.argv[1:])}`",
+        command(),
         "",
         "| routing | images at once | s an image | images/s | one expert alone, s | ratio | interval | arithmetic | rounds |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
     print("\n".join(head), flush=True)
     lines = measure(args)
-    if args.out:
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-        args.out.write_text("\n".join([*head, *lines, ""]))
+    write(args.out, [*head, *lines])
 
 
 if __name__ == "__main__":

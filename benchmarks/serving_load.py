@@ -42,6 +42,7 @@ from PIL import Image
 
 from benchmarks import timing
 from benchmarks.alternating import alternate, interval
+from benchmarks.output import command, write
 
 NAMES = {"loop": "plain loop, one request at a time", "batch": "diffusers pipeline behind @serve.batch", "engine": "our engine alone, without HTTP"}
 PATH = "/v1/images/generations"
@@ -156,7 +157,7 @@ def main() -> None:
         f"{timing.hardware()} · torch {torch.__version__}",
         f"{args.clients} clients, {args.images} pictures a block, {args.steps} Euler steps (mixed: {args.steps // 2}, {args.steps} and "
         f"{2 * args.steps}), two experts a step.",
-        f"`python benchmarks/serving_load.py {' '.join(sys.argv[1:])}`",
+        command(),
     ]
     model = str(Path(args.model).resolve())
     urls = deploy(model, args.threads, args.against)
@@ -181,9 +182,7 @@ def main() -> None:
             ratio = f"{statistics.median(ratios):.2f} | {low:.2f} – {high:.2f} | {len(ratios)}"
             lines.append(f"| {workload} | {NAMES[name]} | {mine:.2f} | {theirs:.2f} | {ratio} |")
             print(lines[-1], flush=True)
-    if args.out:
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-        args.out.write_text("\n".join([*head, *lines, ""]))
+    write(args.out, [*head, *lines])
 
 
 if __name__ == "__main__":

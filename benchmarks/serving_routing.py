@@ -19,6 +19,7 @@ import torch
 
 from benchmarks import timing
 from benchmarks.alternating import alternate, interval
+from benchmarks.output import command, write
 from benchmarks.serving_load import Work, deploy, over_http
 from paris_ray.inference.weights import read_facts
 
@@ -47,7 +48,7 @@ def main() -> None:
         "",
         f"{timing.hardware()} · torch {torch.__version__}",
         f"{facts.num_experts} experts, {args.clients} clients, {args.images} pictures a block, {args.steps} Euler steps.",
-        f"`python benchmarks/serving_routing.py {' '.join(sys.argv[1:])}`",
+        command(),
         "",
         "| routing | s a picture | pictures/s | over top-1 | interval | passes of experts over top-1 | rounds |",
         "|---|---|---|---|---|---|---|",
@@ -66,9 +67,7 @@ def main() -> None:
         ratio = f"{statistics.median(ratios):.2f} | {low:.2f} – {high:.2f}"
         lines.append(f"| {name} | {seconds:.4f} | {1 / seconds:.2f} | {ratio} | {experts} | {len(ratios)} |")
         print(lines[-1], flush=True)
-    if args.out:
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-        args.out.write_text("\n".join([*head, *lines, ""]))
+    write(args.out, [*head, *lines])
 
 
 if __name__ == "__main__":

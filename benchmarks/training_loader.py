@@ -28,6 +28,7 @@ from torch.utils.data import BatchSampler, DataLoader, RandomSampler, TensorData
 
 from benchmarks import timing
 from benchmarks.alternating import HEAD, alternate, ratios
+from benchmarks.output import command, write
 from paris_ray.storage import Folder
 from paris_ray.training.expert_task import ExpertTask
 from paris_ray.training.feed import Clock, feed
@@ -104,7 +105,7 @@ def main() -> None:
         "",
         f"{timing.hardware()} · torch {torch.__version__}",
         f"{args.rows} rows of {SHAPE} float16 and {TOKENS} token ids, batch {args.batch}, {args.batches} batches a round.",
-        f"`python benchmarks/training_loader.py {' '.join(sys.argv[1:])}`",
+        command(),
         "",
         *HEAD,
         *ratios("a round", times),
@@ -119,9 +120,7 @@ def main() -> None:
         ),
     ]
     print("\n".join(lines))
-    if args.out:
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-        args.out.write_text("\n".join([*lines, ""]))
+    write(args.out, lines)
 
 
 if __name__ == "__main__":

@@ -28,6 +28,7 @@ import torch
 
 from benchmarks import timing
 from benchmarks.alternating import alternate, interval
+from benchmarks.output import command, write
 from paris_ray.config import SIZES
 from paris_ray.storage import Folder
 from paris_ray.training.expert_task import ExpertTask
@@ -118,7 +119,7 @@ def main() -> None:
         "",
         f"{timing.hardware(args.device)} · torch {torch.__version__}",
         f"{args.size or '256 wide, 6 deep'}, batch {args.batch}, {args.steps} steps a round, {args.rounds} rounds.",
-        f"`python benchmarks/training_loop.py {' '.join(sys.argv[1:])}`",
+        command(),
         "",
         "| row | against | row, ms a step | other, ms a step | ratio | interval |",
         "|---|---|---|---|---|---|",
@@ -131,9 +132,7 @@ def main() -> None:
         lines.append(f"| {names[row]} | {names[other]} | {mine:.1f} | {theirs:.1f} | {statistics.median(ratios):.3f} | {low:.3f} – {high:.3f} |")
     lines += ["", f"Waiting for data: {statistics.median(waits):.2%} of a step (median of the metrics lines), {max(waits):.2%} at most."]
     print("\n".join(lines))
-    if args.out:
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-        args.out.write_text("\n".join([*lines, ""]))
+    write(args.out, lines)
 
 
 if __name__ == "__main__":

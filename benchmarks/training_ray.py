@@ -30,6 +30,7 @@ import torch
 
 from benchmarks import timing
 from benchmarks.alternating import HEAD, alternate, ratios
+from benchmarks.output import command, write
 from paris_ray.config import SIZES
 from paris_ray.storage import Folder
 from paris_ray.training import checkpoint
@@ -99,7 +100,7 @@ def main() -> None:
         "",
         f"{timing.hardware()} · torch {torch.__version__}, ray {ray.__version__}",
         f"{args.size or '256 wide, 6 deep'}, batch {args.batch}, {args.steps} steps a round; seconds are of one step.",
-        f"`python benchmarks/training_ray.py {' '.join(sys.argv[1:])}`",
+        command(),
         "",
         *HEAD,
         *ratios("expert under Ray Train", times),
@@ -107,9 +108,7 @@ def main() -> None:
         f"Start to first step, last checkpoint, export and end of the job: {statistics.median(beside):.1f} s (median), paid once.",
     ]
     print("\n".join(lines))
-    if args.out:
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-        args.out.write_text("\n".join([*lines, ""]))
+    write(args.out, lines)
 
 
 if __name__ == "__main__":
