@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import re
 import shutil
 import subprocess
+import sys
 from pathlib import Path
+from unittest.mock import MagicMock
 
 import pytest
 import yaml
@@ -24,7 +27,7 @@ OPERATIONS = (ROOT / "docs/operations.md").read_text()
 YOURS = {
     "aws": {"AWS_REGION": "eu-west-1", "GROUP": "sg-0a1", "SUBNETS": "(subnet-0a1 subnet-0a2 subnet-0a3)", "BUCKET": "paris-1", "RUN": "first"},
     "gcp": {"PROJECT": "their-project", "REGION": "europe-west4", "ZONE": "europe-west4-b", "BUCKET": "their-runs", "RUN": "first"},
-    "azure": {"LOCATION": "westeurope", "RUNS": "abfs://runs@theirs.dfs.core.windows.net/first"},
+    "azure": {"LOCATION": "westeurope", "RUNS": "abfs://runs@theirs.dfs.core.windows.net/first", "SUBSCRIPTION": "0a1-0a2"},
 }
 
 
@@ -61,21 +64,85 @@ def test_blocks_are_bash_and_say_what_was_run(page):
 
 
 @pytest.mark.parametrize("cloud", YOURS)
+def test_the_clusters_are_looked_at_before_training_and_tunnels_read_no_keyboard(cloud):
+    page = told(cloud)
+    run = "python -m jobs.run_all --config run.yaml --address $RAY_ADDRESS"
+    places = [page.index(one) for one in (f"{run} --until partition\n", "clusters/report.html", f"{run}  ", "jobs.status", "ray down")]
+    assert places == sorted(places)
+    assert "#7-the-end" in PAGES[cloud]
+    # ssh -tt, with which Ray makes tunnels, is stopped by the terminal that it would read in the background.
+    tunnels = re.findall(r"ray dashboard [^\n]*", page)
+    assert len(tunnels) == 2
+    assert all("< /dev/null &" in one for one in tunnels)
+
+
+@pytest.mark.parametrize("cloud", YOURS)
+def test_rays_environment_is_the_same_wherever_it_is_told(cloud):
+    """Ray of the pins' version; on Azure the packages that its head gets."""
+    (given,) = re.findall(r"ray_up/bin/pip install ((?:[^\n]*\\\n)*[^\n#]*)", told(cloud))
+    packages = sorted(given.replace("\\\n", " ").split())
+    pinned = re.search(r"^ray==([\d.]+)", (ROOT / "constraints.txt").read_text(), re.M)
+    assert pinned is not None
+    assert f"'ray[default]=={pinned[1]}'" in packages
+    everywhere = [sorted(one.replace("\\\n", " ").split()) for one in re.findall(r"ray_up/bin/pip install ((?:[^\n]*\\\n)*[^\n#]*)", OPERATIONS)]
+    assert packages in everywhere
+    head = yaml.safe_load((ROOT / f"cluster_configs/{cloud}.yaml").read_text())["head_setup_commands"][0].split("env/bin/python ")[1].split()
+    names = {one.partition("==")[0] for one in packages} - {"'ray[default]"}
+    assert names == {one.partition("==")[0] for one in head}
+    if cloud == "azure":
+        assert set(head) < set(packages)
+
+
+def test_azures_network_is_the_one_that_ray_would_make(tmp_path, monkeypatch):
+    """Ray's own bootstrap with a client that writes down what it is asked, beside the page's names and its paragraph."""
+    for name in ("common", "common.credentials", "core", "core.exceptions", "identity", "mgmt", "mgmt.resource"):
+        monkeypatch.setitem(sys.modules, f"azure.{name}", MagicMock())
+    monkeypatch.setitem(sys.modules, "azure", MagicMock())
+    monkeypatch.setitem(sys.modules, "azure.mgmt.resource.resources.models", MagicMock())
+    monkeypatch.delitem(sys.modules, "ray.autoscaler._private._azure.config", raising=False)
+    azure = importlib.import_module("ray.autoscaler._private._azure.config")
+    monkeypatch.delitem(sys.modules, "ray.autoscaler._private._azure.config")
+    client = MagicMock()
+    client.resources.list_by_resource_group.return_value = []
+    monkeypatch.setattr(azure, "ResourceManagementClient", lambda credential, subscription: client)
+    file = yaml.safe_load((ROOT / "cluster_configs/azure.yaml").read_text())
+    file["provider"]["subscription_id"] = "0a1"  # as the page's own sed puts it there; without it Ray looks for a package of 2021
+    azure._configure_resource_group(file)
+    asked = client.deployments.create_or_update.call_args.kwargs
+    assert asked["resource_group_name"] == "paris-ray"
+    given = {name: one["value"] for name, one in asked["parameters"]["properties"]["parameters"].items()}
+    assert given["createMsi"] is False
+    page = bash(lines("azure", "ID=", "NET=") + '\necho "$ID $NET"', tmp_path).split()
+    assert [given["clusterId"], given["subnet"]] == [f"paris-{page[0]}", page[1]]
+    assert f"`{page[0]}` for `paris-ray`" in PAGES["azure"]
+    assert f"its seed, {page[1].split('.')[1]}" in PAGES["azure"]
+    template = asked["parameters"]["properties"]["template"]
+    for kind in ("vnet", "subnet", "nsg"):
+        assert template["variables"][f"{kind}Name"] == f"[concat('ray-', parameters('clusterId'), '-{kind}')]"
+    assert re.search(r"vnet create --name ray-paris-\$ID-vnet .*--subnet-name ray-paris-\$ID-subnet", told("azure").replace("\\\n", " "))
+    # The network is looked for by ID, in the group.
+    assert page[0] in client.resources.list_by_resource_group.call_args.args[1]
+    # The desk's interface lies in it: a group whose network has one cannot be deleted.
+    assert "--nic-delete-option Delete" in told("azure")
+
+
+@pytest.mark.parametrize("cloud", YOURS)
 def test_a_clusters_file_is_made_as_the_page_says(cloud, tmp_path, capsys):
     """Its own `sed` and `printf`, then the renderer and the check: sound, and nothing of anybody's is left to fill in."""
     shutil.copytree(ROOT / "cluster_configs", tmp_path / "cluster_configs", ignore=shutil.ignore_patterns("__pycache__"))
     given = "\n".join(f"{name}={value}" for name, value in YOURS[cloud].items())
     bash(f"{given}\n{lines(cloud, 'sed ', 'printf ')}", tmp_path)
-    assert lines(cloud, rf"python -m cluster_configs\.render mine_{cloud}\.yaml --size demo > {cloud}\.yaml")
-    assert render.main([str(tmp_path / f"mine_{cloud}.yaml"), "--size", "demo"]) == 0
+    assert lines(cloud, rf"python -m cluster_configs\.render my_{cloud}\.yaml --size demo > {cloud}\.yaml")
+    assert render.main([str(tmp_path / f"my_{cloud}.yaml"), "--size", "demo"]) == 0
     made = tmp_path / f"{cloud}.yaml"
     made.write_text(capsys.readouterr().out)
-    assert check.main([str(made), "--run", str(tmp_path / "mine.yaml")]) == 0
+    assert check.main([str(made), "--run", str(tmp_path / "run.yaml")]) == 0
     assert capsys.readouterr().out == f"{made}: nothing found\n"
     text = yaml.safe_dump({key: value for key, value in yaml.safe_load(made.read_text()).items() if key != "file_mounts"})
     assert not re.search("us-west-2|us-central1|eastus", text)  # where the project's file is
     assert not re.search("europe-west4-[^b]", text)  # the zone's own sed, before the region's
-    config = configs.load(str(tmp_path / "mine.yaml"))
+    config = configs.load(str(tmp_path / "run.yaml"))
+    assert yaml.safe_load(made.read_text())["provider"].get("subscription_id") == YOURS[cloud].get("SUBSCRIPTION")
     assert config.run_dir.endswith("/first")
     assert config.name == "first"
 
@@ -175,6 +242,17 @@ def test_rays_commands_have_these_options():
             assert used <= options, (page, name, used - options)
             seen.add(name)
     assert {"up", "down", "dashboard", "job submit"} <= seen
+
+
+@pytest.mark.parametrize(("cloud", "at_most"), [("aws", "MaxPrice"), ("azure", "maxPrice")])
+def test_the_demos_price_an_hour_is_that_of_its_machines(cloud, at_most):
+    """What idles and the highest bids of its spot machines; and idle it is what operations.md says, an hour and a day."""
+    told = re.search(r"While it runs ([\d.]+) \$ an hour.*while nothing runs ([\d.]+) \$ an hour, (\d+) \$ a day", PAGES[cloud], re.S)
+    running, idle, day = told.groups()
+    bid = re.search(rf'{at_most}: "?([\d.]+)', (ROOT / f"cluster_configs/{cloud}.yaml").read_text())
+    assert float(running) == pytest.approx(float(idle) + 4 * float(bid[1]))
+    assert float(day) == pytest.approx(24 * float(idle), abs=0.5)
+    assert re.search(rf"\| {idle} \$: head 0\.40.* \| {day} \$ \|", OPERATIONS)
 
 
 def test_what_it_costs_is_what_the_plan_says():

@@ -25,19 +25,45 @@ def commands() -> str:
     return "\n".join(re.findall(r"^```sh\n(.*?)^```", DOC, re.MULTILINE | re.DOTALL))
 
 
+def yours() -> str:
+    """The first block: what is to be replaced."""
+    return commands().partition("\n\n")[0]
+
+
 def test_every_stage_is_there_with_an_id_of_its_own():
     text = commands()
     for k in (0, 1, 2):
-        text += text[text.index("for k in") :].replace("$k", str(k))
+        text += text[text.index("for k in $EXPERTS") :].replace("$k", str(k))
     for name in [*stages.names(configs.load("tiny")), "evaluate"]:
-        assert f"--submission-id run-{name}-a1 " in text, name
+        assert f"--submission-id $NAME-{name}-a$ATTEMPT " in text, name
     for submit in re.findall(r"ray job submit(.*)", commands()):
-        assert "--working-dir . --runtime-env docs/runtime_env.yaml --submission-id run-" in submit
-    # What is to be replaced is said, and nothing else looks like somebody's.
-    table = DOC[: DOC.index("## Who may")]
-    for one in (ADDRESS, STORAGE, ENDPOINT):
-        assert f"| `{one}` |" in table
-    assert set(re.findall(r"\w+://[^\s/]+", commands())) == {ADDRESS, "s3://bucket", ENDPOINT}
+        assert "--working-dir . --runtime-env docs/runtime_env.yaml --submission-id $NAME-" in submit
+
+
+def test_what_is_somebodys_stands_in_the_first_block_alone():
+    for one in (f"RAY_ADDRESS={ADDRESS}", f"RUN_DIR={STORAGE}", f"ENDPOINT={ENDPOINT}", "CONFIG=tiny"):
+        assert re.search(rf"^(export )?{one}\s", yours(), re.M), one
+    after = commands().removeprefix(yours())
+    assert after.startswith("\n\nray job list")
+    assert not re.search(r"://|tiny|for k in [^$]|\ba1\b", after)
+    set_there = set(re.findall(r"^(?:export )?([A-Z_]+)=", yours(), re.M))
+    assert set(re.findall(r"\$([A-Z_]+)", after)) == set_there - {"RAY_ADDRESS", "RAY_AUTH_MODE"}
+    assert set_there > set(re.findall(r"`\$([A-Z_]+)", DOC))
+
+
+def test_experts_are_those_of_the_config_and_ids_those_of_the_run(tmp_path):
+    """Eight for the paper's runs, whatever a file says; runs of one name in two places do not meet."""
+    (tmp_path / "run.yaml").write_text("preset: demo\nname: two\nrun_dir: s3://elsewhere/x\nexperts: 2\n")
+    env = {key: value for key, value in os.environ.items() if not key.startswith("PYTHON")}
+    env["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{env['PATH']}"
+    found = []
+    for config, run in (("paris_xl2", "s3://bucket/run"), (str(tmp_path / "run.yaml"), "s3://other/run")):
+        script = yours().replace("CONFIG=tiny", f"CONFIG={config}").replace(STORAGE, run) + '\necho "$EXPERTS|$NAME"'
+        done = subprocess.run(["bash", "-euc", script], cwd=PROJECT, env=env, capture_output=True, text=True, check=True)
+        found.append(done.stdout.strip().split("|"))
+    assert [experts for experts, _ in found] == ["0 1 2 3 4 5 6 7", "0 1"]
+    assert found[0][1] != found[1][1]
+    assert all(re.fullmatch(r"run-\d+", name) for _, name in found)
 
 
 def test_the_runtime_environment_is_one_that_ray_takes_and_pins_what_it_says(monkeypatch):
@@ -77,10 +103,11 @@ def test_its_commands_make_a_model(tmp_path):
             return subprocess.run(["bash", "-euc", script], cwd=PROJECT, env=env, capture_output=True, text=True, check=False, timeout=1200)
 
         # Without the token, or with another, nothing is done.
+        settings = text.partition("\n\n")[0]
         submit = next(block for block in text.split("\n\n") if "ray job submit" in block)
         first = submit[submit.index("ray job submit") :].split("\n")
         for said in ("RAY_AUTH_MODE=disabled", "RAY_AUTH_MODE=token RAY_AUTH_TOKEN=wrong"):
-            refused = bash(f"export RAY_ADDRESS={cluster.address} {said}\n" + "\n".join(first[:2]))
+            refused = bash(f"{settings}\nunset RAY_AUTH_TOKEN_PATH\nexport {said}\n" + "\n".join(first[:2]))
             assert refused.returncode != 0
             assert re.search("(?i)authenticat|token", refused.stdout + refused.stderr)
         assert cluster.request("/api/jobs/") == []
