@@ -132,19 +132,21 @@ def test_a_clusters_file_is_made_as_the_page_says(cloud, tmp_path, capsys):
     shutil.copytree(ROOT / "cluster_configs", tmp_path / "cluster_configs", ignore=shutil.ignore_patterns("__pycache__"))
     given = "\n".join(f"{name}={value}" for name, value in YOURS[cloud].items())
     bash(f"{given}\n{lines(cloud, 'sed ', 'printf ')}", tmp_path)
-    assert lines(cloud, rf"python -m cluster_configs\.render my_{cloud}\.yaml --size demo > {cloud}\.yaml")
-    assert render.main([str(tmp_path / f"my_{cloud}.yaml"), "--size", "demo"]) == 0
+    [mine] = re.findall(rf"^python -m cluster_configs\.render (\w+\.yaml) --size demo > {cloud}\.yaml", told(cloud), re.M)
+    assert render.main([str(tmp_path / mine), "--size", "demo"]) == 0
     made = tmp_path / f"{cloud}.yaml"
     made.write_text(capsys.readouterr().out)
-    assert check.main([str(made), "--run", str(tmp_path / "run.yaml")]) == 0
+    [run] = re.findall(r"^printf .* > (\w+\.yaml)", told(cloud), re.M)
+    assert check.main([str(made), "--run", str(tmp_path / run)]) == 0
     assert capsys.readouterr().out == f"{made}: nothing found\n"
     text = yaml.safe_dump({key: value for key, value in yaml.safe_load(made.read_text()).items() if key != "file_mounts"})
     assert not re.search("us-west-2|us-central1|eastus", text)  # where the project's file is
     assert not re.search("europe-west4-[^b]", text)  # the zone's own sed, before the region's
-    config = configs.load(str(tmp_path / "run.yaml"))
-    assert yaml.safe_load(made.read_text())["provider"].get("subscription_id") == YOURS[cloud].get("SUBSCRIPTION")
+    config = configs.load(str(tmp_path / run))
     assert config.run_dir.endswith("/first")
     assert config.name == "first"
+    assert [mine, run] == [f"my_{cloud}.yaml", "run.yaml"]
+    assert yaml.safe_load(made.read_text())["provider"].get("subscription_id") == YOURS[cloud].get("SUBSCRIPTION")
 
 
 @pytest.mark.parametrize(("cloud", "component"), [("aws", "eks"), ("gcp", "gke"), ("azure", "aks")])
