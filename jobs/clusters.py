@@ -31,6 +31,8 @@ BUSY = (408, 425, 429)
 QUIET = ("ray.dashboard.modules.dashboard_sdk", "ray._private.runtime_env")
 """Loggers that would say of each job which files are sent along."""
 
+SENT = ("pyproject.toml", "constraints.txt", "README.md", "LICENSE", "paris_ray", "jobs", "serve_app", "cluster_configs")
+"""What is sent along of the project's folder. People keep their accounts, keys and runs there too."""
 
 STOP_SECONDS = 20.0
 """How long a job may take to end that is ended."""
@@ -223,7 +225,7 @@ def other(config: RunConfig, name: str) -> Cluster:
 
 
 def _project(config: RunConfig) -> dict[str, Any] | None:
-    """For somebody's cluster, which has its own Python and does not see this project's files. Tokens that lie among them stay here."""
+    """For somebody's cluster, which does not see this project's files. What is not of the project stays here, as do tokens that lie in it."""
     if not (PROJECT / "pyproject.toml").exists():
         return None
     tokens = [one.token_file for one in config.clusters.values()] + [os.environ.get("RAY_AUTH_TOKEN_PATH")]
@@ -232,7 +234,7 @@ def _project(config: RunConfig) -> dict[str, Any] | None:
     files = {one for file in named for one in (file, file.parent.resolve() / file.name, file.resolve())}
     # They are patterns: what would mean something else, or be stripped, stands for any letter.
     own = [re.sub(r"[^\w./-]", "?", f"/{file.relative_to(PROJECT)}") for file in sorted(files) if file.is_relative_to(PROJECT)]
-    return {"working_dir": str(PROJECT), "excludes": [".git", ".venv", "runs", "tests", "benchmarks", "docs", ".*_cache", *own]}
+    return {"working_dir": str(PROJECT), "excludes": ["/*", "!/.", *(f"!/{name}" for name in SENT), "__pycache__", *own]}
 
 
 def _token(name: str, file: str) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import subprocess
 import threading
 import time
 import zipfile
@@ -403,29 +404,36 @@ def cluster(server, tmp_path, token=None):
 
 
 def test_what_is_sent_along_holds_no_token(tmp_path, monkeypatch):
-    (tmp_path / "pyproject.toml").touch()
-    (tmp_path / "secrets").mkdir()
-    for name in ("jobs.py", "secrets/eu", "secrets/us"):
-        (tmp_path / name).write_text(name)
-    monkeypatch.setattr(clusters, "PROJECT", tmp_path)
-    both = {name: {"address": "http://h:1", "token_file": f"{tmp_path}/secrets/{name}"} for name in ("eu", "us")}
-    sent = clusters.other(configs.load("tiny", [f"clusters={json.dumps(both)}"]), "eu").runtime_env
-    create_package(str(tmp_path), tmp_path / "out.zip", include_gitignore=True, excludes=[*sent["excludes"], "/out.zip"])
+    both = {"jobs/secrets/eu": None, "jobs/secrets/us": None}
+    assert sent_along(tmp_path, monkeypatch, both) == ["jobs/code.py", "pyproject.toml"]
+
+
+def test_what_people_keep_beside_the_project_is_not_sent_along(tmp_path, monkeypatch):
+    kept = dict.fromkeys(["api_keys", ".env", "my_aws.yaml", "mine/keys", "keys/jobs/code.py", "runs/demo/config.yaml", "jobs/__pycache__/code.pyc"])
+    assert sent_along(tmp_path, monkeypatch, kept, ["other"]) == ["jobs/code.py", "pyproject.toml"]
+
+
+def test_all_that_git_has_of_what_jobs_need_is_sent_along(tmp_path):
+    sent = clusters.other(configs.load("tiny", ["clusters.eu={address: 'http://h:1'}"]), "eu").runtime_env
+    create_package(str(clusters.PROJECT), tmp_path / "out.zip", include_gitignore=True, excludes=sent["excludes"])
     with zipfile.ZipFile(tmp_path / "out.zip") as package:
-        assert [name for name in package.namelist() if not name.endswith("/")] == ["jobs.py", "pyproject.toml"]
+        found = {name for name in package.namelist() if not name.endswith("/")}
+    listed = subprocess.run(["git", "ls-files", *clusters.SENT], cwd=clusters.PROJECT, capture_output=True, text=True, check=True).stdout.split("\n")
+    assert found >= {name for name in listed if name and (clusters.PROJECT / name).exists()}
 
 
 @pytest.mark.parametrize("name", ["eu [old]", "#eu!", "eu*", "back\\slash", "last "])
 def test_a_token_with_an_odd_name_is_not_sent_along(tmp_path, monkeypatch, name):
-    assert sent_along(tmp_path, monkeypatch, {f"secrets/{name}": None}) == ["jobs.py", "pyproject.toml"]
+    assert sent_along(tmp_path, monkeypatch, {f"jobs/{name}": None}) == ["jobs/code.py", "pyproject.toml"]
 
 
 def test_a_token_behind_a_link_is_not_sent_along(tmp_path, monkeypatch):
     outside = tmp_path / "outside"
     outside.mkdir()
     (outside / "token").write_text("sekret")
-    links = {"link": outside / "token", "folder": outside, "inner": "pyproject.toml"}
-    assert sent_along(tmp_path, monkeypatch, links, ["link", "folder/token", "../also/link"]) == ["inner", "jobs.py", "pyproject.toml"]
+    links = {"jobs/link": outside / "token", "jobs/folder": outside, "jobs/inner": "../pyproject.toml"}
+    tokens = ["jobs/link", "jobs/folder/token", "../also/jobs/link"]
+    assert sent_along(tmp_path, monkeypatch, links, tokens) == ["jobs/code.py", "jobs/inner", "pyproject.toml"]
 
 
 def sent_along(tmp_path, monkeypatch, files, tokens=None):
@@ -433,8 +441,8 @@ def sent_along(tmp_path, monkeypatch, files, tokens=None):
     project = tmp_path / "project"
     project.mkdir()
     (tmp_path / "also").symlink_to(project)
-    for name in ("jobs.py", "pyproject.toml", *(name for name, to in files.items() if to is None)):
-        (project / name).parent.mkdir(exist_ok=True)
+    for name in ("jobs/code.py", "pyproject.toml", *(name for name, to in files.items() if to is None)):
+        (project / name).parent.mkdir(parents=True, exist_ok=True)
         (project / name).write_text(name)
     for name, to in files.items():
         if to is not None:
