@@ -1,10 +1,11 @@
 """Check a file for ``ray up`` before machines are paid for, without a cloud.
 
     python -m cluster_configs.check aws.yaml                                   # the file by itself
-    python -m cluster_configs.check aws.yaml --run mine.yaml                   # and whether it has what the run's experts ask for
-    python -m cluster_configs.check gcp.yaml --run mine.yaml --cluster eu      # of those that train in that one of the run's clusters
+    python -m cluster_configs.check aws.yaml --run run.yaml                    # and whether it has what the run's experts ask for, and need
+    python -m cluster_configs.check gcp.yaml --run run.yaml --cluster eu       # of those that train in that one of the run's clusters
 
-Run it in the project's folder, as `ray up`. Says what is wrong, a line each; ends with 0 when nothing is, 1 when something is, 2 for wrong input.
+Run it in the project's folder, as `ray up`. Says what is wrong and what is still to be filled in, a line each; ends with 0 when nothing is, 1 when
+something is, 2 for wrong input. Warnings, of what would start and cost more than it need, change nothing of that.
 """
 
 from __future__ import annotations
@@ -20,8 +21,9 @@ from typing import Any
 
 import yaml
 
-from cluster_configs.demand import demands, unmet
+from cluster_configs.check_run import costly, unmet_demands
 from cluster_configs.providers import Node, machines, provider_problems, request_problems
+from cluster_configs.unfilled import placeholders, places, ready
 from paris_ray import config as configs
 from paris_ray.config import ConfigError
 from paris_ray.config_errors import nearest
@@ -43,6 +45,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--run", metavar="CONFIG", help="config of a run: a preset, or a YAML file")
     parser.add_argument("--set", dest="sets", action="append", default=[], metavar="a.b=c", help="as for jobs")
     parser.add_argument("--cluster", default=HERE, metavar="NAME", help=f"which of the run's clusters the file is of (default {HERE})")
+    parser.add_argument("--template", action="store_true", help="pass what is still to be filled in, too")
     args = parser.parse_args(argv)
     bad = 0
     try:
@@ -51,15 +54,19 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise ConfigError(
                 f"--cluster {args.cluster} is none of the run's.{nearest(args.cluster, run.clusters)} Known: {', '.join([HERE, *run.clusters])}"
             )
+        yours = [] if run is None or args.template or not Path(args.run).is_file() else places([Path(args.run)], run.model_dump(mode="json"))
         for file in args.files:
             tree = read(Path(file))
-            found = list(problems(tree))
+            found, warned = [f"{file}: {one}" for one in problems(tree)], []
             if run is not None and not found:
-                found = list(unmet_demands(tree, run, args.cluster))
-            left = placeholders(tree)
-            ready = f"nothing found, once your own stands for {', '.join(left)}" if left else "nothing found"
-            print("".join(f"{file}: {one}\n" for one in found) or f"{file}: {ready}\n", end="")
+                found = [f"{file}: {one}" for one in unmet_demands(tree, run, args.cluster)]
+                warned = [f"{file}: warning: {one}" for one in costly(tree, run, args.cluster)]
+            if not args.template:
+                found += places([Path(file)], tree)
+            print(*warned, *(found or [f"{file}: {ready(placeholders(tree))}"]), sep="\n")
             bad += bool(found)
+        print("".join(f"{one}\n" for one in yours), end="")
+        bad += bool(yours)
     except ConfigError as error:
         print(f"{parser.prog}: {error}", file=sys.stderr)
         return 2
@@ -94,15 +101,6 @@ def read(path: Path) -> dict[str, Any]:
     return tree
 
 
-PLACEHOLDER = re.compile(r"[\w-]+-0{6,}[\da-f]+|my-project|192\.0\.2\.\d+|\b0{12}\b|registry\.example|(?:s3|gs)://bucket\b")
-"""What stands in these files for accounts, networks, addresses, registries and buckets that are yours."""
-
-
-def placeholders(tree: dict[str, Any]) -> list[str]:
-    """Those that are left in a file."""
-    return sorted(set(PLACEHOLDER.findall(yaml.safe_dump(tree))))
-
-
 def problems(tree: dict[str, Any], project: Path = Path(".")) -> Iterator[str]:
     """What is wrong with a file for ``ray up``.
 
@@ -119,16 +117,6 @@ def problems(tree: dict[str, Any], project: Path = Path(".")) -> Iterator[str]:
         yield from _node_types(tree)
     yield from _mounts(tree, project)
     yield from _commands(tree)
-
-
-def unmet_demands(tree: dict[str, Any], run: configs.RunConfig, cluster: str = HERE) -> Iterator[str]:
-    """What a run asks for that a cluster of this file could not give."""
-    if tree["provider"]["type"] == "local":
-        return  # what machines there are, only they know
-    workers = {name: one for name, one in tree["available_node_types"].items() if name != tree["head_node_type"]}
-    for demand in demands(run, cluster):
-        if (said := unmet(demand, workers)) is not None:
-            yield said
 
 
 def _rays_own(tree: dict[str, Any]) -> str | None:

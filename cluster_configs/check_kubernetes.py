@@ -1,7 +1,11 @@
 """Check Kubernetes manifests before they are applied, without a Kubernetes.
 
-    kubectl kustomize cluster_configs/kuberay/overlays/paris_xl2 | python -m cluster_configs.check_kubernetes -
-    python -m cluster_configs.check_kubernetes jobs.yaml cluster_configs/kuberay/base/*.yaml
+    python -m cluster_configs.check_kubernetes my_kuberay/overlays/paris_xl2                                        # an overlay, built by kubectl
+    python -m cluster_configs.check_kubernetes my_kuberay/overlays/paris_xl2 my_kuberay/overlays/paris_serving      # with what is applied later
+    python -m cluster_configs.check_kubernetes jobs.yaml my_kuberay/base/*.yaml                                     # files
+    kubectl kustomize my_kuberay/overlays/paris_xl2 | python -m cluster_configs.check_kubernetes -
+
+Says what is wrong and what is still to be filled in, a line each.
 
 Kubernetes' own objects are compared with its schemas (package kubernetes-validate, in this project's dev extra), KubeRay's with schemas/kuberay.yaml,
 serveConfigV2 with Ray's schema and with what the application takes. Exit codes as those of cluster_configs.check.
@@ -11,7 +15,9 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import re
+import subprocess
 import sys
 from collections.abc import Iterator, Sequence
 from functools import cache
@@ -25,8 +31,12 @@ from cluster_configs.check_operator import no_containers, refused
 from cluster_configs.check_serve import serve_problems
 from cluster_configs.check_together import CLUSTER_SPEC, cluster_of, names, namespaces, together, unfilled
 from cluster_configs.providers import SCHEMAS, WORLD, schema_problems
+from cluster_configs.unfilled import UNFILLED, placeholders, places, ready
 from paris_ray.config import ConfigError
 
+PLAN = "kustomization.yaml"
+PLANS = ("Kustomization", "Component")
+"""Kinds of kustomize's own files, which are no objects."""
 KUBERNETES = "1.33"
 """Of the schemas: old enough for what clouds offer."""
 LONGEST = {"RayCluster": 53, "RayJob": 47, "RayService": 47}
@@ -42,7 +52,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m cluster_configs.check_kubernetes", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("files", nargs="+", metavar="FILE", help="manifests; - reads them from kustomize")
+    parser.add_argument("files", nargs="+", metavar="FILE", help="manifests, or a folder that `kubectl kustomize` builds; - reads from it")
+    parser.add_argument("--template", action="store_true", help="pass what is still to be filled in, too")
     args = parser.parse_args(argv)
     try:
         documents = [one for file in args.files for one in read(file)]
@@ -50,19 +61,51 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"{parser.prog}: {error}", file=sys.stderr)
         return 2
     found = list(problems(documents))
-    left = unfilled(documents)
-    ready = f"nothing found, once your own stands for {', '.join(left)}" if left else "nothing found"
-    print("".join(f"{one}\n" for one in found) or f"{len(documents)} objects, {ready}\n", end="")
+    if not args.template:
+        found += where_unfilled(args.files, documents)
+    print("".join(f"{one}\n" for one in found) or f"{len(documents)} objects, {ready(unfilled(documents))}\n", end="")
     return 1 if found else 0
 
 
 def read(file: str) -> list[dict[str, Any]]:
-    """The documents of a file, ``-`` for standard input. Raises ConfigError."""
+    """The objects of a file, of a folder that kubectl builds, or, for ``-``, of standard input. Raises ConfigError."""
     try:
-        text = sys.stdin.read() if file == "-" else Path(file).read_text()
-        return [one for one in yaml.safe_load_all(text) if one is not None]
-    except (OSError, yaml.YAMLError) as error:
-        raise ConfigError(f"{file} cannot be read: {' '.join(str(error).split())}") from None
+        text = sys.stdin.read() if file == "-" else _built(Path(file)) if Path(file).is_dir() else Path(file).read_text()
+        return [one for one in yaml.safe_load_all(text) if one is not None and not (isinstance(one, dict) and one.get("kind") in PLANS)]
+    except OSError as error:
+        raise ConfigError(f"{file} cannot be read ({error.strerror}); name manifests, or a folder with a kustomization.yaml") from None
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{file} is not valid YAML: {' '.join(str(error).split())}") from None
+
+
+def _built(folder: Path) -> str:
+    if not (folder / PLAN).is_file():
+        raise ConfigError(f"{folder} has no {PLAN}; name an overlay, such as cluster_configs/kuberay/overlays/paris_xl2, or files")
+    try:
+        made = subprocess.run(["kubectl", "kustomize", str(folder)], capture_output=True, text=True, check=False)
+    except FileNotFoundError:
+        raise ConfigError(f"{folder} is built by kubectl, which is not here; install it, or name the files in it") from None
+    if made.returncode:
+        raise ConfigError(f"{folder}: kubectl kustomize says {' '.join(made.stderr.split())[:500]}")
+    return made.stdout
+
+
+def sources(file: Path) -> list[Path]:
+    """The files that are read for one, or for a folder with a plan of kustomize's."""
+    if not file.is_dir():
+        return [file]
+    plan = yaml.safe_load((file / PLAN).read_text())
+    named = [*plan.get("resources", []), *plan.get("components", []), *(one["path"] for one in plan.get("patches", []) if "path" in one)]
+    return [file / PLAN, *(source for name in named for source in sources(Path(os.path.normpath(file / name))))]
+
+
+def where_unfilled(files: Sequence[str], documents: list[dict[str, Any]]) -> list[str]:
+    """What is left to fill in, and where: files with lines; of standard input the objects."""
+    found = places([source for file in files if file != "-" for source in sources(Path(file))], documents)
+    if "-" in files:
+        told = [(f"{one.get('kind')}/{(one.get('metadata') or {}).get('name')}", placeholders(one)) for one in documents]
+        found += [f"{which}: {UNFILLED} {', '.join(left)}" for which, left in told if left]
+    return found + [f"{UNFILLED} {one}" for one in unfilled(documents) if one not in placeholders(documents)]
 
 
 def problems(documents: list[dict[str, Any]]) -> Iterator[str]:
@@ -76,7 +119,7 @@ def problems(documents: list[dict[str, Any]]) -> Iterator[str]:
         where = f"{kind}/{name}"
         if kind in CLUSTER_SPEC:
             yield from (f"{where}: {text}" for text in _ray_problems(one, accounts))
-        elif kind != "Kustomization":
+        else:
             yield from (f"{where}: {text}" for text in kubernetes_problems(one))
             yield from (f"{where}: {text}" for text in _exposed(one))
     for twice in sorted({f"{kind}/{name}" for kind, name in called if called.count((kind, name)) > 1}):
@@ -214,7 +257,8 @@ def _pod(template: dict[str, Any], accounts: set[str]) -> Iterator[str]:
     if pod.get("restartPolicy") not in (None, "Never"):
         yield f"restartPolicy is {pod['restartPolicy']}, and must be Never with this autoscaler"
     if pod.get("serviceAccountName") not in accounts:
-        yield f"serviceAccountName is {pod.get('serviceAccountName')}, which is none of {', '.join(sorted(accounts))}"
+        known = f"and these files have {', '.join(sorted(accounts)) or 'none'}"
+        yield f"serviceAccountName is {pod.get('serviceAccountName')}, {known}; name one of them, or also the file that has it (base/accounts.yaml)"
     if not pod.get("nodeSelector"):
         yield "no nodeSelector says which machines it is for"
     if not (pod.get("securityContext") or {}).get("runAsNonRoot"):

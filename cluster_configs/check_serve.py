@@ -1,9 +1,17 @@
-"""Check a Serve config: strictly by Ray's schema, whose models let unknown keys pass, and by what the application it names takes."""
+"""Check a Serve config: strictly by Ray's schema, whose models let unknown keys pass, and by what the application it names takes.
+
+    python -m cluster_configs.check_serve serve.yaml
+
+Of a RayService, cluster_configs.check_kubernetes checks it with all else. Exit codes as those of cluster_configs.check.
+"""
 
 from __future__ import annotations
 
+import argparse
 import importlib
-from collections.abc import Iterator
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any, get_args, get_origin
 
 import pydantic
@@ -15,6 +23,23 @@ from paris_ray.config import ConfigError
 from paris_ray.config_errors import nearest
 
 OURS = "serve_app.app:build"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Check; returns the exit code."""
+    parser = argparse.ArgumentParser(
+        prog="python -m cluster_configs.check_serve", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("file", type=Path, metavar="FILE", help="what `serve deploy` would be given")
+    parser.add_argument("--experts", type=int, default=8, metavar="K", help="how many the model has (default 8)")
+    args = parser.parse_args(argv)
+    try:
+        found = list(serve_problems(args.file.read_text(), args.experts))
+    except OSError as error:
+        print(f"{parser.prog}: {args.file} cannot be read ({error.strerror}); name what `python -m cluster_configs.serve` printed", file=sys.stderr)
+        return 2
+    print("".join(f"{args.file}: {one}\n" for one in found) or f"{args.file}: nothing found\n", end="")
+    return 1 if found else 0
 
 
 def serve_problems(text: str, experts: int = 8) -> Iterator[str]:
@@ -83,3 +108,7 @@ def _application(one: dict[str, Any], experts: int) -> Iterator[str]:
     for each in one.get("deployments") or []:
         if each["name"] not in known:
             yield f"deployments: the application has no {each['name']}.{nearest(each['name'], known)} It has {', '.join(known)}"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from cluster_configs.check import placeholders
+from cluster_configs.unfilled import placeholders
 
 CLUSTER_SPEC = {"RayCluster": (), "RayJob": ("rayClusterSpec",), "RayService": ("rayClusterConfig",)}
 """Where a cluster is in the ``spec`` of a kind."""

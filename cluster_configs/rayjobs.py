@@ -1,14 +1,15 @@
 """Print a RayJob for each stage of a run, each with a cluster of its own that is there for as long as it takes.
 
-    python -m cluster_configs.rayjobs --config mine.yaml --set run_dir=s3://bucket/run --stages expert-3 --image REGISTRY/paris-ray:0.1.0 \\
+    python -m cluster_configs.rayjobs --config run.yaml --set run_dir=s3://bucket/run --stages expert-3 --image REGISTRY/paris-ray:0.1.0 \\
         --annotation eks.amazonaws.com/role-arn=arn:aws:iam::ACCOUNT:role/paris-{stage} | kubectl apply -n paris -f -
 
 A stage waits for nobody: apply embed, then partition, then experts and router, then assemble, or let `jobs.run_all` do all of it in one cluster
-(kuberay/base/cluster.yaml). A job is tried once; one that ended goes on from its last checkpoint when it is deleted and applied again.
+(kuberay/training/cluster.yaml). A job is tried once; one that ended goes on from its last checkpoint when it is deleted and applied again.
 
 An expert's pods have a ServiceAccount of their own, paris-expert-K, for a role that reads its shard and writes its folder (policies.py):
 `--annotation` ties the two, with the stage's name for {stage}. A training has all its workers from the beginning, of the first group that has what
-it asks for, so that nothing needs to scale: the head of a cluster that does may change every pod and cluster of its namespace.
+it asks for and the GPU memory that it needs, so that nothing needs to scale: the head of a cluster that does may change every pod and cluster of its
+namespace.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ import yaml
 
 from cluster_configs import render
 from cluster_configs.check_kubernetes import LONGEST, ONE_DRIVER_GB
+from cluster_configs.check_run import gpu_memory, short_of_memory
 from cluster_configs.demand import Demand, demands, fits
 from jobs.attempt import module
 from paris_ray import config as configs
@@ -33,7 +35,7 @@ from paris_ray import stages
 from paris_ray.config import ConfigError, RunConfig
 from paris_ray.config_errors import nearest
 
-CLUSTER = Path(__file__).parent / "kuberay/base/cluster.yaml"
+CLUSTER = Path(__file__).parent / "kuberay/training/cluster.yaml"
 CONFIG = "/etc/paris-run/run.yaml"
 NO_GROUP = f"{{one.name}} asks for {{one}}, which no group of {CLUSTER.name} has; change what it asks for, or add a group"
 
@@ -154,9 +156,11 @@ def _trains(config: RunConfig, stage: str, asked: list[Demand], groups: list[dic
     if len(asked) > 1:
         raise ConfigError(f"{where}.fallback wants a second kind of machine, and a RayJob's training has one; leave it out, or use jobs.run_all")
     [one] = asked
-    group = next((group for group in groups if fits(one, node_type(group))), None)
+    could = {group["groupName"]: node_type(group) for group in groups if fits(one, node_type(group))}
+    needs = gpu_memory(config)
+    group = next((group for group in groups if (name := group["groupName"]) in could and not short_of_memory(one, needs, {name: could[name]})), None)
     if group is None:
-        raise ConfigError(NO_GROUP.format(one=one))
+        raise ConfigError(short_of_memory(one, needs, could) or NO_GROUP.format(one=one))
     count = -(-one.workers // fits(one, node_type(group)))
     if count > group["maxReplicas"]:
         raise ConfigError(

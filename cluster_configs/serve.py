@@ -1,10 +1,11 @@
 """Print a Serve config: what ``serve build`` would, if it could give an application its arguments.
 
     python -m cluster_configs.serve model=s3://bucket/run/model placement=apart gpus=1 > serve.yaml && serve deploy serve.yaml
-    python -m cluster_configs.serve --args cluster_configs/kuberay/serving.yaml --service cluster_configs/kuberay/base/service.yaml
+    python -m cluster_configs.serve --args my_kuberay/serving.yaml --service my_kuberay/serving/service.yaml               # the RayService with it
+    python -m cluster_configs.serve --args my_kuberay/serving.yaml --service my_kuberay/serving/service.yaml --in-place    # written to the file
 
 The arguments are those of ``serve run serve_app.app:build``. Each deployment is named, so that its ``user_config`` can be changed while it serves.
-With ``--service`` the config is put into a RayService's ``serveConfigV2``.
+With ``--service`` a RayService is printed with the config as its ``serveConfigV2``; with ``--in-place`` its file is written.
 """
 
 from __future__ import annotations
@@ -32,24 +33,36 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("words", nargs="*", metavar="KEY=VALUE", help="arguments of serve_app.app:build")
     parser.add_argument("--args", type=Path, metavar="FILE", help="the same, as a YAML file")
     parser.add_argument("--experts", type=int, default=8, metavar="K", help="how many the model has (default 8)")
-    parser.add_argument("--service", type=Path, metavar="FILE", help="a RayService to put it into")
+    parser.add_argument("--service", type=Path, metavar="FILE", help="print this RayService with it")
+    parser.add_argument("--in-place", action="store_true", help="write that file, and print nothing")
     args = parser.parse_args(argv)
     try:
-        given = yaml.safe_load(args.args.read_text()) if args.args else {}
+        if args.in_place and args.service is None:
+            raise ConfigError("--in-place writes the file of --service; name one")
+        given = yaml.safe_load(_text_of("--args", args.args)) if args.args else {}
         if not isinstance(given, dict):
             raise ConfigError(f"--args {args.args} holds no settings; write KEY: VALUE, a line each")
         for one in args.words:
             if "=" not in one:
                 raise ConfigError(f"{one!r} is not KEY=VALUE, such as model=s3://bucket/run/model")
         config = text(deploy_config({**given, **dict(one.split("=", 1) for one in args.words)}, args.experts))
-        if args.service is None:
-            print(config, end="")
+        made = config if args.service is None else in_service(_text_of("--service", args.service), config)
+        if args.in_place:
+            args.service.write_text(made)
         else:
-            args.service.write_text(in_service(args.service.read_text(), config))
+            print(made, end="")
     except (ConfigError, OSError, yaml.YAMLError) as error:
         print(f"{parser.prog}: {error}", file=sys.stderr)
         return 2
     return 0
+
+
+def _text_of(option: str, path: Path) -> str:
+    try:
+        return path.read_text()
+    except OSError as error:
+        example = "cluster_configs/kuberay/serving.yaml" if option == "--args" else "cluster_configs/kuberay/serving/service.yaml"
+        raise ConfigError(f"{option} {path} cannot be read ({error.strerror}); name a file such as {example}") from None
 
 
 def deploy_config(given: dict[str, Any], experts: int) -> dict[str, Any]:
@@ -99,7 +112,7 @@ def in_service(service: str, config: str) -> str:
     lines = "".join(f"    {line}\n" for line in config.splitlines())
     made, count = re.subn(r"(?m)^  serveConfigV2: \|\n(?:    .*\n|\n)*", lambda _: f"  serveConfigV2: |\n{lines}", service)
     if count != 1:
-        raise ConfigError("it has no `serveConfigV2: |` two spaces in; name a file such as cluster_configs/kuberay/base/service.yaml")
+        raise ConfigError("it has no `serveConfigV2: |` two spaces in; name a file such as cluster_configs/kuberay/serving/service.yaml")
     return made
 
 

@@ -145,6 +145,8 @@ def port(number: int) -> dict[str, Any]:
 
 
 AWS_QUOTAS = {
+    "L-1216C47A": "on-demand Standard",
+    "L-34B43A08": "spot Standard",
     "L-DB2E81BA": "on-demand G and VT",
     "L-3819A6DF": "spot G and VT",
     "L-417A185B": "on-demand P",

@@ -89,11 +89,16 @@ def encoders_of(config: RunConfig) -> dict[str, Any]:
     try:
         return dict(Folder(config.run_dir).read_json("encoders/encoders.json"))
     except FileNotFoundError:
-        inputs = inputs_of(config)
-        return {
-            "codec": {"channels": inputs.channels, "latent_size": inputs.side},
-            "text": {"max_length": inputs.text_tokens, "width": inputs.text_width},
-        }
+        return encoders_before(config)
+
+
+def encoders_before(config: RunConfig) -> dict[str, Any]:
+    """What the networks will read, by the config alone."""
+    inputs = inputs_of(config)
+    return {
+        "codec": {"channels": inputs.channels, "latent_size": inputs.side},
+        "text": {"max_length": inputs.text_tokens, "width": inputs.text_width},
+    }
 
 
 def measured(config: RunConfig) -> Devices:

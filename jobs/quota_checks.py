@@ -1,4 +1,4 @@
-"""Whether what AWS lets an account have at once is enough for a run's GPUs. Quotas are of vCPUs, for all machines of a family together."""
+"""Whether what AWS lets an account have at once is enough for a run. Quotas are of vCPUs, for all machines of a family together."""
 
 from __future__ import annotations
 
@@ -6,7 +6,8 @@ import math
 from collections.abc import Iterable, Iterator
 from fractions import Fraction
 
-from cluster_configs.demand import selects
+from cluster_configs.check import HEAD_GB
+from cluster_configs.demand import selects, times
 from cluster_configs.providers import Machine, machines
 from jobs.findings import Facts, Finding, fault
 from paris_ray import stages
@@ -16,17 +17,24 @@ from paris_ray.training.worker import resources
 
 FAMILIES = {"T4": "G and VT", "L4": "G and VT", "A10G": "G and VT", "L40S": "G and VT", "V100": "P3", "A100": "P4", "H100": "P5", "H200": "P5"}
 """AWS's family of machines for each GPU."""
+STANDARD = "Standard"
+"""That of all machines without one."""
+OF_HEAD = f"on-demand {STANDARD}"
+ASK = "ask for more in Service Quotas, in the region of the cluster; it takes days"
 
 
 def quotas(facts: Facts) -> Iterator[Finding]:
-    """Whether the account's quotas let the machines start that the run's GPUs are in, as many as train at once."""
+    """Whether the account's quotas let the head start, and the machines that the run trains on, as many as train at once."""
     for cloud, told in facts.quotas.items():
         if isinstance(told, str):
             yield Finding("quotas", cloud, told, "not asked")
             continue
-        short = False
+        short = told.get(OF_HEAD, math.inf) < head()
+        if short:
+            rule = f"a cluster's head is a machine on demand with {HEAD_GB} GB of memory and no GPU, which has at least {head()} vCPUs"
+            yield fault("quotas", cloud, f"{OF_HEAD}: {told[OF_HEAD]:.0f} vCPUs", rule, f"{ASK}. Without a head nothing starts")
         for of, at_once in _at_once(facts.config, cloud, told):
-            needs = {name: least(at_once.values(), name) for name in of}
+            needs = {name: least(at_once.values(), name) + (head() if name == OF_HEAD else 0) for name in of}
             if any(told[name] >= needs[name] for name in of):
                 continue
             short = True
@@ -34,16 +42,21 @@ def quotas(facts: Facts) -> Iterator[Finding]:
                 "quotas",
                 cloud,
                 ", ".join(f"{name}: {told[name]:.0f} vCPUs" for name in of),
-                f"{', '.join(at_once)} train on GPUs at once, in machines of at least "
+                f"{', '.join(at_once)} train at once{' beside the head' if OF_HEAD in of else ''}, in machines of at least "
                 + (" or ".join(f"{needs[name]} vCPUs" + (f" ({name})" if len(of) > 1 else "") for name in of)),
-                "ask for more in Service Quotas, in the region of the cluster; it takes days. Or let fewer train at once (max_parallel)",
+                f"{ASK}. Or let fewer train at once (max_parallel)",
             )
         if not short:
             yield Finding("quotas", cloud, ", ".join(f"{name}: {vcpus:.0f} vCPUs" for name, vcpus in told.items()))
 
 
+def head() -> int:
+    """vCPUs of the smallest machine that a head may be."""
+    return min(one.cpus for one in machines("aws").values() if one.gpu is None and one.memory >= HEAD_GB)
+
+
 def _at_once(config: RunConfig | None, cloud: str, names: Iterable[str]) -> Iterator[tuple[list[str], dict[str, Resources]]]:
-    """The trainings on GPUs of each cluster that run at once and come out of the same quotas: the quotas, and who asks for what.
+    """The trainings of each cluster that run at once and come out of the same quotas: the quotas, and who asks for what.
 
     Each cluster for itself, as another one may be in another region, which has quotas of its own.
     """
@@ -51,7 +64,7 @@ def _at_once(config: RunConfig | None, cloud: str, names: Iterable[str]) -> Iter
     for stage in filter(stages.trains, stages.names(config) if config else ()):
         assert config is not None
         asked = resources(config, stage)
-        if asked.gpus and asked.preemption in (None, cloud) and (of := tuple(quotas_of(asked, names))):
+        if asked.preemption in (None, cloud) and (of := tuple(quotas_of(asked, names))):
             found.setdefault((config.cluster_of(stage), of), {})[stage] = asked
     for (_, of), trainings in found.items():
         assert config is not None
@@ -60,9 +73,9 @@ def _at_once(config: RunConfig | None, cloud: str, names: Iterable[str]) -> Iter
 
 
 def quotas_of(asked: Resources, names: Iterable[str]) -> list[str]:
-    """Which of AWS's quotas a machine with such a GPU comes out of; several where the settings leave it open."""
+    """Which of AWS's quotas a machine with such a GPU, or with none, comes out of; several where the settings leave it open."""
     gpus = {asked.accelerator_type} if asked.accelerator_type else {one.gpu for one in _holding(asked)} or set(FAMILIES)
-    families = {FAMILIES.get(gpu or "", "") for gpu in gpus}
+    families = {FAMILIES.get(gpu or "", "") for gpu in gpus} if asked.gpus else {STANDARD}
     markets = {"spot", "on-demand"} if (market := asked.labels.get("market")) not in ("spot", "on-demand") else {market}
     if asked.preemption:
         markets = {"spot"}
@@ -75,7 +88,7 @@ def least(asked: Iterable[Resources], quota: str) -> int:
     """The vCPUs that trainings take at the least which run at once, in machines of a quota; 1 where no such machine is known.
 
     The rule: what the smallest machines for any one of them have, and no less than what goes with all their GPUs where a GPU comes with the fewest
-    vCPUs, as several may share a machine.
+    vCPUs, as several may share a machine. Without GPUs it is the cores that they ask for.
     """
     every = list(asked)
     alone = max(
@@ -85,7 +98,9 @@ def least(asked: Iterable[Resources], quota: str) -> int:
 
 
 def _share(asked: Resources, quota: str) -> Fraction:
-    """Of vCPUs, as much as goes with the GPUs of a training."""
+    """Of vCPUs, as much as goes with the GPUs of a training, or as it asks for."""
+    if not asked.gpus:
+        return Fraction(asked.cpus).limit_denominator(1000) * asked.num_workers
     gpus = Fraction(asked.gpus).limit_denominator(1000) * asked.num_workers
     return min((gpus * machine.cpus / machine.gpus for machine in _holding(asked, quota)), default=Fraction(0))
 
@@ -96,14 +111,15 @@ def _holding(asked: Resources, quota: str | None = None) -> list[Machine]:
     return [
         one
         for one in machines("aws").values()
-        if one.gpu is not None
+        if (one.gpu is not None) == (asked.gpus > 0)
         and _workers(asked, one)
         and asked.accelerator_type in (None, one.gpu)
-        and (memory is None or selects(memory, str(one.gpu_memory)))
-        and (quota is None or FAMILIES[one.gpu] in quota or (quota == "on-demand P" and FAMILIES[one.gpu].startswith("P")))
+        and (memory is None or one.gpu is None or selects(memory, str(one.gpu_memory)))
+        and (quota is None or (family := FAMILIES[one.gpu] if one.gpu else STANDARD) in quota or (quota == "on-demand P" and family.startswith("P")))
     ]
 
 
 def _workers(asked: Resources, machine: Machine) -> int:
     """How many workers of a training a machine holds."""
-    return min(int(machine.gpus / asked.gpus + 1e-9), int(machine.cpus / asked.cpus + 1e-9))
+    cores = times("CPU", machine.cpus, asked.cpus)
+    return min(times("GPU", machine.gpus, asked.gpus), cores) if asked.gpus else cores

@@ -9,12 +9,13 @@ import shutil
 import subprocess
 from pathlib import Path
 
+import kustomize
 import pytest
 import yaml
 from kustomize import build
 from mistakes import change
 
-from cluster_configs import check_kubernetes, check_together, rayjobs, serve
+from cluster_configs import check_kubernetes, check_serve, check_together, rayjobs, serve
 from cluster_configs.check_kubernetes import problems
 from cluster_configs.check_serve import serve_problems
 from jobs.attempt import module
@@ -24,17 +25,47 @@ from paris_ray.config import ConfigError
 
 ROOT = Path(__file__).parents[2]
 KUBERAY = ROOT / "cluster_configs/kuberay"
-OVERLAYS = ("base", "overlays/demo", "overlays/paris_xl2")
+PARTS = ("base", "training", "serving")
+TRAIN = ("overlays/demo", "overlays/paris_b2", "overlays/paris_xl2")
+SERVE = ("overlays/demo_serving", "overlays/paris_serving", "overlays/paris_serving")
+"""What is applied later, beside each."""
+
+
+def parts() -> list[dict]:
+    """All that there is, as the overlays take it."""
+    return [one for part in PARTS for one in build(KUBERAY / part)]
 
 
 @pytest.fixture(scope="module")
 def base() -> str:
-    return json.dumps(build(KUBERAY / "base"))
+    return json.dumps(parts())
 
 
-@pytest.mark.parametrize("overlay", OVERLAYS)
-def test_each_overlay_passes(overlay):
-    assert list(problems(build(KUBERAY / overlay))) == []
+@pytest.mark.parametrize(("train", "later"), zip(TRAIN, SERVE, strict=True))
+def test_each_overlay_passes_and_serving_beside_it(train, later):
+    assert list(problems(parts())) == []
+    assert list(problems(build(KUBERAY / train))) == []
+    assert list(problems([*build(KUBERAY / train), *build(KUBERAY / later)])) == []
+
+
+@pytest.mark.parametrize("train", TRAIN)
+def test_training_starts_a_head_alone_and_serves_nothing(train):
+    [one] = [one for one in build(KUBERAY / train) if one["kind"] in check_together.CLUSTER_SPEC]
+    assert one["kind"] == "RayCluster"
+    assert {(group["replicas"], group["minReplicas"]) for group in one["spec"]["workerGroupSpecs"]} == {(0, 0)}
+
+
+@pytest.mark.parametrize("overlay", sorted(set(SERVE)))
+def test_serving_ends_by_itself(overlay):
+    """`kubectl delete -k` ends what is in it: nothing that a training needs."""
+    kinds = {(one["kind"], one["metadata"]["name"]) for one in build(KUBERAY / overlay)}
+    assert kinds == {("NetworkPolicy", "clients-to-serve"), ("PodDisruptionBudget", "serving"), ("RayService", "paris-serve")}
+
+
+def test_the_smaller_size_has_fewer_machines():
+    [small], [large] = ([one for one in build(KUBERAY / f"overlays/{name}") if one["kind"] == "RayCluster"] for name in ("paris_b2", "paris_xl2"))
+    most = [{group["groupName"]: group["maxReplicas"] for group in one["spec"]["workerGroupSpecs"]} for one in (small, large)]
+    assert most == [{"cpu": 4, "l4": 16, "a100": 8, "l4-on-demand": 2}, {"cpu": 8, "l4": 16, "a100": 8, "h100": 8, "l4-on-demand": 2}]
 
 
 def overlay_of(cloud: str, folder: Path) -> Path:
@@ -66,7 +97,7 @@ def test_a_namespace_that_a_component_does_not_have_is_missed(tmp_path):
     assert said.startswith("NetworkPolicy/workload-identity: namespace none, and the others are in paris")
 
 
-@pytest.mark.parametrize("which", [*OVERLAYS, *CLOUDS])
+@pytest.mark.parametrize("which", [*PARTS, *TRAIN, *sorted(set(SERVE)), *CLOUDS])
 @pytest.mark.skipif(shutil.which("kubectl") is None, reason="no kubectl")
 def test_kustomize_makes_the_same(which, tmp_path):
     folder = overlay_of(which, tmp_path) if which in CLOUDS else KUBERAY / which
@@ -77,7 +108,7 @@ def test_kustomize_makes_the_same(which, tmp_path):
 
 
 def test_every_file_says_what_was_run_and_what_was_not():
-    for file in ("base/cluster.yaml", "base/service.yaml", "overlays/demo/kustomization.yaml", "overlays/paris_xl2/kustomization.yaml"):
+    for file in ("training/cluster.yaml", "serving/service.yaml", *(f"{overlay}/kustomization.yaml" for overlay in (*TRAIN, *SERVE))):
         head = "".join(line for line in (KUBERAY / file).open() if line.startswith("#"))
         assert re.search("[Nn]ever applied", head), file
     assert "Never built here" in (ROOT / "cluster_configs/Containerfile").read_text()
@@ -96,7 +127,7 @@ def test_groups_have_what_a_preset_asks_for(preset):
     made = list(rayjobs.manifests(config, stages.names(config), "r/p:1"))
     for one in made:  # as `kubectl apply -n paris` does
         one["metadata"]["namespace"] = "paris"
-    assert list(problems([*made, *build(KUBERAY / "base")])) == []
+    assert list(problems([*made, *parts()])) == []
     jobs = {one["metadata"]["labels"]["paris-ray/stage"]: one for one in made if one["kind"] == "RayJob"}
     assert list(jobs) == stages.names(config)
     for stage, job in jobs.items():
@@ -125,6 +156,15 @@ def test_a_training_has_the_first_group_that_fits_and_all_its_workers():
     assert [(one["groupName"], one["minReplicas"], one["replicas"], one["maxReplicas"]) for one in groups] == [("a100", 2, 2, 2)]
     assert all(one["template"]["spec"]["containers"][0]["image"] == "r/p:1" for one in groups)
     assert job[1]["metadata"]["annotations"] == {"a.b/role": "arn:x/expert-1"}
+    # That L4s are too small for it is counted, where it does not say so: 24 GB of some 43.
+    bare = configs.build(
+        {**tree, "run_dir": "s3://bucket/run", "experts": [{}, {"resources": {**asked, "num_workers": 1, "labels": {"gpu_memory": "!16"}}}]}
+    )
+    job = list(rayjobs.manifests(bare, ["expert-1"], image="r/p:1"))
+    assert [one["groupName"] for one in job[-1]["spec"]["rayClusterSpec"]["workerGroupSpecs"]] == ["a100"]
+    small = configs.build({**tree, "run_dir": "s3://bucket/run", "experts": [{}, {"resources": {"labels": {"gpu_memory": "24"}}}]})
+    with pytest.raises(ConfigError, match=r"no node type that it asks for has one \(l4 24 GB, l4-on-demand 24 GB\)"):
+        list(rayjobs.manifests(small, ["expert-1"], "r/p:1"))
     none = configs.build({**tree, "run_dir": "s3://bucket/run", "experts": [{}, {"resources": {"gpus": 1, "accelerator_type": "TPU"}}]})
     with pytest.raises(ConfigError, match=r"TPU, label gpu_memory not in\(16, 24, 32, 40\), which no group"):
         list(rayjobs.manifests(none, ["expert-1"], "r/p:1"))
@@ -198,7 +238,7 @@ MISTAKES = [
     (C, f"spec {L4} minReplicas", 17, "does not hold"),
     (C, f"spec {L4} groupName", "cpu", "two groups have one name"),
     (C, f"spec {L4} {POD} restartPolicy", "Always", "must be Never"),
-    (C, f"spec {L4} {POD} serviceAccountName", "default", "none of paris-serve, paris-stages"),
+    (C, f"spec {L4} {POD} serviceAccountName", "default", "and these files have paris-serve, paris-stages"),
     (C, f"spec {L4} {POD} containers 0 image", "paris-ray:latest", "has no version"),
     (C, f"spec {L4} {POD} containers 0 volumeMounts 0 name", "spil", "which is no volume"),
     (C, f"spec {L4} {POD} securityContext runAsNonRoot", False, "runAsNonRoot"),
@@ -270,10 +310,10 @@ def test_one_kuberay_is_named_everywhere():
 
 
 def test_what_is_yours_to_fill_in_is_said(capsys, tmp_path):
-    for overlay in ("demo", "paris_xl2"):
-        left = check_together.unfilled(build(KUBERAY / "overlays" / overlay))
-        assert left == ["000000000000", "registry.example", "s3://bucket"]
-    left = check_together.unfilled(build(KUBERAY / "base"))
+    for train, later in zip(TRAIN, SERVE, strict=True):
+        assert check_together.unfilled(build(KUBERAY / train)) == ["000000000000", "registry.example"]
+        assert check_together.unfilled(build(KUBERAY / later)) == ["registry.example", "s3://bucket"]
+    left = check_together.unfilled(parts())
     assert [one for one in left if one.startswith(("image", "the annotation"))] == [
         "image paris-ray:0.1.0 (no registry)",
         "the annotation of ServiceAccount paris-serve, without which the store knows its pods by no role",
@@ -305,20 +345,84 @@ def test_a_job_of_no_module_and_one_that_stays_are_caught():
 
 
 def test_the_command_reads_files_and_says_what_it_finds(capsys, tmp_path):
-    files = [str(KUBERAY / "base" / f"{name}.yaml") for name in ("namespace", "accounts", "network", "budget", "cluster", "service")]
-    assert check_kubernetes.main(files) == 0
+    files = [str(one) for part in PARTS for one in sorted((KUBERAY / part).glob("*.yaml"))]  # those of kustomize's own, too
+    assert any(one.endswith("kustomization.yaml") for one in files)
+    assert check_kubernetes.main([*files, "--template"]) == 0
     assert capsys.readouterr().out.startswith(
         "15 objects, nothing found, once your own stands for image paris-ray:0.1.0 (no registry), s3://bucket, "
     )
-    assert check_kubernetes.main([*files, files[0]]) == 1
+    assert check_kubernetes.main(files) == 1
+    assert [one for one in capsys.readouterr().out.splitlines() if "s3://" in one] == [
+        f"{KUBERAY}/serving/service.yaml:37: still to be filled in: s3://bucket/run/model"
+    ]
+    assert check_kubernetes.main(["--template", *files, files[0]]) == 1
     assert check_kubernetes.main([str(tmp_path / "none.yaml")]) == 2
+    assert check_kubernetes.main([str(tmp_path)]) == 2
+    assert f"{tmp_path} has no kustomization.yaml" in capsys.readouterr().err
+
+
+def test_a_job_alone_lacks_the_account_that_it_names(tmp_path, capsys):
+    made = list(rayjobs.manifests(configs.load("demo", ["run_dir=s3://theirs/run"]), ["router"], "r/p:1"))
+    (tmp_path / "jobs.yaml").write_text(yaml.safe_dump_all(made))
+    assert check_kubernetes.main([str(tmp_path / "jobs.yaml")]) == 1
+    assert "serviceAccountName is paris-stages, and these files have none; name one of them, or also the file" in capsys.readouterr().out
+    assert check_kubernetes.main(["--template", str(tmp_path / "jobs.yaml"), str(KUBERAY / "base/accounts.yaml")]) == 0
+
+
+def test_an_overlay_is_built_and_each_line_to_edit_is_named(tmp_path, capsys, monkeypatch):
+    """Those that another file is laid over are not: the base's model, where the demo's stands."""
+    monkeypatch.setattr(check_kubernetes, "_built", lambda folder: yaml.safe_dump_all(kustomize.build(folder)))
+    shutil.copytree(KUBERAY, tmp_path / "my_kuberay")
+    monkeypatch.chdir(tmp_path)
+    overlays = ["my_kuberay/overlays/demo", "my_kuberay/overlays/demo_serving"]
+    assert check_kubernetes.main([*overlays, "--template"]) == 0
+    capsys.readouterr()
+    assert check_kubernetes.main(overlays) == 1
+    told = capsys.readouterr().out.splitlines()
+    found = [re.fullmatch(r"([^:]+):(\d+): still to be filled in: (\S+)", one).groups() for one in told]
+    assert sorted({file for file, _, _ in found}) == [
+        "my_kuberay/components/eks/kustomization.yaml",
+        "my_kuberay/overlays/demo/kustomization.yaml",
+        "my_kuberay/overlays/demo_serving/kustomization.yaml",
+        "my_kuberay/overlays/demo_serving/serving.yaml",
+    ]
+    for file, number, word in found:
+        path = tmp_path / file
+        lines = path.read_text().splitlines()
+        assert word in lines[int(number) - 1]
+        path.write_text(
+            "\n".join(
+                [
+                    *lines[: int(number) - 1],
+                    lines[int(number) - 1]
+                    .replace("000000000000", "123456789012")
+                    .replace("registry.example", "their.registry")
+                    .replace("s3://bucket", "s3://theirs"),
+                    *lines[int(number) :],
+                ]
+            )
+        )
+    assert check_kubernetes.main(overlays) == 0
+    assert capsys.readouterr().out == "15 objects, nothing found\n"
+
+
+@pytest.mark.skipif(shutil.which("kubectl") is None, reason="no kubectl")
+def test_kubectl_builds_a_folder(tmp_path, capsys, monkeypatch):
+    assert check_kubernetes.main([str(KUBERAY / "overlays/paris_b2"), str(KUBERAY / "overlays/paris_serving"), "--template"]) == 0
+    assert capsys.readouterr().out.startswith("15 objects, nothing found, once")
+    (tmp_path / "kustomization.yaml").write_text("resources: [none.yaml]\n")
+    assert check_kubernetes.main([str(tmp_path)]) == 2
+    assert "kubectl kustomize says" in capsys.readouterr().err
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert check_kubernetes.main([str(tmp_path)]) == 2
+    assert "is built by kubectl, which is not here" in capsys.readouterr().err
 
 
 # -- serving ------------------------------------------------------------------------------------------------------------
 
 
 def test_the_services_config_is_in_step_with_the_application():
-    service = (KUBERAY / "base/service.yaml").read_text()
+    service = (KUBERAY / "serving/service.yaml").read_text()
     given = yaml.safe_load((KUBERAY / "serving.yaml").read_text())
     made = serve.deploy_config(given, 8)
     assert yaml.safe_load(yaml.safe_load(service)["spec"]["serveConfigV2"]) == made
@@ -371,6 +475,37 @@ def test_a_serve_config_is_printed_from_the_words_of_serve_run(capsys, tmp_path)
     assert serve.main(["--args", str(tmp_path / "list.yaml")]) == 2
     (tmp_path / "x.yaml").write_text("spec: {}\n")
     assert serve.main(["model=x", "--service", str(tmp_path / "x.yaml")]) == 2
+    capsys.readouterr()
+    assert serve.main(["--args", str(tmp_path / "none.yaml")]) == 2
+    assert f"--args {tmp_path}/none.yaml cannot be read (No such file or directory); name a file such as" in capsys.readouterr().err
+
+
+def test_a_services_file_is_written_only_when_told(capsys, tmp_path):
+    file, before = tmp_path / "service.yaml", (KUBERAY / "serving/service.yaml").read_text()
+    file.write_text(before)
+    arguments = ["--args", str(KUBERAY / "serving.yaml"), "--service", str(file), "model=s3://theirs/run/model"]
+    assert serve.main(arguments) == 0
+    assert file.read_text() == before
+    assert capsys.readouterr().out == before.replace("s3://bucket/run/model", "s3://theirs/run/model")
+    assert serve.main([*arguments, "--in-place"]) == 0
+    assert capsys.readouterr().out == ""
+    assert file.read_text() == before.replace("s3://bucket/run/model", "s3://theirs/run/model")
+    assert serve.main(["model=x", "--in-place"]) == 2
+
+
+def test_a_serve_config_is_checked_by_a_command(capsys, tmp_path):
+    assert serve.main(["model=s3://theirs/run/model", "placement=[[0,1],[2]]", "--experts", "3"]) == 0
+    (tmp_path / "serve.yaml").write_text(capsys.readouterr().out)
+    assert check_serve.main([str(tmp_path / "serve.yaml"), "--experts", "3"]) == 0
+    (tmp_path / "bad.yaml").write_text((tmp_path / "serve.yaml").read_text().replace("port: 8000", "prot: 8000"))
+    capsys.readouterr()
+    assert check_serve.main([str(tmp_path / "bad.yaml"), "--experts", "3"]) == 1
+    assert capsys.readouterr().out.startswith(f"{tmp_path}/bad.yaml: http_options.prot: there is no such key.")
+    assert check_serve.main([str(tmp_path / "none.yaml")]) == 2
+    capsys.readouterr()
+    with pytest.raises(SystemExit, match="0"):
+        check_serve.main(["--help"])
+    assert "serve.yaml" in capsys.readouterr().out
 
 
 # -- the image ----------------------------------------------------------------------------------------------------------

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from cluster_configs import check, render
+from cluster_configs import check, check_run, render
 from paris_ray import config as configs
 from paris_ray import stages
 
@@ -40,7 +40,7 @@ def test_each_cluster_has_what_its_experts_ask_for(capsys):
     there = cluster_file(capsys, "gcp.yaml", "--more", str(FOLDER / "gcp_overlay.yaml"))
     for tree, name in ((here, "here"), (there, "gcp")):
         assert list(check.problems(tree, ROOT)) == []
-        assert list(check.unmet_demands(tree, config, name)) == []
+        assert list(check_run.unmet_demands(tree, config, name)) == []
     assert "~/paris_ray/s3_from_gcp.sh" in there["file_mounts"]
     assert there["file_mounts"].items() > here["file_mounts"].items()  # laid over, not in place of
 
@@ -49,7 +49,7 @@ def test_a_cluster_that_lacks_something_is_named(capsys):
     tree = cluster_file(capsys, "gcp.yaml")
     del tree["available_node_types"]["a100"]
     assert list(check.problems(tree, ROOT)) == []
-    found = list(check.unmet_demands(tree, configs.load(RUN), "gcp"))
+    found = list(check_run.unmet_demands(tree, configs.load(RUN), "gcp"))
     assert [one.split()[0] for one in found] == ["experts.6.resources", "experts.7.resources"]
 
 

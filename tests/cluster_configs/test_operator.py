@@ -13,14 +13,14 @@ from cluster_configs import rayjobs
 from cluster_configs.check_kubernetes import problems
 from paris_ray import config as configs
 
-BASE = Path(__file__).parents[2] / "cluster_configs/kuberay/base"
+KUBERAY = Path(__file__).parents[2] / "cluster_configs/kuberay"
 C, S, SC = "RayCluster", "RayService", "spec rayClusterConfig"
 L4, CONTAINER = "workerGroupSpecs 1", "template spec containers 0"
 
 
 @pytest.fixture(scope="module")
 def base() -> str:
-    return json.dumps(build(BASE))
+    return json.dumps([one for part in ("base", "training", "serving") for one in build(KUBERAY / part)])
 
 
 def env(name: str, value: str = "1") -> list[dict[str, str]]:

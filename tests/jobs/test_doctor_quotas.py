@@ -1,4 +1,4 @@
-"""Quotas of vCPUs against machines whose vCPUs AWS publishes: g6.xlarge 4, g6.2xlarge 8, p4de.24xlarge 96 with 8 GPUs, p5.4xlarge 16."""
+"""Quotas of vCPUs against those of AWS's machines: g6.xlarge 4, g6.2xlarge 8, p4de.24xlarge 96 (8 GPUs), p5.4xlarge 16, m7i.2xlarge 8."""
 
 from __future__ import annotations
 
@@ -12,12 +12,13 @@ from fabricated_cluster import tiny
 from jobs import access_facts, doctor
 from jobs.findings import Facts, clouds
 
-PLENTY = {"on-demand G and VT": 999.0, "spot G and VT": 999.0, "on-demand P": 999.0, "spot P4, P3 and P2": 999.0, "spot P5": 999.0}
+PLENTY = dict.fromkeys(access_facts.AWS_QUOTAS.values(), 999.0)
 
 
 def found(config, **quotas):
     """The values of the faults, where there is plenty of all other quotas."""
     names = {"g": "on-demand G and VT", "spot_g": "spot G and VT", "p": "on-demand P", "spot_p4": "spot P4, P3 and P2", "spot_p5": "spot P5"}
+    names |= {"standard": "on-demand Standard", "spot_standard": "spot Standard"}
     told = PLENTY | {names[key]: float(value) for key, value in quotas.items()}
     return [one.value for one in doctor.judge(Facts(config=config, quotas={"aws": told})) if one.state == "fault"]
 
@@ -28,8 +29,14 @@ def test_an_account_that_may_have_nothing(tmp_path, monkeypatch):
     told = types.SimpleNamespace(get_service_quota=lambda ServiceCode, QuotaCode: {"Quota": {"Value": 0.0}})
     monkeypatch.setitem(sys.modules, "boto3", types.SimpleNamespace(client=lambda name: told))
     node = healthy(gpus=1, driver="580.1")
-    one = the_fault(Facts(config=config, here=node, quotas={"aws": access_facts.quotas("aws")}), "quotas", "spot G and VT: 0 vCPUs", "Service Quotas")
-    assert one.where == "aws"
+    judged = [one for one in doctor.judge(Facts(config=config, here=node, quotas={"aws": access_facts.quotas("aws")})) if one.state == "fault"]
+    assert {(one.what, one.where) for one in judged} == {("quotas", "aws")}
+    assert all("Service Quotas" in one.remedy for one in judged)
+    assert [one.value for one in judged] == [  # the head, the experts' GPUs, the router's cores
+        "on-demand Standard: 0 vCPUs",
+        "spot G and VT: 0 vCPUs, spot P4, P3 and P2: 0 vCPUs, spot P5: 0 vCPUs",
+        "on-demand Standard: 0 vCPUs, spot Standard: 0 vCPUs",
+    ]
     for cloud, module in (("aws", None), ("gcp", None)):
         monkeypatch.setitem(sys.modules, "boto3", module)
         judged = doctor.judge(Facts(config=config, here=node, quotas={cloud: access_facts.quotas(cloud)}))
@@ -90,7 +97,27 @@ def test_as_many_vcpus_as_the_machines_have_that_are_wanted_at_once(tmp_path, re
 def test_who_wants_how_much_is_told(tmp_path):
     config = eight(tmp_path, "accelerator_type: L4, cpus: 8", "max_parallel=2")
     one = the_fault(Facts(config=config, quotas={"aws": PLENTY | {"spot G and VT": 8.0}}), "quotas", "spot G and VT: 8 vCPUs", "max_parallel")
-    assert one.rule == "expert-0, expert-1 train on GPUs at once, in machines of at least 16 vCPUs"
+    assert one.rule == "expert-0, expert-1 train at once, in machines of at least 16 vCPUs"
+
+
+@pytest.mark.parametrize(
+    ("resources", "quotas", "lacks"),
+    [
+        ("preemption: aws", {"standard": 8}, []),  # the head, an m7i.2xlarge
+        ("preemption: aws", {"standard": 7}, ["on-demand Standard: 7 vCPUs"]),
+        ("preemption: aws, cpus: 16", {"spot_standard": 8 * 16}, []),
+        ("preemption: aws, cpus: 16", {"spot_standard": 8 * 16 - 1}, ["spot Standard: 127 vCPUs"]),
+        ("preemption: aws, cpus: 0.5", {"spot_standard": 4}, []),  # all on an m7i.xlarge
+        ("preemption: aws, cpus: 0.5", {"spot_standard": 3}, ["spot Standard: 3 vCPUs"]),
+        ("labels: {market: on-demand}, cpus: 16", {"standard": 8 * 16 + 8}, []),  # beside the head
+        ("labels: {market: on-demand}, cpus: 16", {"standard": 8 * 16 + 7}, ["on-demand Standard: 135 vCPUs"]),
+    ],
+)
+def test_the_head_and_trainings_without_a_gpu_come_out_of_the_ordinary_quotas(tmp_path, resources, quotas, lacks):
+    config = tiny(
+        tmp_path, "experts=8", "max_parallel=8", f"expert.resources={{{resources}}}", "router.resources={cpus: 0.25, labels: {market: spot}}"
+    )
+    assert found(config, **quotas) == lacks
 
 
 def test_one_of_several_quotas_is_enough_and_each_cluster_has_its_own(tmp_path):
