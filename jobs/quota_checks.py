@@ -111,10 +111,9 @@ def _holding(asked: Resources, quota: str | None = None) -> list[Machine]:
     return [
         one
         for one in machines("aws").values()
-        if (one.gpu is not None) == (asked.gpus > 0)
-        and _workers(asked, one)
+        if _workers(asked, one)
         and asked.accelerator_type in (None, one.gpu)
-        and (memory is None or one.gpu is None or selects(memory, str(one.gpu_memory)))
+        and (memory is None or selects(memory, str(one.gpu_memory)))
         and (quota is None or (family := FAMILIES[one.gpu] if one.gpu else STANDARD) in quota or (quota == "on-demand P" and family.startswith("P")))
     ]
 

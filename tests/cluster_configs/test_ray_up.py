@@ -322,16 +322,16 @@ def test_the_command_says_what_it_finds_and_how_it_ends(tmp_path, capsys, monkey
 
 def test_what_is_to_be_filled_in_is_told_with_its_lines(tmp_path, capsys):
     (tmp_path / "my_gcp.yaml").write_text("# my-project\n" + (ROOT / "cluster_configs/gcp.yaml").read_text())
-    (tmp_path / "run.yaml").write_text("preset: demo\nrun_dir: gs://bucket/run  # s3://bucket\n")
+    (tmp_path / "run.yaml").write_text("preset: demo\nname: x  # in gs://bucket/run\nrun_dir: gs://bucket/run\n")
     arguments = [str(tmp_path / "my_gcp.yaml"), "--run", str(tmp_path / "run.yaml")]
     assert check.main(arguments) == 1
     told = capsys.readouterr().out.splitlines()
-    assert told[-1] == f"{tmp_path}/run.yaml:2: still to be filled in: gs://bucket/run"
+    assert told[-1] == f"{tmp_path}/run.yaml:3: still to be filled in: gs://bucket/run"
     lines = (tmp_path / "my_gcp.yaml").read_text().splitlines()
     for one in told[:-1]:
         file, number, _, word = re.fullmatch(r"([^:]+):(\d+): (still to be filled in:) (\S+)(?: \(also .*\))?", one).groups()
         assert file == arguments[0]
-        assert word in lines[int(number) - 1]
+        assert word in lines[int(number) - 1].partition("#")[0]
     assert len(told) == 6  # network, head's account, workers', project, tunnel; run
     assert check.main([*arguments, "--set", "run_dir=gs://mine/run", "--template"]) == 0
     (tmp_path / "my_gcp.yaml").write_text((ROOT / "cluster_configs/gcp.yaml").read_text().replace("my-project", "theirs"))
