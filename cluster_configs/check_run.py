@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import urllib.parse
 from collections.abc import Iterable, Iterator
 from typing import Any
@@ -98,7 +99,7 @@ def _spot(tree: dict[str, Any], run: RunConfig, cluster: str) -> list[str]:
 
 
 def _stores(cloud: str, run: RunConfig, cluster: str) -> list[str]:
-    """Stores of another cloud than the machines'."""
+    """Stores of another cloud than the machines', but for an S3 of one's own, which the environment names."""
     if cluster == HERE:
         uris = {"run_dir": run.run_dir, "data.source.uri": str(getattr(run.data.source, "uri", ""))}
     else:
@@ -106,9 +107,9 @@ def _stores(cloud: str, run: RunConfig, cluster: str) -> list[str]:
         uris = {f"clusters.{cluster}.storage": stored} if stored else {"run_dir": run.run_dir}
     said = []
     for key, uri in uris.items():
-        parts = urllib.parse.urlsplit(uri)
-        of = next((name for name, schemes in SCHEMES.items() if parts.scheme in schemes), cloud)
-        if of != cloud and "endpoint" not in parts.query:
+        scheme = urllib.parse.urlsplit(uri).scheme
+        of = next((name for name, schemes in SCHEMES.items() if scheme in schemes), cloud)
+        if of != cloud and not (scheme == "s3" and os.environ.get("AWS_ENDPOINT_URL")):
             said.append((key, f"is {uri}, a store of {of}, and the machines are of {cloud}: what goes from one to the other is paid for, by the GB"))
     return _joined(said)
 

@@ -414,7 +414,7 @@ SPOT_GPUS = ["run_dir=s3://theirs/run", "data.source.uri=s3://theirs/pictures", 
         ("aws", ["data.source.uri=abfs://c@theirs.dfs.core.windows.net/p"], ["data.source.uri is abfs://"]),
         (
             "gcp",
-            ["run_dir=s3://theirs/run?endpoint_override=storage.example"],
+            ["run_dir=gs://theirs/run"],
             ["experts.0.resources.preemption (and 8 more) is aws", "data.source.uri is s3://"],
         ),
         (
@@ -424,10 +424,19 @@ SPOT_GPUS = ["run_dir=s3://theirs/run", "data.source.uri=s3://theirs/pictures", 
         ),
     ],
 )
-def test_what_would_cost_more_than_it_need_is_warned_of(name, sets, said):
+def test_what_would_cost_more_than_it_need_is_warned_of(name, sets, said, monkeypatch):
+    monkeypatch.delenv("AWS_ENDPOINT_URL", raising=False)
     warned = check_run.costly(load(name), configs.load("paris_xl2", [*SPOT_GPUS, *sets]))
     assert len(warned) == len(said), warned
     assert all(part in one for part, one in zip(said, warned, strict=True)), warned
+
+
+def test_an_s3_of_ones_own_is_of_no_cloud(monkeypatch):
+    config = configs.load("demo", ["run_dir=s3://theirs/run"])
+    monkeypatch.delenv("AWS_ENDPOINT_URL", raising=False)
+    assert "a store of aws" in check_run.costly(load("gcp"), config)[0]
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://store:9000")
+    assert check_run.costly(load("gcp"), config) == []
 
 
 def test_another_clusters_store_is_the_one_that_it_sees():
