@@ -115,6 +115,7 @@ def problems(tree: dict[str, Any], project: Path = Path(".")) -> Iterator[str]:
     yield from provider_problems(provider)
     if provider["type"] != "local":
         yield from _node_types(tree)
+    yield from _key(tree)
     yield from _mounts(tree, project)
     yield from _commands(tree)
 
@@ -159,6 +160,15 @@ def _node_types(tree: dict[str, Any]) -> Iterator[str]:
         yield "available_node_types: no GPU on spot; experts leave checkpoints, so that they may be taken away, and cost a third"
     if all(one["resources"].get("GPU") for name, one in types.items() if name != head):
         yield "available_node_types: no workers without a GPU; reading, k-means and partition would take machines with one"
+
+
+def _key(tree: dict[str, Any]) -> Iterator[str]:
+    key = str(tree.get("auth", {}).get("ssh_private_key", ""))
+    if Path(key).name.startswith("id_"):
+        yield (
+            f"auth.ssh_private_key is {key}, by its name your own; Ray lays it on the head, where every job can read it. "
+            "Make one for this cluster alone: ssh-keygen -t ed25519 -N '' -f ~/.ssh/paris_cluster"
+        )
 
 
 def _bounds(one: dict[str, Any], most: int, head: bool) -> Iterator[str]:

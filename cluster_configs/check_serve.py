@@ -100,7 +100,7 @@ def _application(one: dict[str, Any], experts: int) -> Iterator[str]:
     if one["import_path"] != OURS:
         return
     try:
-        made = deploy_config(one.get("args") or {}, experts)["applications"][0]["deployments"]
+        made = deploy_config(one.get("args") or {}, experts, "127.0.0.1")["applications"][0]["deployments"]
     except ConfigError as error:
         yield f"args: {error}"
         return

@@ -3,6 +3,7 @@
     python -m cluster_configs.policies aws   s3://bucket/run --experts 4,5          # an IAM policy, for `aws iam put-role-policy`
     python -m cluster_configs.policies gcp   gs://bucket/run --experts 4,5          # conditions, for `gcloud storage buckets add-iam-policy-binding`
     python -m cluster_configs.policies azure abfs://container@account.dfs.core.windows.net/run --experts 4,5    # for `az role assignment create`
+    python -m cluster_configs.policies azure --role                                 # the role of who writes, once: `az role definition create`
     python -m cluster_configs.policies aws   s3://bucket/run --whole --source s3://bucket/pictures              # of the cluster where all stages run
     python -m cluster_configs.policies aws   --head --workers paris-workers         # what the head of a cluster needs besides, to start machines
     python -m cluster_configs.policies aws   --you paris-head --workers paris-workers    # what you need, who give such a cluster to `ray up`
@@ -204,6 +205,22 @@ def gcp(where: Place, access: Access, source: Place | None = None) -> list[dict[
 CONDITION = 8192
 """The most letters of a condition. There can be no second assignment of the same role at the same scope to divide it over."""
 BLOBS = "Microsoft.Storage/storageAccounts/blobServices/containers/blobs"
+WRITER = "Paris blob writer"
+"""The role of who writes. Azure's own, Storage Blob Data Contributor, may also delete the container or open it to all; no condition limits that."""
+
+
+def azure_role() -> dict[str, Any]:
+    """That role's definition: what is done with blobs, and of the container no more than to see that it is there."""
+    return {
+        "Name": WRITER,
+        "IsCustom": True,
+        "Description": "Reads, writes and deletes blobs, where the assignment's condition lets it.",
+        "Actions": [BLOBS.removesuffix("/blobs") + "/read"],
+        "NotActions": [],
+        "DataActions": [f"{BLOBS}/{one}" for one in ("read", "write", "add/action", "delete", "move/action")],
+        "NotDataActions": [],
+        "AssignableScopes": ["/subscriptions/SUBSCRIPTION"],
+    }
 
 
 def azure(where: Place, access: Access, source: Place | None = None) -> list[dict[str, Any]]:
@@ -211,15 +228,15 @@ def azure(where: Place, access: Access, source: Place | None = None) -> list[dic
     made: list[dict[str, Any]] = []
     for role, at, names in [
         ("Storage Blob Data Reader", where, [where.run + one for one in access.read]),
-        ("Storage Blob Data Contributor", where, [where.run + one for one in access.write]),
+        (WRITER, where, [where.run + one for one in access.write]),
         ("Storage Blob Data Reader", source or where, [source.run] if source else []),
     ]:
         if names:
             scope = f"/subscriptions/SUBSCRIPTION/resourceGroups/GROUP/providers/Microsoft.Storage/storageAccounts/{at.account}"
             scope += f"/blobServices/default/containers/{at.bucket}"
             # Azure names a folder without its slash.
-            folders = [one.rstrip("/") for one in markers(where, access) + own(where, access)] if "Contributor" in role else []
-            condition = _azure_condition(names, folders, "Contributor" in role)
+            folders = [one.rstrip("/") for one in markers(where, access) + own(where, access)] if role == WRITER else []
+            condition = _azure_condition(names, folders, role == WRITER)
             made.append({"role": role, "scope": scope, "conditionVersion": "2.0", "condition": condition})
     return made
 
@@ -253,6 +270,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     what.add_argument("--experts", metavar="K,K…", help="those that the role trains")
     what.add_argument("--whole", action="store_true", help="all of the run")
     what.add_argument("--serve", action="store_true", help="read its model")
+    what.add_argument("--role", action="store_true", help="the definition of the role of who writes (azure)")
     what.add_argument("--head", action="store_true", help="start and end machines (aws)")
     what.add_argument("--you", metavar="ROLE", help="run `ray up` for a cluster whose head has this role (aws)")
     parser.add_argument("--source", metavar="URI", help="where the pictures are, to be read")
@@ -272,6 +290,10 @@ def _asked(args: argparse.Namespace) -> Any:
         if args.cloud != "aws" or not args.workers:
             raise ConfigError("--head and --you are for aws, with --workers ROLE; on gcp and azure the README names the roles that are there for it")
         return aws_you(args.you, args.workers, args.cluster_name) if args.you else aws_head(args.workers, args.cluster_name)
+    if args.role:
+        if args.cloud != "azure":
+            raise ConfigError("--role is for azure; aws and gcp have roles that do no more than is needed")
+        return azure_role()
     if args.run is None:
         raise ConfigError("name the run's folder in the store, such as s3://bucket/run")
     try:

@@ -5,7 +5,8 @@
     python -m cluster_configs.serve --args my_kuberay/serving.yaml --service my_kuberay/serving/service.yaml --in-place    # written to the file
 
 The arguments are those of ``serve run serve_app.app:build``. Each deployment is named, so that its ``user_config`` can be changed while it serves.
-With ``--service`` a RayService is printed with the config as its ``serveConfigV2``; with ``--in-place`` its file is written.
+With ``--service`` a RayService is printed with the config as its ``serveConfigV2``; with ``--in-place`` its file is written. Such a service
+listens to its pods' network, and its Secret has the keys. Else Serve listens on the machine itself, and you come through a tunnel.
 """
 
 from __future__ import annotations
@@ -45,7 +46,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         for one in args.words:
             if "=" not in one:
                 raise ConfigError(f"{one!r} is not KEY=VALUE, such as model=s3://bucket/run/model")
-        config = text(deploy_config({**given, **dict(one.split("=", 1) for one in args.words)}, args.experts))
+        host = "127.0.0.1" if args.service is None else "0.0.0.0"
+        config = text(deploy_config({**given, **dict(one.split("=", 1) for one in args.words)}, args.experts, host))
         made = config if args.service is None else in_service(_text_of("--service", args.service), config)
         if args.in_place:
             args.service.write_text(made)
@@ -65,12 +67,13 @@ def _text_of(option: str, path: Path) -> str:
         raise ConfigError(f"{option} {path} cannot be read ({error.strerror}); name a file such as {example}") from None
 
 
-def deploy_config(given: dict[str, Any], experts: int) -> dict[str, Any]:
+def deploy_config(given: dict[str, Any], experts: int, host: str) -> dict[str, Any]:
     """A Serve config with all deployments.
 
     Args:
         given: arguments of :func:`serve_app.app.build`.
         experts: of the model.
+        host: at which each node's proxy listens.
 
     Raises:
         ConfigError: there are no such arguments.
@@ -89,7 +92,7 @@ def deploy_config(given: dict[str, Any], experts: int) -> dict[str, Any]:
     loads = names[2:] or ["Sampler"]
     return {
         "proxy_location": "EveryNode",
-        "http_options": {"host": "0.0.0.0", "port": 8000},
+        "http_options": {"host": host, "port": 8000},
         "applications": [
             {
                 "name": "paris",

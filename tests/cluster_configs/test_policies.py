@@ -54,8 +54,9 @@ def cel(bindings: list[dict[str, Any]], action: str, key: str) -> bool:
 
 def abac(assignments: list[dict[str, Any]], action: str, key: str) -> bool:
     """Azure: a role assignment counts where its condition is true; conditions guard the actions that they name and no others."""
-    grants = {"Storage Blob Data Reader": {"read", "list"}, "Storage Blob Data Contributor": {"read", "list", "write", "delete"}}
     blobs = "Microsoft.Storage/storageAccounts/blobServices/containers/blobs"
+    ours = policies.azure_role()
+    grants = {"Storage Blob Data Reader": {"read", "list"}, ours["Name"]: {"list", *(one.removeprefix(f"{blobs}/") for one in ours["DataActions"])}}
     verb = {"list": "read"}.get(action, action)
     for one in assignments:
         assert one["conditionVersion"] == "2.0"
@@ -286,6 +287,13 @@ def test_on_aws_the_names_in_the_bucket_can_be_listed():
     assert not iam(made, "read", "runs/a/experts/4/_manifest.json")
 
 
+def test_on_azure_who_writes_blobs_may_do_nothing_to_their_container():
+    """Actions, unlike data actions, are limited by no condition: one that changes, deletes or opens the container would hold for all of it."""
+    actions = policies.azure_role()["Actions"]
+    assert actions == ["Microsoft.Storage/storageAccounts/blobServices/containers/read"]
+    assert "Contributor" not in {one["role"] for access in (experts([3]), WHOLE) for one in role("azure", access)}
+
+
 @pytest.mark.parametrize(
     ("cloud", "uri"),
     [
@@ -311,10 +319,13 @@ def test_the_command_prints_what_the_clouds_tools_take(capsys):
     assert json.loads(capsys.readouterr().out) == policies.aws_head("w")
     assert policies.main(["aws", "--you", "h", "--workers", "w"]) == 0
     assert json.loads(capsys.readouterr().out) == policies.aws_you("h", "w")
+    assert policies.main(["azure", "--role"]) == 0
+    assert json.loads(capsys.readouterr().out) == policies.azure_role()
     for wrong in (
         ["aws", "--experts", "1"],
         ["aws", "s3://b/r", "--experts", "all"],
         ["gcp", "--head"],
+        ["aws", "--role"],
         ["aws", "--you", "h"],
         ["azure", "s3://b/r", "--whole"],
     ):

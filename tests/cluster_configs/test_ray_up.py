@@ -190,6 +190,7 @@ MISTAKES = [
     ("azure", replace("head_start_ray_commands", "--object-spilling-directory", "--object-spiling-directory"), "Did you mean"),
     ("on_prem", replace("worker_start_ray_commands", " --object-spilling-directory=$PARIS_SPILL", ""), "would spill to /tmp"),
     ("on_prem", replace("head_start_ray_commands", " --num-cpus=0", ""), "--num-cpus=0"),
+    ("on_prem", put("auth ssh_private_key", "~/.ssh/id_ed25519"), "every job can read it"),
     ("gcp", replace("head_start_ray_commands", "--autoscaling-config=~/ray_bootstrap_config.yaml", ""), "no worker would ever start"),
     ("aws", drop("head_start_ray_commands"), "must hold one `ray start`"),
     ("aws", put("setup_commands", ["bash ~/paris_ray/set_up.sh"]), "~/paris_ray/set_up.sh"),

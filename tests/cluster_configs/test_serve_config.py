@@ -17,7 +17,7 @@ KUBERAY = Path(__file__).parents[2] / "cluster_configs/kuberay"
 def test_the_services_config_is_in_step_with_the_application():
     service = (KUBERAY / "serving/service.yaml").read_text()
     given = yaml.safe_load((KUBERAY / "serving.yaml").read_text())
-    made = serve.deploy_config(given, 8)
+    made = serve.deploy_config(given, 8, "0.0.0.0")
     assert yaml.safe_load(yaml.safe_load(service)["spec"]["serveConfigV2"]) == made
     assert serve.in_service(service, serve.text(made)) == service
 
@@ -31,9 +31,9 @@ def test_deployments_are_those_that_serve_would_build(placement, tmp_path):
     (tmp_path / "paris.json").write_text(json.dumps({"num_experts": 3}))
     args = {"model": str(tmp_path), "placement": placement}
     theirs = {one.name for one in build_app(build(Args(**args)), name="paris").deployments}
-    ours = serve.deploy_config(args, 3)["applications"][0]["deployments"]
+    ours = serve.deploy_config(args, 3, "127.0.0.1")["applications"][0]["deployments"]
     assert {one["name"] for one in ours} == theirs
-    assert list(serve_problems(serve.text(serve.deploy_config(args, 3)), experts=3)) == []
+    assert list(serve_problems(serve.text(serve.deploy_config(args, 3, "127.0.0.1")), experts=3)) == []
 
 
 @pytest.mark.parametrize(
@@ -52,7 +52,7 @@ def test_deployments_are_those_that_serve_would_build(placement, tmp_path):
     ],
 )
 def test_a_mistake_in_a_serve_config_is_caught(old, new, said):
-    text = serve.text(serve.deploy_config(yaml.safe_load((KUBERAY / "serving.yaml").read_text()), 8))
+    text = serve.text(serve.deploy_config(yaml.safe_load((KUBERAY / "serving.yaml").read_text()), 8, "127.0.0.1"))
     assert old in text
     assert list(serve_problems(text)) == []
     assert any(said in one for one in serve_problems(text.replace(old, new)))
@@ -61,6 +61,7 @@ def test_a_mistake_in_a_serve_config_is_caught(old, new, said):
 def test_a_serve_config_is_printed_from_the_words_of_serve_run(capsys, tmp_path):
     assert serve.main(["model=s3://bucket/run/model", "placement=[[0,1],[2]]", "--experts", "3"]) == 0
     made = yaml.safe_load(capsys.readouterr().out)
+    assert made["http_options"]["host"] == "127.0.0.1"  # a Serve that is started so may have no keys
     assert [one["name"] for one in made["applications"][0]["deployments"]] == ["Api", "Sampler", "ExpertGroup-0", "ExpertGroup-1"]
     assert serve.main(["modle=x"]) == 2
     assert serve.main(["model"]) == 2
