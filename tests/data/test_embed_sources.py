@@ -15,7 +15,7 @@ from paris_ray import config as configs
 from paris_ray import stages
 from paris_ray.config import ConfigError
 from paris_ray.data import embed as stage
-from paris_ray.data import part, schema
+from paris_ray.data import part, partition, schema
 from paris_ray.data.codec import PatchSums
 from paris_ray.data.sources import files
 from paris_ray.manifest import StaleError, published
@@ -24,6 +24,7 @@ from paris_ray.storage import Folder
 from . import in_process as in_process_ray
 from . import light
 from .corpora import WRITERS, contents
+from .fabricated_corpus import shard_bytes, without_pictures
 from .in_process import in_process  # noqa: F401
 from .test_parquet import png
 
@@ -47,13 +48,16 @@ def rows(n, seed=0):
     return found
 
 
-def test_the_same_rows_from_every_kind_of_source_are_the_same_corpus(tmp_path):
-    same, corpora, fitted, counts = rows(24), {}, {}, {}
+def test_the_same_rows_from_every_kind_of_source_are_the_same_corpus_and_shards(tmp_path, monkeypatch):
+    without_pictures(monkeypatch)
+    same, corpora, fitted, counts, shards = rows(24), {}, {}, {}, {}
     same += [("dup.png", *same[3][1:]), ("other.png", same[4][1], "another caption")]
     for kind, write in WRITERS.items():
-        config = run_config(tmp_path / f"run-{kind}", kind, write(tmp_path / kind, same))
+        config = run_config(tmp_path / f"run-{kind}", kind, write(tmp_path / kind, same), "partition.fine=6", "partition.max_share=null")
         manifest = stage.embed(config)
+        partition.partition(config)
         run = Folder(config.run_dir)
+        shards[kind] = shard_bytes(tmp_path / f"run-{kind}")
         names = ["id", "caption", "token_ids", "text_len", "caption_cut", "latent", "embedding", "split", "group", "phash", "width", "height"]
         columns = schema.read_columns(run / "corpus", names)
         order = np.argsort(columns["id"].astype(str))
@@ -65,7 +69,9 @@ def test_the_same_rows_from_every_kind_of_source_are_the_same_corpus(tmp_path):
     first = corpora["folder"]
     assert len(set(first["id"])) == 25
     assert set(first["split"]) == set(schema.SPLITS[:3])
+    assert len(shards["folder"]) == 3
     for kind in WRITERS:
+        assert shards[kind] == shards["folder"], kind
         assert counts[kind] == counts["folder"]
         assert fitted[kind] == fitted["folder"]
         for name, values in corpora[kind].items():
