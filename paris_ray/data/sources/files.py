@@ -181,7 +181,7 @@ def bomb(packed: int, unpacked: int) -> str | None:
 
 
 def too_many(rows: int, stored: int) -> str | None:
-    """The reason to refuse a table with more rows than bytes, or ``None``: a row has an image or a name, and without them each is a reject to be kept."""
+    """The reason to refuse a table with more rows than bytes, or ``None``: without image and name each is a reject to be kept."""
     return f"it claims {rows} rows in {stored} bytes" if not 0 <= rows <= stored else None
 
 
