@@ -179,6 +179,10 @@ def test_names_of_files_below_a_folder(tmp_path):
     assert list(good(found)) == ["a.parquet row 0"]
     outside, missing = "file outside the folder", "unreadable file"
     assert list(reasons(found).values()) == [outside, outside, outside, missing, missing, outside, outside, *[missing] * 4]
+    folder.rename(tmp_path / "away")  # as on a node that has not mounted it: no row is refused for that
+    with pytest.raises(OSError, match=rf"the node .* cannot read {folder}, which was listed: No such file"):
+        read(tmp_path / "t", "parquet", source={"images": str(folder)})
+    (tmp_path / "away").rename(folder)
     with pytest.raises(ConfigError, match=r"the column 'image' holds names; say below which folder .*data.source.images="):
         read(tmp_path / "t", "parquet")
     # Of a struct the bytes count, and the name where there are none.

@@ -12,7 +12,7 @@ from paris_ray.config import ConfigError
 from paris_ray.data.images import EXTENSIONS, RejectError
 from paris_ray.data.sources.base import Item, Sample, Unit, content_hash
 from paris_ray.data.sources.captions import TABLES, table_rows
-from paris_ray.data.sources.files import MAX_TEXT_BYTES, check_name, parse_json, read_file
+from paris_ray.data.sources.files import MAX_FILE_BYTES, MAX_TEXT_BYTES, check_name, parse_json, read_file
 from paris_ray.storage import Folder
 
 SIDECARS = (".txt", ".json")
@@ -122,15 +122,18 @@ class ImageFolder:
         caption, score = item.caption, item.score
         if isinstance(caption, _Beside):
             caption, score = self._beside(caption)
-        data = read_file(self.folder, item.image)
+        data = self._read(item.image)
         return Sample(data, caption, content_hash(data), score=score)
+
+    def _read(self, name: str, limit: int = MAX_FILE_BYTES) -> bytes:
+        return read_file(self.folder, name, limit, beside=posixpath.dirname(name))
 
     def _beside(self, beside: _Beside) -> tuple[Any, Any]:
         """Caption and score of a picture from the files beside it."""
         fields = {}
         if beside.json and (self.score is not None or not beside.txt):
-            fields = parse_json(read_file(self.folder, beside.json, MAX_TEXT_BYTES))
-        caption = read_file(self.folder, beside.txt, MAX_TEXT_BYTES) if beside.txt else fields.get("caption")
+            fields = parse_json(self._read(beside.json, MAX_TEXT_BYTES))
+        caption = self._read(beside.txt, MAX_TEXT_BYTES) if beside.txt else fields.get("caption")
         return caption, fields.get(self.score) if self.score else None
 
 
