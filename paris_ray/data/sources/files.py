@@ -81,7 +81,7 @@ def _check_mounted(folder: Folder, below: str) -> None:
             with os.scandir(posixpath.join(folder.path, below)) as entries:
                 why = "" if next(entries, None) else "it is empty"
         except OSError as error:
-            why = error.strerror
+            why = str(error.strerror)
     else:
         why = "" if folder.exists() else "it is not there"
     if why:
