@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+import re
+import struct
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -16,6 +18,15 @@ FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
 
 EXTENSIONS = frozenset({".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff"})
 
+MAX_SCANS = 64
+"""Passes over a JPEG's blocks. Ten are usual; a file of 1 MB can ask for 30,000, each as long as the picture takes."""
+
+_MARKER = re.compile(rb"\xff+([\x01-\xcf\xd8-\xfe])")
+"""What ends a JPEG's samples: no stuffed zero, and no restart."""
+_START_OF_SCAN, _END_OF_IMAGE, _ALONE = 0xDA, 0xD9, (0x01, 0xD8)
+_TILE = (322, 323)
+"""Tags of a TIFF: a tile's width and length."""
+
 # A header that claims more than the limit is an error before anything is decoded, not a line in a log.
 warnings.filterwarnings("error", category=Image.DecompressionBombWarning)
 
@@ -28,13 +39,14 @@ def open_image(data: bytes, max_pixels: int) -> Image.Image:
     """Read an image's header; nothing is decoded yet.
 
     Raises:
-        RejectError: empty, not one of :data:`FORMATS`, or more than ``max_pixels`` pixels.
+        RejectError: empty, not one of :data:`FORMATS`, more than ``max_pixels`` pixels, or more work than its pixels are.
     """
     if not data:
         raise RejectError("empty file: it has no bytes")
     Image.MAX_IMAGE_PIXELS = max_pixels
     try:
         image = Image.open(io.BytesIO(data), formats=FORMATS)
+        tile = _tile(data, image) if image.format == "TIFF" else 0
     except (Image.DecompressionBombWarning, Image.DecompressionBombError):
         raise RejectError(f"too many pixels: more than twice the limit of {max_pixels} (data.max_pixels)") from None
     except UnidentifiedImageError:
@@ -43,7 +55,39 @@ def open_image(data: bytes, max_pixels: int) -> Image.Image:
         raise RejectError(f"broken image: {type(error).__name__}: {error}") from None
     if image.width * image.height > max_pixels:
         raise RejectError(f"too many pixels: {image.width} × {image.height}, the limit is {max_pixels} (data.max_pixels)")
+    if tile > max_pixels:
+        raise RejectError(f"too many pixels: a tile of the TIFF has {tile} samples, the limit is {max_pixels} (data.max_pixels)")
+    if data.startswith(b"\xff\xd8") and scans(data) > MAX_SCANS:
+        raise RejectError(f"broken image: the JPEG has more than {MAX_SCANS} scans")
     return image
+
+
+def scans(data: bytes) -> int:
+    """How often a JPEG's decoder goes over its blocks; counted up to one more than :data:`MAX_SCANS`."""
+    at, found = 2, 0
+    while found <= MAX_SCANS and (marker := _MARKER.search(data, at)) is not None:
+        kind, at = marker[1][0], marker.end()
+        if kind == _END_OF_IMAGE:
+            break
+        if kind not in _ALONE:
+            found += kind == _START_OF_SCAN
+            at += int.from_bytes(data[at : at + 2], "big")
+    return found
+
+
+def _tile(data: bytes, image: Any) -> int:
+    """Samples of a TIFF's tile, which is unpacked whole, however small the picture is; 0 without tiles. Raises ValueError for two answers."""
+    order = "<" if data[:2] == b"II" else ">"
+    (first,), count, entry = (
+        (struct.unpack_from(f"{order}Q", data, 8), "Q", 20) if 43 in data[2:4] else (struct.unpack_from(f"{order}I", data, 4), "H", 12)
+    )
+    (tags,) = struct.unpack_from(order + count, data, first)
+    start = first + struct.calcsize(count)
+    found = [struct.unpack_from(f"{order}H", data, start + entry * i)[0] for i in range(tags)]
+    if max(map(found.count, _TILE)) > 1:
+        raise ValueError("its tiles have several sizes")  # Pillow takes the last, and libtiff the first
+    width, length = (image.tag_v2.get(tag, 0) for tag in _TILE)
+    return int(width * length * len(image.getbands()))
 
 
 def _oriented(image: Image.Image) -> Image.Image:
