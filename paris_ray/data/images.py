@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import re
 import struct
@@ -17,6 +18,13 @@ FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
 """Decoders that may run. Others (EPS starts Ghostscript) may not, whatever a file's name says."""
 
 EXTENSIONS = frozenset({".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff"})
+
+PIXEL_BYTES = 17
+"""Memory of a picture that is being decoded, for each of its pixels, at most: of a WebP, whose decoder holds two canvases beside what it returns.
+Other formats take four to nine."""
+
+BAND = 64
+"""Lines that are made RGB at once."""
 
 MAX_SCANS = 64
 """Passes over a JPEG's blocks. Ten are usual; a file of 1 MB can ask for 30,000, each as long as the picture takes."""
@@ -90,27 +98,31 @@ def _tile(data: bytes, image: Any) -> int:
     return int(width * length * len(image.getbands()))
 
 
-def _oriented(image: Image.Image) -> Image.Image:
-    try:
-        return ImageOps.exif_transpose(image)
-    except Exception:  # a damaged EXIF block says nothing about orientation; the pixels are whole
-        return image
+def _orient(image: Image.Image) -> None:
+    with contextlib.suppress(Exception):  # a damaged EXIF block says nothing about orientation; the pixels are whole
+        ImageOps.exif_transpose(image, in_place=True)
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """Any mode to 8-bit RGB: 16-bit grey is scaled, transparency is laid on white.
+    """Any mode to 8-bit RGB: 16-bit grey is scaled, transparency is laid on white. A picture that is that already is not copied.
 
     Raises:
         RejectError: samples whose range nobody knows (floats, 32-bit integers).
     """
+    if image.mode == "RGB" and "transparency" not in image.info:
+        return image
+    out = Image.new("RGB", image.size)
+    for top in range(0, image.height, BAND):  # whole, what is between would take several times the picture
+        out.paste(_flat(image.crop((0, top, image.width, min(top + BAND, image.height)))), (0, top))
+    return out
+
+
+def _flat(image: Image.Image) -> Image.Image:
     if image.mode.startswith("I;16") or image.mode == "I":
         samples: NDArray[Any] = np.asarray(image)
         if samples.min(initial=0) < 0 or samples.max(initial=0) > 65535:
             raise RejectError("unknown range: 32-bit samples beyond 0…65535")
-        grey = np.empty(samples.shape, np.uint8)
-        for line, out in zip(samples, grey, strict=True):  # whole, it would take several times the picture
-            out[:] = (line.astype(np.uint32) * 255 + 32767) // 65535
-        image = Image.fromarray(grey)
+        image = Image.fromarray(((samples.astype(np.uint32) * 255 + 32767) // 65535).astype(np.uint8))
     elif image.mode == "F":
         raise RejectError("unknown range: floating-point samples")
     if image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
@@ -155,10 +167,11 @@ def load_square(
         # JPEG can be decoded at 1/2, 1/4 or 1/8; twice the wanted side leaves the filter enough to work with.
         image.draft(image.mode, (2 * side, 2 * side))
         image.load()
-        oriented = _oriented(image)
-        if oriented.size == image.size[::-1] and oriented.size != image.size:
+        stored = image.size
+        _orient(image)
+        if image.size != stored:
             width, height = height, width
-        return square(to_rgb(oriented), side), width, height
+        return square(to_rgb(image), side), width, height
     except RejectError:
         raise
     except Exception as error:  # as above: a hostile file may make a decoder raise anything, and costs only its own row

@@ -19,7 +19,7 @@ from paris_ray.data import encoders, schema
 from paris_ray.data.attempts import Begun, Work, attempt
 from paris_ray.data.codec import PatchSums, load_codec
 from paris_ray.data.filters import check_caption, check_key, check_score, check_shape
-from paris_ray.data.images import RejectError, load_square
+from paris_ray.data.images import PIXEL_BYTES, RejectError, load_square
 from paris_ray.data.phash import phash
 from paris_ray.data.sources import open_source
 from paris_ray.data.sources.base import Item, Source, Unit
@@ -39,7 +39,7 @@ MAX_REASON = 500
 
 def worker_bytes(data: DataConfig, threads: int) -> int:
     """What a worker that reads units takes at most, beside what it keeps of them: files that wait, the largest of all, and pictures being decoded."""
-    return AHEAD_BYTES + MAX_FILE_BYTES + 8 * data.max_pixels * threads  # a pixel has four bytes of transparency, and four on white
+    return AHEAD_BYTES + MAX_FILE_BYTES + PIXEL_BYTES * data.max_pixels * threads
 
 
 def encoder_bytes(data: DataConfig, encoded: Folder) -> int:

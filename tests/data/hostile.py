@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 from PIL import Image
 
 from .corpora import member, tar_bytes, write_arrow, write_state
-from .test_images import bomb, chunk, encoded, jpeg_of_scans, tiff
+from .test_images import bomb, chunk, encoded, exif, jpeg_of_scans, tiff
 
 MAX_PIXELS, MAX_CAPTION = 1_000_000, 200
 RIGHT = None
@@ -34,12 +34,6 @@ class Payload:
 
 def noise(seed, size=(60, 44)):
     return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8))
-
-
-def exif(orientation):
-    block = Image.Exif()
-    block[0x0112] = orientation
-    return block
 
 
 def png_with(name, body):

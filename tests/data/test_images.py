@@ -1,7 +1,10 @@
 import io
 import struct
+import subprocess
+import sys
 import tracemalloc
 import zlib
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -36,6 +39,12 @@ def jpeg_of_scans(repeats, size=(64, 64)):
     data = encoded(gradient(*size), "JPEG", progressive=True)
     last = data.rindex(b"\xff\xda")
     return data[:last] + data[last:-2] * (1 + repeats) + data[-2:]
+
+
+def exif(orientation):
+    block = Image.Exif()
+    block[0x0112] = orientation
+    return block
 
 
 def gradient(width=40, height=40):
@@ -271,3 +280,33 @@ def test_a_jpeg_whose_scans_go_on_and_on_is_refused():
     assert load_square(jpeg_of_scans(images.MAX_SCANS - usual), 64, LIMIT)[1:] == (64, 64)
     with pytest.raises(RejectError, match=r"broken image: the JPEG has more than 64 scans"):
         load_square(jpeg_of_scans(images.MAX_SCANS + 1 - usual), 64, LIMIT)
+
+
+PEAK = """
+import sys
+from pathlib import Path
+from paris_ray.data.images import load_square
+
+def status(key):
+    return 1024 * int(next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(key)).split()[1])
+
+load_square(Path(sys.argv[1]).read_bytes(), 64, 10**8)
+data = Path(sys.argv[2]).read_bytes()
+Path("/proc/self/clear_refs").write_text("5")  # from here on the peak is counted anew
+before = status("VmRSS")
+load_square(data, 64, 10**8)
+print(status("VmHWM") - before)
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="counts memory as Linux does")
+@pytest.mark.parametrize(("kind", "mode", "most", "options"), [
+    ("PNG", "RGBA", 9, {}), ("PNG", "RGB", 9, {"exif": exif(6)}), ("WEBP", "RGBA", images.PIXEL_BYTES, {"lossless": True}),
+])  # fmt: skip
+def test_memory_of_a_picture(tmp_path, kind, mode, most, options):
+    """A worker asks for as much, for each of its threads."""
+    for name, side in (("small", 100), ("large", 2500)):
+        Image.new(mode, (side, side)).save(tmp_path / name, kind, **options)
+    run = [sys.executable, "-c", PEAK, str(tmp_path / "small"), str(tmp_path / "large")]
+    taken = int(subprocess.run(run, capture_output=True, text=True, check=True).stdout)
+    assert 2500**2 * 4 < taken < 2500**2 * most + (4 << 20)
