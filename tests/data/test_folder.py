@@ -8,6 +8,7 @@ from PIL import Image
 from paris_ray.config import ConfigError
 from paris_ray.data import part
 from paris_ray.data.sources import captions, files, open_source
+from paris_ray.data.sources.base import listing
 
 from .reading import data_config, good, read, reasons
 
@@ -214,6 +215,18 @@ def test_extensions_in_capitals(tmp_path):
     captions = {"IMG.JPG": "by a camera", "b.png": "from json", "c.PNG": "small", "d.png": "x"}
     assert {name: row.caption for name, row in good(found).items()} == captions
     assert reasons(found) == {"c.TXT": "caption without image", "E.TXT": "caption without image"}
+
+
+@pytest.mark.parametrize("extension", ["txt", "json"])
+def test_a_caption_of_another_length_is_another_listing(tmp_path, extension):
+    """Else parts that were made before would have the old one, and later ones the new."""
+    png(tmp_path / "a.png")
+    beside = tmp_path / f"a.{extension}"
+    beside.write_text('{"caption": "short"}')
+    before = listing(units(tmp_path))
+    assert listing(units(tmp_path)) == before
+    beside.write_text('{"caption": "longer"}')
+    assert listing(units(tmp_path)) != before
 
 
 @pytest.mark.parametrize("name", ["captions.csv", "captions.jsonl"])

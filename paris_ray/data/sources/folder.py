@@ -50,7 +50,7 @@ class ImageFolder:
 
     def read(self, unit: Unit) -> Iterator[Item]:
         """The items of a unit; no file is opened."""
-        for source, file, _, caption, beside, score, reason in json.loads(unit.where):
+        for source, file, _, caption, beside, score, reason in json.loads(unit.where):  # sizes are there to be compared with those of the next start
             yield Item(source, file, _Beside(*beside) if caption is None else caption, None, score, reason)
 
     def _list(self) -> list[tuple[Any, ...]]:
@@ -88,7 +88,7 @@ class ImageFolder:
                 reason = "neither image nor caption: by its name"
             elif not any(beside):
                 reason = "no caption: neither a row in a table nor a .txt or .json of the same name"
-            rows.append((name, name, size, None, beside, None, reason))
+            rows.append((name, name, [size, *(sizes[one] for one in beside if one)], None, beside, None, reason))
         return sorted(rows, key=lambda row: (row[1], row[0]))
 
     def _table(self, table: str, sizes: dict[str, int]) -> Iterator[tuple[Any, ...]]:
