@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import collections
-import math
 import pickle
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -50,8 +49,7 @@ def encoder_bytes(data: DataConfig, encoded: Folder) -> int:
         encoded: ``RUN/encoders``.
     """
     meta = encoded.read_json(encoders.FILE)
-    kinds = [field.type for field in schema.corpus_schema(meta, data.store_text) if isinstance(field.type, pa.FixedShapeTensorType)]
-    row = sum(math.prod(kind.shape) * kind.value_type.bit_width // 8 for kind in kinds)
+    row = schema.tensor_bytes(field.type for field in schema.corpus_schema(meta, data.store_text))
     weights = meta["embedding"]["bytes"] + sum(entry.size for entry in encoded.files(recursive=True))
     return worker_bytes(data, _threads(data)) + weights + 2 * ROW_GROUP * row
 
