@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal, TypeVar
 
 import pydantic
 import yaml
-from pydantic import BaseModel, Field, model_validator
+from pydantic import BaseModel, Field, field_validator, model_validator
 
 from paris_ray.config_errors import explain, nearest
 from paris_ray.data_config import (  # noqa: F401, the whole schema can be had from here
@@ -41,7 +41,7 @@ from paris_ray.data_config import (  # noqa: F401, the whole schema can be had f
 from paris_ray.opening import read_yaml
 from paris_ray.placement import Placement, serve_groups
 from paris_ray.presets import PRESETS
-from paris_ray.resources import HERE, ClusterConfig, Resources  # noqa: F401
+from paris_ray.resources import HERE, ClusterConfig, Resources, check_no_query  # noqa: F401
 from paris_ray.strict import ConfigError, Place, Strict
 from paris_ray.training_config import SIZES, ExpertConfig, ModelConfig, RouterConfig, TrainConfig, TrainedConfig  # noqa: F401
 
@@ -116,6 +116,8 @@ class RunConfig(Strict):
     max_parallel: Annotated[int, Field(ge=1)] = 8
     # Other clusters, by names that experts give as their `cluster`.
     clusters: dict[Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_-]{0,40}$")], ClusterConfig] = Field(default={})
+
+    _options = field_validator("run_dir")(check_no_query)
 
     @property
     def num_experts(self) -> int:

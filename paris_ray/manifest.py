@@ -29,6 +29,7 @@ import os
 import posixpath
 import shlex
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -42,6 +43,8 @@ STARTED = "_started.json"
 APPENDING = "_append.json"
 MANIFEST = "_manifest.json"
 FORMAT = 1
+HASHED_AT_ONCE = 8
+"""Files whose checksums are made at once: one connection to a store is slow, and there may be 100 GB."""
 
 
 class StaleError(ValueError):
@@ -160,11 +163,12 @@ class Stage:
                 leaves them out: metrics hold times and rates, which differ between runs that made the same weights.
             after: the manifest that this one is a new version of.
         """
-        files: list[dict[str, Any]] = [
-            {"name": entry.name, "bytes": entry.size, "sha256": self.folder.sha256(entry.name)}
-            for entry in self.folder.files(recursive=True)
-            if not os.path.basename(entry.name).startswith("_") or "/" in entry.name
-        ]
+        found = [entry for entry in self.folder.files(recursive=True) if not os.path.basename(entry.name).startswith("_") or "/" in entry.name]
+        with ThreadPoolExecutor(HASHED_AT_ONCE) as pool:
+            sums = pool.map(self.folder.sha256, [entry.name for entry in found])
+            files: list[dict[str, Any]] = [
+                {"name": entry.name, "bytes": entry.size, "sha256": sha256} for entry, sha256 in zip(found, sums, strict=True)
+            ]
         manifest = {
             "inputs": self.inputs,
             "files": files,

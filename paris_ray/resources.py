@@ -73,6 +73,16 @@ class Resources(Machine):
         return self.model_copy(update={**{key: getattr(self.fallback, key) for key in Machine.model_fields}, "fallback": None})
 
 
+def check_no_query(uri: str) -> str:
+    """The URI of a run directory. Raises ValueError for one with options, which would end up behind the names of what is in it."""
+    if "://" in uri and "?" in uri:
+        raise ValueError(
+            f"it has options ({uri[uri.index('?') :]}), which a run directory cannot have; give them to the store's client by the environment of all "
+            "nodes: AWS_ENDPOINT_URL, AWS_REGION, …"
+        )
+    return uri
+
+
 class ClusterConfig(Strict):
     """A Ray cluster that trains experts, beside the one where the other stages run."""
 
@@ -103,7 +113,7 @@ class ClusterConfig(Strict):
         if value.startswith("file:///"):  # as a folder there calls itself
             value = urllib.parse.unquote(urllib.parse.urlsplit(value).path)
         if "://" in value:
-            return value.rstrip("/")
+            return check_no_query(value).rstrip("/")
         if not value.startswith("/"):
             raise ValueError("it must be a URI or an absolute path, as that cluster sees it")
         return os.path.normpath(value)

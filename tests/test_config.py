@@ -124,6 +124,8 @@ def fails(*sets: str, source: str = "demo") -> str:
         ("clusters.eu={adress: 'http://h:1'}", ["clusters.eu.adress: no such key", "'address'"]),
         ("clusters.eu={address: 'h:8265'}", ["clusters.eu.address: it must be the URL of a Ray dashboard: http://HOST:8265"]),
         ("clusters.eu={address: 'http://me:secret@h:1'}", ["clusters.eu.address: ", "name a token_file instead"]),
+        ("run_dir='s3://b/run?region=x&scheme=http'", ["run_dir: it has options (?region=x&scheme=http)", "by the environment", "AWS_ENDPOINT_URL"]),
+        ("clusters.eu={address: 'http://h:1', storage: 's3://b/run?region=x'}", ["clusters.eu.storage: it has options (?region=x)"]),
         ("clusters.eu={address: 'http://h:1', storage: run}", ["clusters.eu.storage: it must be a URI or an absolute path"]),
         ("clusters.here={address: 'http://h:1'}", ["clusters.here: that name is taken"]),
         ("expert.resources.fallback={gpus: 1}", ["expert.resources: fallback.gpus is 1 and gpus 0", "both are 0 or neither is"]),

@@ -21,21 +21,28 @@ from paris_ray.data.splits import read_each
 from paris_ray.storage import Folder
 
 GROUP_BYTES = 512 << 20
-"""Corpus files that one task reads at once, in bytes on disk: bounds its memory, and makes few files per expert."""
+"""Rows that one task reads at once, in bytes as they are in memory: bounds what it takes, and makes few files per expert."""
+LIGHT_BYTES = 100
+"""Of a row beside its tensors: id, fine cluster, split and Arrow's offsets."""
+
+
+def part_bytes(corpus: Folder, parts: list[str]) -> list[int]:
+    """Memory that the rows of each of these part files take, as far as cutting reads them."""
+    kinds = [field.type for field in schema.arrow_schema(corpus, parts[0]) if field.name in ("text", "token_ids", "latent")] if parts else []
+    row = LIGHT_BYTES + schema.tensor_bytes(kinds)
+    return [row * rows for rows in schema.count_rows(corpus, parts)]
 
 
 def groups(corpus: Folder, parts: Collection[str]) -> list[list[str]]:
     """Consecutive ones of these part files, of at most :data:`GROUP_BYTES` together, at least one."""
     grouped: list[list[str]] = []
-    wanted, room = set(parts), 0
-    for entry in corpus.files():
-        if entry.name not in wanted:
-            continue
-        if not grouped or entry.size > room:
+    ordered, room = sorted(parts), 0
+    for name, size in zip(ordered, part_bytes(corpus, ordered), strict=True):
+        if not grouped or size > room:
             grouped.append([])
             room = GROUP_BYTES
-        grouped[-1].append(entry.name)
-        room -= entry.size
+        grouped[-1].append(name)
+        room -= size
     return grouped
 
 
@@ -62,7 +69,7 @@ def cut(corpus: Folder, parts: list[str], index: int, fine: NDArray[np.int32], e
     wanted = {int(k): np.flatnonzero(kept & (expert == k)) for k in np.unique(expert[kept])}
     missing = {k: rows for k, rows in wanted.items() if not (shards / f"expert={k}").exists(name)}
     if missing:
-        text = "text" if "text" in schema.column_names(corpus, parts[0]) else "token_ids"
+        text = "text" if "text" in schema.arrow_schema(corpus, parts[0]).names else "token_ids"
         heavy = pa.concat_tables(table for _, table, _ in schema.read_each(corpus, ["id", text, "text_len", "latent"], parts))
         for k, rows in missing.items():
             order = rows[np.argsort(ids[rows].astype(str), kind="stable")]

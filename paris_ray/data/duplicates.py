@@ -113,9 +113,12 @@ def first_of_equals(ids: NDArray[np.bytes_]) -> NDArray[np.bool_]:
 def drop(run: Folder, name: str, kept: NDArray[np.bool_]) -> None:
     """Move rows of a part to the rejects, as duplicates of rows that stay.
 
-    The rejects come first: of a run that dies between the two files they are found again, and the rows are dropped then.
+    The rejects come first: of a run that dies between the two files they are found again, and the rows are dropped then. Ray calls again where a
+    worker dies after them.
     """
     corpus, rejected = run / "corpus", run / "rejected"
+    if schema.count_rows(corpus, [name]) == [kept.sum()]:
+        return
     old = schema.read_table(rejected, name).to_pylist() if rejected.exists(name) else []
     light = schema.read_table(corpus, name, ["source", "id"]).filter(pa.array(~kept)).to_pylist()
     dropped = collections.Counter((row["source"], f"duplicate: of {row['id']}") for row in light)

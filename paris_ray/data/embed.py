@@ -79,7 +79,7 @@ def _embed(config: RunConfig, progress: Progress) -> dict[str, Any]:
     if meta["listing"] != found:
         then, now = (f"{one['units']} parts" + (f" of {one['rows']} rows" if one["rows"] is not None else "") for one in (meta["listing"], found))
         raise StaleError(
-            f"embed: the source has changed since {run.uri}/encoders was made: {then} then, {now} now, or other names, sizes or captions. "
+            f"embed: the source has changed since {run.uri}/encoders was made: {then} then, {now} now, or other names, sizes or tables. "
             "Put it back, choose another run_dir, or pass --rebuild embed to delete what was made and make it anew."
         )
     second, began = stages.stage(config, "embed"), time.monotonic()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import collections
-import math
 import pickle
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -16,10 +15,10 @@ from numpy.typing import NDArray
 
 from paris_ray.config import DataConfig, PatchPcaCodec
 from paris_ray.data import encoders, schema
-from paris_ray.data.attempts import Work, attempt
+from paris_ray.data.attempts import Begun, Work, attempt
 from paris_ray.data.codec import PatchSums, load_codec
 from paris_ray.data.filters import check_caption, check_key, check_score, check_shape
-from paris_ray.data.images import RejectError, load_square
+from paris_ray.data.images import PIXEL_BYTES, RejectError, load_square
 from paris_ray.data.phash import phash
 from paris_ray.data.sources import open_source
 from paris_ray.data.sources.base import Item, Source, Unit
@@ -39,7 +38,7 @@ MAX_REASON = 500
 
 def worker_bytes(data: DataConfig, threads: int) -> int:
     """What a worker that reads units takes at most, beside what it keeps of them: files that wait, the largest of all, and pictures being decoded."""
-    return AHEAD_BYTES + MAX_FILE_BYTES + 8 * data.max_pixels * threads  # a pixel has four bytes of transparency, and four on white
+    return AHEAD_BYTES + MAX_FILE_BYTES + PIXEL_BYTES * data.max_pixels * threads
 
 
 def encoder_bytes(data: DataConfig, encoded: Folder) -> int:
@@ -50,8 +49,7 @@ def encoder_bytes(data: DataConfig, encoded: Folder) -> int:
         encoded: ``RUN/encoders``.
     """
     meta = encoded.read_json(encoders.FILE)
-    kinds = [field.type for field in schema.corpus_schema(meta, data.store_text) if isinstance(field.type, pa.FixedShapeTensorType)]
-    row = sum(math.prod(kind.shape) * kind.value_type.bit_width // 8 for kind in kinds)
+    row = schema.tensor_bytes(field.type for field in schema.corpus_schema(meta, data.store_text))
     weights = meta["embedding"]["bytes"] + sum(entry.size for entry in encoded.files(recursive=True))
     return worker_bytes(data, _threads(data)) + weights + 2 * ROW_GROUP * row
 
@@ -119,8 +117,20 @@ def read_row(source: Source, item: Item, data: DataConfig, seed: int) -> Row | s
     return Row(pixels, caption, identity, split, group, looks, shown(item.source), width, height, sample.held_out is not None)
 
 
-def read_rows(source: Source, unit: Unit, data: DataConfig, seed: int, threads: int) -> Iterator[tuple[str, Row | str]]:
-    """Rows in order, each with its source's name, read ahead by a few threads: decoders and stores release the lock."""
+def read_rows(source: Source, unit: Unit, data: DataConfig, seed: int, threads: int, begun: Begun | None = None) -> Iterator[tuple[str, Row | str]]:
+    """Rows in order, each with its source's name, read ahead by a few threads: decoders and stores release the lock.
+
+    Args:
+        source: the source.
+        unit: a unit of it.
+        data: the run's config.
+        seed: the run's.
+        threads: rows that are read at once.
+        begun: the attempt at the unit. Where workers have died before, rows are read one by one, but for those that kill.
+    """
+    if begun is not None and begun.alone:
+        yield from _read_alone(source, unit, data, seed, begun)
+        return
     ahead: collections.deque[tuple[str, int, Future[Row | str]]] = collections.deque()
     held = 0
     with ThreadPoolExecutor(threads) as pool:
@@ -134,6 +144,16 @@ def read_rows(source: Source, unit: Unit, data: DataConfig, seed: int, threads: 
                 yield name, result.result()
         for name, _, result in ahead:
             yield name, result.result()
+
+
+def _read_alone(source: Source, unit: Unit, data: DataConfig, seed: int, begun: Begun) -> Iterator[tuple[str, Row | str]]:
+    for number, item in enumerate(source.read(unit)):
+        if number in begun.refused:
+            yield shown(item.source), "kills its worker: two died while they read this row alone, of memory or of a decoder that crashed"
+            continue
+        with begun.reading(number):
+            row = read_row(source, item, data, seed)
+        yield shown(item.source), row
 
 
 class SumPart:
@@ -153,8 +173,8 @@ class SumPart:
         data, unit = DataConfig.model_validate(self.data), unit_of(table)
         assert isinstance(data.codec, PatchPcaCodec)
         sums, rows = PatchSums.zero(data.codec.downsampling), 0
-        with attempt(Folder(self.run_dir) / "encoders", Work.of(unit)):
-            for _, row in read_rows(open_source(data), unit, data, self.seed, 1):
+        with attempt(Folder(self.run_dir) / "encoders", Work.of(unit)) as begun:
+            for _, row in read_rows(open_source(data), unit, data, self.seed, 1, begun):
                 rows += 1
                 if isinstance(row, Row) and row.split == "train":
                     sums.add(row.pixels[None], data.codec.downsampling)
@@ -218,8 +238,8 @@ class EncodePart:
                 made.clear()
 
         # The part of the corpus appears last: where it is, the part is done.
-        with attempt(self.run / "corpus", Work.of(unit)), schema.PartWriter(self.run / "corpus", name, self.schema) as writer:
-            for source, row in read_rows(self.source, unit, self.data, self.seed, _threads(self.data)):
+        with attempt(self.run / "corpus", Work.of(unit)) as begun, schema.PartWriter(self.run / "corpus", name, self.schema) as writer:
+            for source, row in read_rows(self.source, unit, self.data, self.seed, _threads(self.data), begun):
                 listed += 1
                 if isinstance(row, str):
                     rejects.append((source, row))

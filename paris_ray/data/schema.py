@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from types import TracebackType
@@ -98,6 +99,12 @@ def shard_schema(encoders: Mapping[str, Any], store_text: str) -> pa.Schema:
             pa.field("split", pa.string()),
         ]
     )
+
+
+def tensor_bytes(kinds: Iterable[pa.DataType]) -> int:
+    """Bytes of a row's tensors in memory: padding is there in full, whatever compression makes of it on disk."""
+    tensors = [kind for kind in kinds if isinstance(kind, pa.FixedShapeTensorType)]
+    return sum(math.prod(kind.shape) * kind.value_type.bit_width // 8 for kind in tensors)
 
 
 def tensor_array(values: NDArray[Any], kind: pa.FixedShapeTensorType) -> pa.ExtensionArray:
@@ -211,10 +218,10 @@ def _parts(names: Iterable[str]) -> list[str]:
     return [name for name in names if name.startswith("part-") and name.endswith(".parquet")]
 
 
-def column_names(folder: Folder, name: str) -> list[str]:
-    """Names of a file's columns."""
+def arrow_schema(folder: Folder, name: str) -> pa.Schema:
+    """Columns of a file, with their types."""
     with folder.open(name) as source, pq.ParquetFile(source) as content:
-        return list(content.schema_arrow.names)
+        return content.schema_arrow
 
 
 def read_table(folder: Folder, name: str, columns: Sequence[str] | None = None) -> pa.Table:

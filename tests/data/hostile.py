@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 from PIL import Image
 
 from .corpora import member, tar_bytes, write_arrow, write_state
-from .test_images import bomb, chunk, encoded
+from .test_images import bomb, chunk, encoded, exif, jpeg_of_scans, tiff
 
 MAX_PIXELS, MAX_CAPTION = 1_000_000, 200
 RIGHT = None
@@ -34,12 +34,6 @@ class Payload:
 
 def noise(seed, size=(60, 44)):
     return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8))
-
-
-def exif(orientation):
-    block = Image.Exif()
-    block[0x0112] = orientation
-    return block
 
 
 def png_with(name, body):
@@ -92,6 +86,8 @@ def images(marker):
         "bomb_bmp.bmp": (bytes(bmp), "too many pixels"),
         "large.jpg": (encoded(noise(32, (1200, 1000)), "JPEG"), "too many pixels"),
         "text_bomb.png": (png_with(b"zTXt", b"c\0\0" + zlib.compress(bytes(100 << 20), 9)), "broken image"),
+        "scans.jpg": (jpeg_of_scans(400), "broken image"),
+        "tile.tiff": (tiff([(322, 2048), (323, 2048), (324, "at"), (325, "length")], zlib.compress(bytes(2048 * 2048 * 3))), "too many pixels"),
         "float.tiff": (encoded(floats, "TIFF"), "unknown range"),
         "photo.jpg": (photo, RIGHT),
     }

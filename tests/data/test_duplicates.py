@@ -224,9 +224,10 @@ def test_a_run_that_died_between_the_two_files_lists_no_reject_twice(tmp_path):
     assert [row["source"] for row in wanted] == ["b?", "b?", "c"]
     after = (tmp_path / "corpus" / part).read_bytes()
     (tmp_path / "corpus" / part).write_bytes(before)
-    duplicates.drop(run, part, kept)
-    assert schema.read_table(run / "rejected", part).to_pylist() == wanted
-    assert (tmp_path / "corpus" / part).read_bytes() == after
+    for _ in range(2):  # the second time as Ray does where a worker dies before it answers
+        duplicates.drop(run, part, kept)
+        assert schema.read_table(run / "rejected", part).to_pylist() == wanted
+        assert (tmp_path / "corpus" / part).read_bytes() == after
 
 
 def test_ids_that_end_in_zeros(tmp_path):

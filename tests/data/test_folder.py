@@ -8,6 +8,7 @@ from PIL import Image
 from paris_ray.config import ConfigError
 from paris_ray.data import part
 from paris_ray.data.sources import captions, files, open_source
+from paris_ray.data.sources.base import listing
 
 from .reading import data_config, good, read, reasons
 
@@ -105,6 +106,11 @@ def test_a_folder_by_uri(tmp_path):
     memory.pipe("/pictures/x/a.png", (tmp_path / "a.png").read_bytes())
     memory.pipe("/pictures/x/a.txt", b"from memory")
     assert read("memory://pictures")["x/a.png"].caption == "from memory"
+    source = open_source(data_config("memory://pictures"))
+    (unit,) = source.units(10)
+    memory.rm("/pictures", recursive=True)
+    with pytest.raises(OSError, match=r"cannot read memory://pictures, which was listed: it is not there"):
+        list(part.read_rows(source, unit, data_config("memory://pictures"), 0, 1))
 
 
 def test_a_store_that_fails_is_no_reject(tmp_path, monkeypatch):
@@ -123,6 +129,50 @@ def test_a_store_that_fails_is_no_reject(tmp_path, monkeypatch):
     with pytest.raises(OSError, match=r"connection reset"):
         list(part.read_rows(source, unit, data, 0, 1))
     assert len(calls) == files.READ_TRIES
+
+
+@pytest.mark.parametrize("what", ["gone", "a mount point", "closed", "a mount point below"])
+def test_a_source_that_is_not_mounted_here_is_no_reject(tmp_path, what):
+    """As on a node that lacks the disk: else every row would be refused in silence, sooner than others are read."""
+    root, sub = tmp_path / "pictures", tmp_path / "pictures/sub"
+    for path in (root / "a.png", sub / "b.png"):
+        png(path)
+        path.with_suffix(".txt").write_text(path.stem)
+    data = data_config(root)
+    source = open_source(data)
+    (unit,) = source.units(10)
+    if what == "closed":
+        root.chmod(0)
+        if os.access(root, os.R_OK):  # to root nothing is closed
+            root.chmod(0o700)
+            pytest.skip("this user reads all")
+    else:
+        away = sub if "below" in what else root
+        away.rename(tmp_path / "away")
+        if "mount" in what:
+            away.mkdir()
+    why = {"gone": "No such file", "closed": "denied"}.get(what, "it is empty")
+    said = rf"data.source: the node .* cannot read {sub if 'below' in what else root}, .*{why}.*mount it on every node"
+    try:
+        with pytest.raises(OSError, match=said):
+            list(part.read_rows(source, unit, data, 0, 1))
+    finally:
+        if root.exists():
+            root.chmod(0o700)
+
+
+def test_one_file_that_is_gone_or_closed_costs_only_its_row(tmp_path):
+    for name in ("a", "b", "c"):
+        png(tmp_path / f"{name}.png")
+        (tmp_path / f"{name}.txt").write_text(name)
+    data = data_config(tmp_path)
+    source = open_source(data)
+    (unit,) = source.units(10)
+    (tmp_path / "a.png").unlink()
+    (tmp_path / "b.png").chmod(0)
+    found = dict(part.read_rows(source, unit, data, 0, 1))
+    closed = {} if os.access(tmp_path / "b.png", os.R_OK) else {"b.png": "unreadable file"}
+    assert reasons(found) == {"a.png": "unreadable file", **closed}
 
 
 @pytest.mark.skipif(os.name != "posix", reason="bytes as file names")
@@ -165,6 +215,18 @@ def test_extensions_in_capitals(tmp_path):
     captions = {"IMG.JPG": "by a camera", "b.png": "from json", "c.PNG": "small", "d.png": "x"}
     assert {name: row.caption for name, row in good(found).items()} == captions
     assert reasons(found) == {"c.TXT": "caption without image", "E.TXT": "caption without image"}
+
+
+@pytest.mark.parametrize("extension", ["txt", "json"])
+def test_a_caption_of_another_length_is_another_listing(tmp_path, extension):
+    """Else parts that were made before would have the old one, and later ones the new."""
+    png(tmp_path / "a.png")
+    beside = tmp_path / f"a.{extension}"
+    beside.write_text('{"caption": "short"}')
+    before = listing(units(tmp_path))
+    assert listing(units(tmp_path)) == before
+    beside.write_text('{"caption": "longer"}')
+    assert listing(units(tmp_path)) != before
 
 
 @pytest.mark.parametrize("name", ["captions.csv", "captions.jsonl"])

@@ -131,6 +131,43 @@ def test_a_batch_of_rows_that_take_no_byte_is_one_reject(tmp_path, caption):
     assert re.fullmatch(r"broken Arrow file: it claims 10000000 rows in \d\d\d bytes", found[-1].reason)
 
 
+@pytest.mark.parametrize("kind", [pa.binary(), pa.large_binary(), pa.struct([("bytes", pa.dictionary(pa.int32(), pa.binary()))])])
+def test_a_large_value_that_many_rows_name_is_there_once(tmp_path, kind):
+    """In 2 MB, without compression: 100 rows are 200 MB, were each row given its own."""
+    value, rows = np.random.default_rng(0).bytes(2 << 20), [0] * 100 + [None, 1]
+    values = pa.array([value, png(1)], pa.binary() if pa.types.is_struct(kind) else kind)
+    named = pa.DictionaryArray.from_arrays(pa.array(rows, pa.int32()), values)
+    column = pa.StructArray.from_arrays([named], ["bytes"]) if pa.types.is_struct(kind) else named
+    captions = pa.array(["x"] * 101 + ["good"]).dictionary_encode()
+    write_arrow(tmp_path / "a.arrow", pa.table({"image": column, "caption": captions}), batch=len(rows))
+    write_state(tmp_path, ["a.arrow"])
+    assert (tmp_path / "a.arrow").stat().st_size < 3 << 20
+    source = open_source(data_config(tmp_path, "hf_dataset"))
+    (unit,) = source.units(10)
+    before = peak = pa.total_allocated_bytes()
+    for number, item in enumerate(source.read(unit)):
+        peak = max(peak, pa.total_allocated_bytes())
+        if number < 100:
+            assert item.image == value
+    assert peak - before < 10 << 20
+    assert number == 101
+    found = read(tmp_path, "hf_dataset")
+    assert [row.caption for row in good(found).values()] == ["good"]
+    assert reasons(found)["a.arrow row 100"] == "no image"
+
+
+def test_names_in_a_dictionary(tmp_path):
+    (tmp_path / "pictures").mkdir()
+    for name in "ab":
+        (tmp_path / f"pictures/{name}.png").write_bytes(png(ord(name)))
+    names = pa.array(["a.png", "b.png", None]).dictionary_encode()
+    write_arrow(tmp_path / "a.arrow", pa.table({"image": names, "caption": ["a", "b", "c"]}))
+    write_state(tmp_path, ["a.arrow"])
+    found = read(tmp_path, "hf_dataset", source={"images": str(tmp_path / "pictures")})
+    assert [row.caption for row in good(found).values()] == ["a", "b"]
+    assert reasons(found) == {"a.arrow row 2": "no image"}
+
+
 @pytest.mark.parametrize("compression", [None, "zstd", "lz4"])
 def test_sizes_are_those_of_the_buffers(tmp_path, compression):
     """Against pyarrow's own count of an uncompressed batch, buffers rounded up to 8 bytes."""

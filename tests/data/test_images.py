@@ -1,7 +1,10 @@
 import io
 import struct
+import subprocess
+import sys
 import tracemalloc
 import zlib
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -18,6 +21,30 @@ def encoded(image, kind, **options):
     sink = io.BytesIO()
     image.save(sink, kind, **options)
     return sink.getvalue()
+
+
+def tiff(tags, samples):
+    """A deflated RGB TIFF of 64 × 64; of each tag number, type 4 and value. ``"at"`` and ``"length"`` are those of the samples."""
+    needed = [(256, 64), (257, 64), (259, 8), (262, 2), (277, 3), (284, 1), *tags]
+    bits = 14 + 12 * (len(needed) + 1)
+    place = {"at": bits + 6, "length": len(samples)}
+    entries = [(tag, struct.pack("<HHII", tag, 4, 1, place.get(value, value))) for tag, value in needed]
+    entries = sorted([*entries, (258, struct.pack("<HHII", 258, 3, 3, bits))], key=lambda entry: entry[0])
+    head = struct.pack("<2sHIH", b"II", 42, 8, len(entries))
+    return head + b"".join(entry for _, entry in entries) + bytes(4) + struct.pack("<HHH", 8, 8, 8) + samples
+
+
+def jpeg_of_scans(repeats, size=(64, 64)):
+    """A progressive JPEG whose last scan is there so many times more."""
+    data = encoded(gradient(*size), "JPEG", progressive=True)
+    last = data.rindex(b"\xff\xda")
+    return data[:last] + data[last:-2] * (1 + repeats) + data[-2:]
+
+
+def exif(orientation):
+    block = Image.Exif()
+    block[0x0112] = orientation
+    return block
 
 
 def gradient(width=40, height=40):
@@ -228,3 +255,58 @@ def test_a_check_of_the_shape_comes_before_decoding(monkeypatch):
 
     with pytest.raises(RejectError, match="too small"):
         load_square(data, 10, LIMIT, refuse)
+
+
+def test_a_tile_of_a_tiff_is_no_larger_than_a_picture_may_be():
+    place = [(324, "at"), (325, "length")]
+    samples = zlib.compress(np.full((256, 256, 3), 7, np.uint8).tobytes())
+    assert (load_square(tiff([(322, 256), (323, 256), *place], samples), 64, 200_000)[0] == 7).all()
+    with pytest.raises(RejectError, match=r"too many pixels: a tile of the TIFF has 196608 samples, the limit is 190000"):
+        load_square(tiff([(322, 256), (323, 256), *place], samples), 64, 190_000)
+    # Of two widths Pillow believes the last one, and libtiff unpacks by the first.
+    with pytest.raises(RejectError, match=r"broken image: ValueError: its tiles have several sizes"):
+        load_square(tiff([(322, 256), (322, 64), (323, 256), *place], samples), 64, 190_000)
+    for kind in ("raw", "tiff_deflate"):
+        assert load_square(encoded(gradient(), "TIFF", compression=kind), 40, LIMIT)[1:] == (40, 40)
+        assert load_square(encoded(gradient(), "TIFF", compression=kind, big_tiff=True), 40, LIMIT)[1:] == (40, 40)
+
+
+def test_a_jpeg_whose_scans_go_on_and_on_is_refused():
+    assert images.scans(encoded(gradient(), "JPEG")) == 1
+    plain = encoded(gradient(), "JPEG", progressive=True, comment=b"\xff\xda" * 100)
+    usual = plain.count(b"\xff\xda") - 100
+    assert images.scans(plain) == images.scans(plain + b"\xff\xda" * 100) == usual == 10  # what a phone puts after the picture is no scan
+    assert images.scans(encoded(gradient(), "JPEG", restart_marker_blocks=1)) == 1
+    assert load_square(jpeg_of_scans(images.MAX_SCANS - usual), 64, LIMIT)[1:] == (64, 64)
+    with pytest.raises(RejectError, match=r"broken image: the JPEG has more than 64 scans"):
+        load_square(jpeg_of_scans(images.MAX_SCANS + 1 - usual), 64, LIMIT)
+
+
+PEAK = """
+import sys
+from pathlib import Path
+from paris_ray.data.images import load_square
+
+def status(key):
+    return 1024 * int(next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(key)).split()[1])
+
+load_square(Path(sys.argv[1]).read_bytes(), 64, 10**8)
+data = Path(sys.argv[2]).read_bytes()
+Path("/proc/self/clear_refs").write_text("5")  # from here on the peak is counted anew
+before = status("VmRSS")
+load_square(data, 64, 10**8)
+print(status("VmHWM") - before)
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="counts memory as Linux does")
+@pytest.mark.parametrize(("kind", "mode", "most", "options"), [
+    ("PNG", "RGBA", 9, {}), ("PNG", "RGB", 9, {"exif": exif(6)}), ("WEBP", "RGBA", images.PIXEL_BYTES, {"lossless": True}),
+])  # fmt: skip
+def test_memory_of_a_picture(tmp_path, kind, mode, most, options):
+    """A worker asks for as much, for each of its threads."""
+    for name, side in (("small", 100), ("large", 2500)):
+        Image.new(mode, (side, side)).save(tmp_path / name, kind, **options)
+    run = [sys.executable, "-c", PEAK, str(tmp_path / "small"), str(tmp_path / "large")]
+    taken = int(subprocess.run(run, capture_output=True, text=True, check=True).stdout)
+    assert 2500**2 * 4 < taken < 2500**2 * most + (4 << 20)

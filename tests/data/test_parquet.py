@@ -8,6 +8,7 @@ from PIL import Image
 
 from paris_ray.config import ConfigError
 from paris_ray.data.sources import columns, files, open_source, parquet
+from paris_ray.data.sources.pages import page_sizes
 from paris_ray.data.sources.parquet import Parquet, _units
 
 from .reading import data_config, good, read, reasons
@@ -113,6 +114,59 @@ def test_a_small_file_of_large_values_is_not_unpacked(tmp_path, monkeypatch, dec
     assert decoded == [2]
 
 
+def varint(value, length=0):
+    """Thrift's form of a number that is not negative, padded to a length."""
+    value, out = value << 1, bytearray()
+    while value >= 128 or len(out) + 1 < length:
+        out.append(value & 127 | 128)
+        value >>= 7
+    return bytes([*out, value])
+
+
+@pytest.mark.parametrize("dictionary", [True, False])
+@pytest.mark.parametrize("compression", ["zstd", "gzip", "snappy", "lz4", "brotli"])
+def test_a_footer_that_lies_about_what_it_unpacks_to(tmp_path, monkeypatch, decoded, dictionary, compression):
+    """Pyarrow unpacks what a page's own header says: a few kB of zeros, that claim to be a few kB."""
+    for module in (parquet, files):
+        monkeypatch.setattr(module, "MAX_FILE_BYTES", 1 << 20)
+    path = tmp_path / "a.parquet"
+    zeros, options = bytes(8 << 20), {"compression": compression, "use_dictionary": dictionary, "write_statistics": False}
+    write(path, {"image": [zeros], "caption": ["x"]}, **options)
+    content, column = path.read_bytes(), pq.read_metadata(path).row_group(0).column(0)
+    assert column.total_uncompressed_size > 8 << 20
+    footer = len(content) - 8 - int.from_bytes(content[-8:-4], "little")
+    claim = varint(column.total_uncompressed_size)
+    assert content.count(claim, footer) == 1
+    path.write_bytes(content[:footer] + content[footer:].replace(claim, varint(5000, len(claim))))
+    assert pq.read_metadata(path).row_group(0).column(0).total_uncompressed_size == 5000
+    found = read(tmp_path, "parquet")
+    assert found["a.parquet row 0"].startswith("broken row group: ValueError: the pages of image are 83886")
+    assert not decoded
+    write(path, {"image": [png(0)], "caption": ["x"]}, **options)
+    assert list(good(read(tmp_path, "parquet"))) == ["a.parquet row 0"]
+
+
+@pytest.mark.parametrize("version", ["1.0", "2.0"])
+@pytest.mark.parametrize("compression", ["zstd", "none"])
+def test_sizes_of_pages_are_those_that_the_writer_says(tmp_path, version, compression):
+    """All of them and their headers, which are not compressed, are the column: as pyarrow's footer says."""
+    images = [np.random.default_rng(i).bytes(3_000) + bytes(1000) for i in range(200)]
+    options = {"data_page_size": 20_000, "write_batch_size": 1, "compression": compression, "data_page_version": version}
+    write(tmp_path / "a.parquet", {"image": images, "caption": ["x"] * 200}, use_dictionary=["caption"], **options)
+    content = (tmp_path / "a.parquet").read_bytes()
+    for column in (pq.read_metadata(tmp_path / "a.parquet").row_group(0).column(i) for i in range(2)):
+        at = column.dictionary_page_offset or column.data_page_offset
+        end, total, pages = at + column.total_compressed_size, 0, 0
+        while at < end:
+            length, unpacked, packed = page_sizes(content[at:])
+            for short in range(length if not pages else 0):
+                with pytest.raises(IndexError):
+                    page_sizes(content[at : at + short])
+            at, total, pages = at + length + packed, total + length + unpacked, pages + 1
+        assert (at, total) == (end, column.total_uncompressed_size)
+        assert pages > (20 if column.path_in_schema == "image" else 1)
+
+
 @pytest.mark.parametrize("kind", [pa.binary(), pa.large_binary(), pa.binary_view(), pa.struct([("bytes", pa.binary())])])
 def test_values_over_the_limit_cost_only_themselves(tmp_path, monkeypatch, kind):
     monkeypatch.setattr(columns, "MAX_FILE_BYTES", 100_000)
@@ -191,6 +245,10 @@ def test_names_of_files_below_a_folder(tmp_path):
     assert list(good(found)) == ["a.parquet row 0"]
     outside, missing = "file outside the folder", "unreadable file"
     assert list(reasons(found).values()) == [outside, outside, outside, missing, missing, outside, outside, *[missing] * 4]
+    folder.rename(tmp_path / "away")  # as on a node that has not mounted it: no row is refused for that
+    with pytest.raises(OSError, match=rf"the node .* cannot read {folder}, which was listed: No such file"):
+        read(tmp_path / "t", "parquet", source={"images": str(folder)})
+    (tmp_path / "away").rename(folder)
     with pytest.raises(ConfigError, match=r"the column 'image' holds names; say below which folder .*data.source.images="):
         read(tmp_path / "t", "parquet")
     # Of a struct the bytes count, and the name where there are none.

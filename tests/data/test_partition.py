@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
@@ -105,6 +106,27 @@ def test_a_second_run_does_nothing_and_another_folder_gives_the_same_bytes(tmp_p
     for name in ("labels.parquet", "centroids.safetensors", "clusters.json"):
         assert (tmp_path / "a/clusters" / name).read_bytes() == (tmp_path / "b/clusters" / name).read_bytes()
     assert stages.stage(a, "partition").status().manifest["fingerprint"] == stages.stage(b, "partition").status().manifest["fingerprint"]  # type: ignore[index]
+
+
+def part_bytes(corpus: Folder) -> list[int]:
+    return cut.part_bytes(corpus, schema.parts(corpus))
+
+
+def test_a_group_is_bounded_by_what_its_rows_take_in_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Text states are padded with zeros, which take nothing on disk."""
+    corpus, kind = Folder(tmp_path), pa.fixed_shape_tensor(pa.float16(), (256, 384))
+    columns = pa.schema([("id", pa.string()), ("text", kind), ("text_len", pa.int32()), ("latent", pa.fixed_shape_tensor(pa.float16(), (4, 4, 4)))])
+    states = np.zeros((20, 256, 384), np.float16)
+    states[:, :12] = np.random.default_rng(0).standard_normal((20, 12, 384))
+    rows = {"id": [f"{i:032x}" for i in range(20)], "text": states, "text_len": [12] * 20, "latent": np.zeros((20, 4, 4, 4), np.float16)}
+    for number in range(5):
+        schema.write_table(corpus, schema.part_name(number), schema.table(columns, rows))
+    names = [entry.name for entry in corpus.files()]
+    in_memory = schema.read_table(corpus, names[0]).nbytes
+    assert in_memory <= part_bytes(corpus)[0] < 1.01 * in_memory
+    assert sum(entry.size for entry in corpus.files()) < in_memory  # all five, on disk
+    monkeypatch.setattr(cut, "GROUP_BYTES", 2 * in_memory + in_memory // 2)
+    assert cut.groups(corpus, names) == [names[:2], names[2:4], names[4:]]
 
 
 def test_cut_in_several_groups_a_corpus_in_another_order_gives_shards_of_the_same_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -325,7 +347,7 @@ def test_several_groups_go_through_ray_data(tmp_path: Path, ray_local: None, mon
     run = Folder(tmp_path)
     labels = schema.read_table(run / "clusters", "labels.parquet")
     fine, expert = labels["fine"].to_numpy(), labels["expert"].to_numpy()
-    monkeypatch.setattr(cut, "GROUP_BYTES", 2 * max(entry.size for entry in (run / "corpus").files() if entry.name.startswith("part-")))
+    monkeypatch.setattr(cut, "GROUP_BYTES", 2 * max(part_bytes(run / "corpus")))
     grouped = cut.groups(run / "corpus", schema.parts(run / "corpus"))
     assert [len(group) for group in grouped] == [2, 2]
     again = run / "again"
@@ -358,7 +380,7 @@ def test_a_group_that_kills_its_workers_is_named(tmp_path: Path, ray_local: None
             cut.cut = real
 
     config = make_corpus(tmp_path / "run")
-    monkeypatch.setattr(cut, "GROUP_BYTES", 2 * max(entry.size for entry in (Folder(tmp_path) / "run/corpus").files() if entry.name[:5] == "part-"))
+    monkeypatch.setattr(cut, "GROUP_BYTES", 2 * max(part_bytes(Folder(tmp_path) / "run/corpus")))
     with monkeypatch.context() as mortal:
         mortal.setattr(cut, "cut_batch", dies)
         mortal.setattr(attempts, "ATTEMPTS", 2)

@@ -89,7 +89,7 @@ class Columns:
         """
         caption = _values(batch.column(self.source.caption))
         key, score = (None if name is None else _values(batch.column(name)) for name in (self.source.key, self.score))
-        held = [(name == "path" or _is_text(column.type), _values(column)) for name, column in _held(batch.column(self.source.image))]
+        held = [(name == "path" or _is_text(_plain(column.type)), _values(column)) for name, column in _held(batch.column(self.source.image))]
         for i in range(len(batch)):
             found: Any = None
             reason = _too_large(caption[i], "caption too long", MAX_TEXT_BYTES)
@@ -142,11 +142,23 @@ def _too_large(value: pa.Scalar, what: str, limit: int) -> str | None:
     return f"{what}: {size} bytes, at most {limit} are read" if size > limit else None
 
 
-def _values(column: pa.Array) -> pa.Array:
+class _Named:
+    """Values of a dictionary, one by one: decoded whole, a large one that many rows name would be there for each of them."""
+
+    def __init__(self, column: pa.DictionaryArray):
+        column.validate(full=True)
+        self.rows: pa.Array = column.indices
+        self.values: Any = _values(column.dictionary)
+
+    def __getitem__(self, i: int) -> pa.Scalar:
+        row = self.rows[i].as_py()
+        return pa.scalar(None, self.values.type) if row is None else self.values[row]
+
+
+def _values(column: pa.Array) -> pa.Array | _Named:
     """Values that may be looked at one by one: offsets within the buffers, strings as bytes."""
     if types.is_dictionary(column.type):
-        column.validate(full=True)
-        column = column.dictionary_decode()
+        return _Named(column)
     column = column.cast(_BINARY[column.type]) if column.type in _BINARY else column
     column.validate(full=True)
     return column

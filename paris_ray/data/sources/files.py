@@ -7,6 +7,7 @@ import io
 import json
 import os
 import posixpath
+import socket
 import stat
 import time
 from collections.abc import Callable
@@ -51,14 +52,46 @@ def check_name(name: str) -> str:
     return name
 
 
-def read_file(folder: Folder, name: str, limit: int = MAX_FILE_BYTES) -> bytes:
+def read_file(folder: Folder, name: str, limit: int = MAX_FILE_BYTES, beside: str = "") -> bytes:
     """A whole file of a source.
 
+    Args:
+        folder: the source's.
+        name: the file's.
+        limit: refuse a larger one.
+        beside: a folder in it that was there when it was listed.
+
     Raises:
-        RejectError: it is not there, closed to us, too large, or a link out of the folder.
-        OSError: the store fails.
+        RejectError: it alone is not there or closed to us, or it is too large, or a link out of the folder.
+        OSError: the store fails, or this machine has not what was listed.
     """
     check_name(name)
+    try:
+        return _read_file(folder, name, limit)
+    except (FileNotFoundError, PermissionError, NotADirectoryError) as error:
+        _check_mounted(folder, beside)
+        raise RejectError(f"unreadable file: {error}") from None
+
+
+def _check_mounted(folder: Folder, below: str) -> None:
+    """Raise OSError if a source's folder is missing, closed to us or empty: so looks a disk that is not mounted, whose files are not at fault."""
+    where = posixpath.join(folder.uri, below).rstrip("/") if folder.is_local else folder.uri
+    if folder.is_local:
+        try:
+            with os.scandir(posixpath.join(folder.path, below)) as entries:
+                why = "" if next(entries, None) else "it is empty"
+        except OSError as error:
+            why = str(error.strerror)
+    else:
+        why = "" if folder.exists() else "it is not there"
+    if why:
+        raise OSError(
+            f"data.source: the node {socket.gethostname()} cannot read {where}, which was listed: {why}. No row was refused for it; mount it on "
+            "every node, readable to Ray's workers, and the same command goes on"
+        )
+
+
+def _read_file(folder: Folder, name: str, limit: int) -> bytes:
     if folder.is_local:
         _check_local(folder.path, name)
 
@@ -70,10 +103,7 @@ def read_file(folder: Folder, name: str, limit: int = MAX_FILE_BYTES) -> bytes:
             file.seek(0)
             return bytes(file.read())
 
-    try:
-        return steadily(read)
-    except (FileNotFoundError, PermissionError) as error:
-        raise RejectError(f"unreadable file: {error}") from None
+    return steadily(read)
 
 
 def parse_json(data: bytes) -> dict[str, Any]:
@@ -88,14 +118,14 @@ def parse_json(data: bytes) -> dict[str, Any]:
 
 
 def _check_local(root: str, name: str) -> None:
-    """Raise RejectError unless a name is that of a file below a local folder, whose disk may still fail."""
+    """Raise RejectError for what is no file below a local folder, OSError where the disk says that there is none, or fails."""
     target, top = os.path.realpath(posixpath.join(root, name)), os.path.realpath(root)
     if not target.startswith(top.rstrip("/") + "/"):
         raise RejectError(f"file outside the folder: {name!r} is a link that leads out of it; put the file itself there")
     try:
         mode = os.stat(target).st_mode
     except OSError as error:
-        if error.errno in (errno.ENOENT, errno.ENOTDIR, errno.ENAMETOOLONG, errno.ELOOP, errno.EACCES):
+        if error.errno in (errno.ENAMETOOLONG, errno.ELOOP):
             raise RejectError(f"unreadable file: {error}") from None
         raise
     if not stat.S_ISREG(mode):
@@ -105,7 +135,10 @@ def _check_local(root: str, name: str) -> None:
 def check_link(folder: Folder, name: str) -> None:
     """Raise RejectError for a link that leads out of a local folder, nowhere, or to what is no file. Whether anything has this name is not asked."""
     if folder.is_local and os.path.lexists(posixpath.join(folder.path, name)):
-        _check_local(folder.path, name)
+        try:
+            _check_local(folder.path, name)
+        except (FileNotFoundError, PermissionError, NotADirectoryError) as error:
+            raise RejectError(f"unreadable file: {error}") from None
 
 
 class Steady(io.RawIOBase):

@@ -12,7 +12,7 @@ from paris_ray.config import ConfigError
 from paris_ray.data.images import EXTENSIONS, RejectError
 from paris_ray.data.sources.base import Item, Sample, Unit, content_hash
 from paris_ray.data.sources.captions import TABLES, table_rows
-from paris_ray.data.sources.files import MAX_TEXT_BYTES, check_name, parse_json, read_file
+from paris_ray.data.sources.files import MAX_FILE_BYTES, MAX_TEXT_BYTES, check_name, parse_json, read_file
 from paris_ray.storage import Folder
 
 SIDECARS = (".txt", ".json")
@@ -50,7 +50,7 @@ class ImageFolder:
 
     def read(self, unit: Unit) -> Iterator[Item]:
         """The items of a unit; no file is opened."""
-        for source, file, _, caption, beside, score, reason in json.loads(unit.where):
+        for source, file, _, caption, beside, score, reason in json.loads(unit.where):  # sizes are there to be compared with those of the next start
             yield Item(source, file, _Beside(*beside) if caption is None else caption, None, score, reason)
 
     def _list(self) -> list[tuple[Any, ...]]:
@@ -88,7 +88,7 @@ class ImageFolder:
                 reason = "neither image nor caption: by its name"
             elif not any(beside):
                 reason = "no caption: neither a row in a table nor a .txt or .json of the same name"
-            rows.append((name, name, size, None, beside, None, reason))
+            rows.append((name, name, [size, *(sizes[one] for one in beside if one)], None, beside, None, reason))
         return sorted(rows, key=lambda row: (row[1], row[0]))
 
     def _table(self, table: str, sizes: dict[str, int]) -> Iterator[tuple[Any, ...]]:
@@ -122,15 +122,18 @@ class ImageFolder:
         caption, score = item.caption, item.score
         if isinstance(caption, _Beside):
             caption, score = self._beside(caption)
-        data = read_file(self.folder, item.image)
+        data = self._read(item.image)
         return Sample(data, caption, content_hash(data), score=score)
+
+    def _read(self, name: str, limit: int = MAX_FILE_BYTES) -> bytes:
+        return read_file(self.folder, name, limit, beside=posixpath.dirname(name))
 
     def _beside(self, beside: _Beside) -> tuple[Any, Any]:
         """Caption and score of a picture from the files beside it."""
         fields = {}
         if beside.json and (self.score is not None or not beside.txt):
-            fields = parse_json(read_file(self.folder, beside.json, MAX_TEXT_BYTES))
-        caption = read_file(self.folder, beside.txt, MAX_TEXT_BYTES) if beside.txt else fields.get("caption")
+            fields = parse_json(self._read(beside.json, MAX_TEXT_BYTES))
+        caption = self._read(beside.txt, MAX_TEXT_BYTES) if beside.txt else fields.get("caption")
         return caption, fields.get(self.score) if self.score else None
 
 

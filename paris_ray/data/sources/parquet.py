@@ -12,6 +12,7 @@ from paris_ray.data.images import RejectError
 from paris_ray.data.sources.base import Item, Sample, Unit
 from paris_ray.data.sources.columns import Columns
 from paris_ray.data.sources.files import MAX_FILE_BYTES, Steady, bomb, files_of, one_line, too_many
+from paris_ray.data.sources.pages import PagedFile
 from paris_ray.storage import Folder
 
 FOOTERS = 16
@@ -78,20 +79,23 @@ class Parquet:
         if problem is not None:
             yield from (Item(f"{name} row {first + i}", reason=problem) for *_, rows, first in pieces for i in range(rows))
             return
-        file = Steady(Folder(uri), name)
+        file = PagedFile(Folder(uri), name)
         with file, pq.ParquetFile(file, buffer_size=READ_BYTES, pre_buffer=False) as content:
             for piece in pieces:
                 yield from self._piece(content, file, name, piece)
 
-    def _piece(self, content: pq.ParquetFile, file: Steady, name: str, piece: Piece) -> Iterator[Item]:
+    def _piece(self, content: pq.ParquetFile, file: PagedFile, name: str, piece: Piece) -> Iterator[Item]:
         group, skip, rows, first = piece
         at, end, reason = 0, skip + rows, "it has fewer rows than its footer says"
-        size, refused = self._size(content.metadata.row_group(group))
+        claims = content.metadata.row_group(group)
+        read = [column for column in map(claims.column, range(claims.num_columns)) if self.columns.reads(column.path_in_schema)]
+        size, refused = _size(read, claims.num_rows)
         if refused is not None:
             yield from (Item(f"{name} row {first + i}", reason=refused) for i in range(rows))
             return
         count = max(1, min(BATCH, MAX_FILE_BYTES // max(1, size)))
         try:
+            file.watch(read)
             for batch in content.iter_batches(count, row_groups=[group], columns=self.columns.names, use_threads=False):
                 low, high = max(at, skip), min(at + len(batch), end)
                 if low < high:
@@ -106,17 +110,17 @@ class Parquet:
         for row in range(max(at, skip), end):
             yield Item(f"{name} row {first + row - skip}", reason=f"broken row group: {reason}")
 
-    def _size(self, group: pq.RowGroupMetaData) -> tuple[int, str | None]:
-        """Bytes that one row may take, at most: all that the row group has, as often as rows name a value of its dictionary; why it is refused."""
-        read = [column for column in map(group.column, range(group.num_columns)) if self.columns.reads(column.path_in_schema)]
-        unpacked, packed = (sum(getattr(column, f"total_{kind}_size") for column in read) for kind in ("uncompressed", "compressed"))
-        if unpacked > MAX_FILE_BYTES * group.num_rows:
-            return unpacked, f"file too large: {group.num_rows} rows are {unpacked} bytes unpacked, at most {MAX_FILE_BYTES} are read of each"
-        return unpacked, bomb(packed, unpacked)
-
     def load(self, item: Item) -> Sample:
         """Read the file of a row that has only its name. Raises RejectError; OSError when the store fails."""
         return self.columns.load(item)
+
+
+def _size(columns: list[pq.ColumnChunkMetaData], rows: int) -> tuple[int, str | None]:
+    """Bytes that one row may take, at most: all that the row group has, as often as rows name a value of its dictionary; why it is refused."""
+    unpacked, packed = (sum(getattr(column, f"total_{kind}_size") for column in columns) for kind in ("uncompressed", "compressed"))
+    if unpacked > MAX_FILE_BYTES * rows:
+        return unpacked, f"file too large: {rows} rows are {unpacked} bytes unpacked, at most {MAX_FILE_BYTES} are read of each"
+    return unpacked, bomb(packed, unpacked)
 
 
 def _units(groups: list[int], rows: int) -> Iterator[list[Piece]]:
