@@ -125,7 +125,7 @@ class CompareConfig(Strict):
 
     def asked(self, part: str) -> int:
         """Rows of a part of :data:`paris_ray.evaluation.compare_captions.PARTS` that are asked for."""
-        return {"validation": self.choice_rows, "seen": max(self.seen_captions, self.loss_rows), "held_out": self.held_out_captions}[part]
+        return {"validation": self.choice_rows, "losses": self.loss_rows, "seen": self.seen_captions, "held_out": self.held_out_captions}[part]
 
     @property
     def batch_size(self) -> int:

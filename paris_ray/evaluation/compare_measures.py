@@ -13,7 +13,7 @@ from paris_ray.data.schema import SPLITS, read_columns
 from paris_ray.data.splits import read_splits
 from paris_ray.evaluation import compare_rows
 from paris_ray.evaluation.classifiers import ClassifierAt, judged, prior
-from paris_ray.evaluation.compare_captions import choose
+from paris_ray.evaluation.compare_captions import Caption, choose
 from paris_ray.evaluation.compare_results import Results
 from paris_ray.evaluation.compare_rows import MAIN, ROWS
 from paris_ray.evaluation.distances import clip_score, diversity, precision_recall
@@ -84,18 +84,24 @@ class Measures:
         return self.results.array(self._folder / "reference", "validation")
 
     @functools.cached_property
+    def _rows(self) -> list[Caption]:
+        """Of the judged captions, and after them of the other rows that no choice was made by; none while there is no corpus."""
+        return [] if published(self._run / "corpus") is None else choose(self.compare, self._run, "seen", None)
+
+    @functools.cached_property
     def captions(self) -> list[str]:
-        """Those that are judged; none while there is no corpus."""
-        if published(self._run / "corpus") is None:
-            return []
-        return [one.caption for one in choose(self.compare, self._run, "seen", self.compare.seen_captions)][:MOST]
+        """Those that are judged."""
+        return [one.caption for one in self._rows[: self.compare.seen_captions]][:MOST]
 
     def originals(self, after: int = 0) -> NDArray[np.float32] | None:
         """Features of the originals of these captions, or of as many others, ``after`` times as many rows later; ``None``: not so many are there."""
-        n = len(self.captions)
-        start = self.compare.choice_rows + after * self.compare.seen_captions
-        found = None if self._validation is None else self._validation[start : start + n]
-        return found if found is not None and n and len(found) == n else None
+        n, start = len(self.captions), after * self.compare.seen_captions
+        rows = self._rows[start : start + n]
+        if self._validation is None or not n or len(rows) < n:
+            return None
+        places = {one.id: i for i, one in enumerate(choose(self.compare, self._run, "validation", None)[: len(self._validation)])}
+        found = [places[one.id] for one in rows if one.id in places]
+        return self._validation[found] if len(found) == n else None
 
     @functools.cached_property
     def training(self) -> NDArray[np.float16] | None:

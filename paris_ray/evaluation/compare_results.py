@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from paris_ray.data.scenes import UNSEEN
 from paris_ray.evaluation import alignment_figures, compare_rows, matching
 from paris_ray.evaluation.arrays import load
+from paris_ray.evaluation.compare_captions import choose
 from paris_ray.evaluation.compare_claims import BETTER, Claim
 from paris_ray.evaluation.compare_config import CompareConfig, InceptionJudge
 from paris_ray.evaluation.compare_plan import GRADED, QUALITY, Plan, axes_for
@@ -367,9 +368,14 @@ class Results:
         if way is None or not seeds or (things := self.losses(row, "things", seeds[0])) is None:
             return None
         graded = [one for name in GRADED if (one := self.scores(way, seeds, name)) is not None]
-        if not graded:
+        run = Folder(compare_rows.partition_config(self.compare, MAIN).run_dir)
+        if not graded or published(run / "corpus") is None:
             return None
-        # Rows of losses and captions of pictures are the first of the same list, with the same noise.
-        n = min(len(things), len(graded[0]))
-        apart = np.stack([one.mean(0)[:n] for seed in seeds if (one := self.losses(row, "disagreement", seed)) is not None], 1)
-        return alignment_figures.disagreement_in_pictures(apart, np.mean(graded, 0)[:n], things[:n], self.compare.base.seed)
+        # Some rows of losses are those of pictures too, with the same noise.
+        drawn = {one.id: i for i, one in enumerate(choose(self.compare, run, "seen", len(graded[0])))}
+        both = [(i, drawn[one.id]) for i, one in enumerate(choose(self.compare, run, "losses", len(things))) if one.id in drawn]
+        if not both:
+            return None
+        rows, pictures = (list(one) for one in zip(*both, strict=True))
+        apart = np.stack([one.mean(0)[rows] for seed in seeds if (one := self.losses(row, "disagreement", seed)) is not None], 1)
+        return alignment_figures.disagreement_in_pictures(apart, np.mean(graded, 0)[pictures], things[rows], self.compare.base.seed)

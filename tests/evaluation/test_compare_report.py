@@ -13,9 +13,10 @@ from jobs import cli
 from jobs import compare as job
 from paris_ray.data import schema
 from paris_ray.data.scenes import UNSEEN
-from paris_ray.evaluation import compare, compare_captions
+from paris_ray.evaluation import compare, compare_captions, compare_results
 from paris_ray.evaluation.alignment_figures import rank_correlation
 from paris_ray.evaluation.arrays import save
+from paris_ray.evaluation.compare_captions import Caption
 from paris_ray.evaluation.compare_claims import BETTER, CLAIMS, QUESTIONS, UNTOLD, Claim, answer, verdict
 from paris_ray.evaluation.compare_protocol import made_with, protocol
 from paris_ray.evaluation.compare_report import verdict_of_fault, write_report
@@ -178,6 +179,30 @@ def test_how_many_captions_stand_in_other_rows_too(tmp_path):
     assert compare_captions.repeated(mine, run, "seen", 20) == {"train": 0.25, "choose guidance": 0.5, "choose the rate": 0.2}
 
 
+def test_captions_that_no_choice_was_made_by_are_judged_first(tmp_path):
+    """Four rows choose; of twenty others every other one has the caption of one of these. Rows of losses are as they were."""
+    mine = config(tmp_path, "rows=[experts]")
+    run, ids = Folder(str(tmp_path / "run")), [f"row {i}" for i in range(24)]
+
+    def write(captions):
+        schema.write_table(run / "corpus", schema.part_name(0), pa.table({"id": ids, "caption": captions, "split": ["validation"] * 24}))
+        schema.write_table(run / "clusters", "labels.parquet", pa.table({"id": ids, "expert": [0] * 24}))
+
+    def chosen(part, count):
+        return [row.id for row in compare_captions.choose(mine, run, part, count)]
+
+    write(ids)
+    first, others = chosen("validation", 4), chosen("losses", 20)
+    assert chosen("seen", 20) == others
+    write([first[2] if name in others[::2] else name for name in ids])
+    assert (chosen("validation", 4), chosen("losses", 20)) == (first, others)
+    assert chosen("seen", 20) == others[1::2] + others[::2]
+    assert chosen("seen", 12) == others[1::2] + others[:4:2]
+    mine = mine.model_copy(update={"seen_captions": 12})
+    assert compare_captions.repeated(mine, run, "seen", 10)["choose guidance"] == 0
+    assert compare_captions.repeated(mine, run, "seen", 12)["choose guidance"] == 2 / 12
+
+
 def test_new_on_a_colour_is_seen(tmp_path):
     """Another row names the right things at the right places on the wrong colour, where a thing on a colour is what is new."""
     mine = config(tmp_path, "rows=[experts, random]", "held_out_captions=30")
@@ -295,9 +320,13 @@ def test_too_few_trainings_show_no_fault():
     assert (verdict_of_fault(None), verdict_of_fault(Interval(0.5, -0.1, 1.1, 3))) == (UNTOLD, "no")
 
 
-def test_disagreement_is_held_against_pictures(tmp_path):
-    """Thirty rows have losses, the same and ten more have pictures, which are the worse the more experts disagree about the row."""
+def test_disagreement_is_held_against_pictures(tmp_path, monkeypatch):
+    """Thirty rows have losses; they and ten others have pictures, in another order, which are the worse the more experts disagree about the row."""
     mine = config(tmp_path, "rows=[experts]")
+    order = np.random.default_rng(1).permutation(40)
+    lists = {"losses": np.arange(30), "seen": order}
+    monkeypatch.setattr(compare_results, "choose", lambda compare, run, part, count: [Caption(str(i), "a caption", 0) for i in lists[part][:count]])
+    (Folder(mine.folder) / "partitions/kmeans-4/corpus").write_json(MANIFEST, {"counts": {}})
     plan, _ = finish(mine)
     g, things = np.random.default_rng(0), np.arange(30) % 2 + 1
     apart = g.random((3, 30))
@@ -307,7 +336,7 @@ def test_disagreement_is_held_against_pictures(tmp_path):
         save(folder, "things", things)
     worse = np.concatenate([1 - 0.3 * apart + 0.05 * g.normal(size=(3, 30)), g.random((3, 10))], 1).T
     for name in ("sizes", "colour", "texture", "clean"):
-        plant(mine, plan, "experts", worse, name)
+        plant(mine, plan, "experts", worse[order], name)
     found = Results(mine).disagreement_in_pictures("experts")
     each = [rank_correlation(apart[seed], worse[:30, seed], things) for seed in mine.seeds]
     assert found.value == pytest.approx(np.mean(each))
