@@ -18,7 +18,7 @@ from paris_ray.presets import demo, paris_b2
 from paris_ray.strict import Strict
 
 ROUTINGS = ("top-1", "full", "caption", "oracle")
-"""What the main row is drawn with beside its own routing: what claims and questions name."""
+"""What the main row is drawn with beside its own routing: what pairs name."""
 
 ALL_ROUTINGS = (*ROUTINGS, "top-3", "threshold", "experts")
 """``experts`` is every single expert, under the first seed."""

@@ -23,6 +23,7 @@ MEANING = (
     "has. Images are what the FLOPs allow, so a wider model sees fewer, "
     "and so does a student (distilled), whose training is its own three passes an image and its teacher's forward passes, of the router and of each "
     "expert that it asks: it costs what the main row's does, and its teacher's own, which is the main row's, comes on top. "
+    "Steps are of the expert with the least and of the one with the most. "
     "A FLOP is a multiplication or an addition of a matrix product, convolution or attention; training is three forward passes an image."
 )
 
@@ -47,7 +48,7 @@ def matched_table(compare: CompareConfig, plan: Plan | None = None) -> list[list
                 f"{one.training_flops / 1e15:.4g}" + (" and its teacher's" if teacher else ""),
                 f"{one.router_flops / one.training_flops:.1%}",
                 str(one.batch),
-                str(one.steps),
+                " … ".join(map(str, dict.fromkeys(one.steps))),
                 f"{one.ema_share:.1%}",
                 f"{one.picture_flops / 1e9:.4g}",
             ]

@@ -5,26 +5,27 @@ from __future__ import annotations
 import numpy as np
 
 from paris_ray.data.openmoji import ATTRIBUTION
-from paris_ray.evaluation import alignment_figures, compare_cost, compare_measures, compare_rows
-from paris_ray.evaluation.compare_claims import CLAIMS, LEAST_SEEDS, NOT, PUBLISHED_EXPERTS, QUESTIONS, REPRODUCED, UNTOLD, answer, verdict
+from paris_ray.evaluation import alignment_figures, compare_clusters, compare_cost, compare_lead, compare_looks, compare_measures, compare_rows
 from paris_ray.evaluation.compare_config import CompareConfig
 from paris_ray.evaluation.compare_curves import training_curves
+from paris_ray.evaluation.compare_markdown import markdown
 from paris_ray.evaluation.compare_plan import QUALITY
 from paris_ray.evaluation.compare_protocol import made_with, protocol
-from paris_ray.evaluation.compare_results import LOOKS, Results
+from paris_ray.evaluation.compare_results import Results
 from paris_ray.evaluation.compare_rows import BLIND, MAIN, ROWS, Run
 from paris_ray.evaluation.compare_tables import (
-    CLAIM_HEADER,
-    OURS,
-    UNSEEN_HEADER,
-    VERDICT,
-    claims,
-    markdown,
+    PAIR_HEADER,
+    SAID_HEADER,
+    kinds,
+    pair_rows,
+    said_rows,
     signed,
+    unseen_header,
     unseen_rows,
     way_header,
     way_rows,
 )  # fmt: skip
+from paris_ray.evaluation.compare_verdicts import BETTER, LEAST_SEEDS, UNMEASURED, UNTOLD, WORSE, Findings, find_all, paper_words, told, whole
 from paris_ray.evaluation.intervals import Interval
 from paris_ray.pages import blocks, charts
 from paris_ray.storage import Folder
@@ -36,30 +37,22 @@ SHOWN = 10
 def write_report(compare: CompareConfig) -> str:
     """Write both files; returns the tables as Markdown."""
     results, folder = Results(compare), Folder(compare.folder)
-    _look(results)
-    judged = claims(results, CLAIMS, verdict)
-    asked = claims(results, QUESTIONS, answer)
-    text = markdown(results, judged, asked)
+    findings = find_all(results)
+    compare_looks.keep(results, findings)
+    text = markdown(results, findings)
     folder.write_bytes("table.md", text.encode())
-    folder.write_bytes("report.html", page(results, judged, asked).encode())
+    folder.write_bytes("report.html", page(results, findings).encode())
     return text
-
-
-def _look(results: Results) -> None:
-    """Keep that verdicts are given at so many trainings: others may be added afterwards."""
-    planned, looks, main = len(results.compare.seeds), results.looks(), results.way(MAIN)
-    if planned >= LEAST_SEEDS and planned not in looks and main is not None and len(main.folders) == planned:
-        Folder(results.compare.folder).write_json(LOOKS, {"trainings": [*looks, planned]})
 
 
 # -- the page -----------------------------------------------------------------------------------------------------------
 
 
-def page(results: Results, judged: list[list[str]], asked: list[list[str]]) -> str:
+def page(results: Results, findings: Findings) -> str:
     """The whole document."""
     compare = results.compare
     parts = [
-        ("claims", "What papers claim", _claims(compare, judged, asked)),
+        ("pairs", "What papers compare", _pairs(results, findings)),
         ("table", "Captions like those of training", _table(results)),
         ("unseen", "Captions with unseen combinations", _unseen(results)),
         ("among", "Pictures among originals", _among(results)),
@@ -70,10 +63,11 @@ def page(results: Results, judged: list[list[str]], asked: list[list[str]]) -> s
         ("pictures", "Pictures", _pictures(results)),
         ("choices", "What was chosen, and on what", _choices(results)),
         ("faults", "Planted faults", _faults(results)),
-        ("how", "How it was measured", blocks.paragraph(protocol(results)) + _software(results)),
+        ("how", "How it was measured", _how(results, findings)),
     ]
     html = (
         f"<h1>{charts.escape(compare.base.name)}: experts beside what they are compared with</h1>"
+        + _lead(results, findings)
         + blocks.navigation((anchor, title) for anchor, title, _ in parts)
         + "".join(blocks.section(anchor, title, body) for anchor, title, body in parts)
     )
@@ -82,27 +76,31 @@ def page(results: Results, judged: list[list[str]], asked: list[list[str]]) -> s
     return blocks.page(compare.base.name, html, max(compare.base.num_experts, len(results.ways), 2))
 
 
-def _claims(compare: CompareConfig, judged: list[list[str]], asked: list[list[str]]) -> str:
-    first = [row for row in judged if row[3] != OURS]  # each claim once: with the papers' router where that can be
-    counts = [sum(row[VERDICT] == name for row in first) for name in (REPRODUCED, NOT, UNTOLD)]
-    tiles = blocks.tiles(
-        zip((str(n) for n in counts), ("claims reproduced", "claims not reproduced", "claims that cannot be told here"), strict=True)
+def _lead(results: Results, findings: Findings) -> str:
+    """The first screen."""
+    rows, colours = compare_lead.lead_rows(results, findings)
+    tiles = "".join(
+        blocks.paragraph(f"Comparisons that papers speak of, on {part}:") + blocks.tiles(compare_lead.tiles(results, findings.papers, i))
+        for i, part in enumerate(compare_lead.PARTS)
     )
-    said = (
-        "A claim is that one way to draw is better than another. Published numbers are FID of other corpora and sizes; here the same captions and "
-        "seeds are drawn in both ways, and the interval of the difference decides: above zero it is reproduced, below zero not, else it is open. "
-        "The count is with a router that does not read the caption, as the papers', where the claim has such a form. Papers contradict one another: "
-        "of two claims that do, one at most is reproduced, and both are counted."
-    )
-    if (k := compare.base.num_experts) != PUBLISHED_EXPERTS:
-        said += f" Their claims are of {PUBLISHED_EXPERTS} experts; these are of {k}."
+    said = "".join(blocks.paragraph(line, "lead") for line in compare_lead.lead(results, findings))
+    return said + blocks.table(compare_lead.LEAD_HEADER, rows, kinds=colours) + tiles
+
+
+def _pairs(results: Results, findings: Findings) -> str:
     return (
-        tiles
-        + blocks.paragraph(said)
-        + blocks.table(CLAIM_HEADER, judged)
-        + "<h3>What critics ask, and what we do</h3>"
-        + blocks.table(CLAIM_HEADER, asked)
+        blocks.paragraph(compare_lead.meaning(results, findings))
+        + blocks.table(SAID_HEADER, said_rows(results, findings.papers), kinds=kinds(findings.papers))
+        + "<h3>The same with a router that reads the caption</h3>"
+        + blocks.table(PAIR_HEADER, pair_rows(results, findings.reading), kinds=kinds(findings.reading))
+        + "<h3>What critics ask, and we do</h3>"
+        + blocks.table(PAIR_HEADER, pair_rows(results, findings.asked), kinds=kinds(findings.asked))
     )
+
+
+def _how(results: Results, findings: Findings) -> str:
+    lines = "".join(f"<li><b>{charts.escape(head)}.</b> {charts.escape(words)}</li>" for head, words in protocol(results, findings))
+    return f"<ul>{lines}</ul>" + _software(results)
 
 
 def _table(results: Results) -> str:
@@ -118,7 +116,8 @@ def _unseen(results: Results) -> str:
     if not rows:
         return blocks.absent("Nothing is drawn yet, or held_out_captions is 0.")
     said = "No paper speaks of these: each caption has a thing at a place, a thing on a colour or two things together that no training row has."
-    return blocks.paragraph(said) + blocks.table(UNSEEN_HEADER, rows, numeric=range(2, len(UNSEEN_HEADER)))
+    header = unseen_header(results)
+    return blocks.paragraph(said) + blocks.table(header, rows, numeric=range(2, len(header)))
 
 
 def _among(results: Results) -> str:
@@ -172,9 +171,10 @@ def _cost(results: Results) -> str:
 
 
 def _experts(results: Results) -> str:
-    found = results.alignment()
+    found, each = results.alignment(), compare_clusters.rows(results)
+    html = blocks.paragraph(compare_clusters.MEANING) + blocks.table(compare_clusters.HEADER, each, numeric=range(1, 10)) if each else ""
     if found is None:
-        return blocks.absent("Not measured yet.")
+        return html + blocks.absent("Losses are not measured yet.")
     k = len(found.matrix)
     said = [
         f"Loss of each expert (row) on the rows of each cluster (column) that training did not see, mean over times and trainings. The own expert "
@@ -184,7 +184,7 @@ def _experts(results: Results) -> str:
         f"On cluster {c} expert {other} is better than its own by {signed(i)}: {'more' if i.low > 0 else 'no more'} than the interval."
         for c, other, i in found.failing
     ]
-    html = _shared(results) + "".join(blocks.paragraph(line) for line in said)
+    html += _shared(results) + "".join(blocks.paragraph(line) for line in said)
     html += charts.matrix_table(found.matrix, "expert", "cluster", "Loss by expert and cluster")
     lines = _asked(results, found)
     if found.nearness is not None:
@@ -222,9 +222,11 @@ def _asked(results: Results, found: alignment_figures.Alignment) -> list[str]:
         f"path): loss of those not asked minus loss of the {alignment_figures.ASKED} asked, with a router that does not read the caption, as the "
     )
     if theirs is None:
-        said += f"paper's: no row {BLIND}, {UNTOLD}."
+        said += f"paper's: {UNMEASURED}: no row {BLIND}."
     else:
-        said += f"paper's, {signed(theirs.advantage)}: {verdict(results.whole(theirs.advantage))}.{_by_time(theirs)}"
+        state = told(theirs.advantage) if whole(results, theirs.advantage) else UNTOLD
+        yes, no = paper_words(results.compare.base.num_experts)
+        said += f"paper's, {signed(theirs.advantage)}: { {BETTER: yes, WORSE: no}.get(state, state) }.{_by_time(theirs)}"
     return [said, f"With the router of the main row {signed(found.advantage)}, of which no paper speaks.{_by_time(found)}"]
 
 

@@ -14,7 +14,6 @@ from paris_ray.data.scenes import UNSEEN
 from paris_ray.evaluation import alignment_figures, compare_rows, matching
 from paris_ray.evaluation.arrays import load
 from paris_ray.evaluation.compare_captions import choose
-from paris_ray.evaluation.compare_claims import BETTER, Claim
 from paris_ray.evaluation.compare_config import CompareConfig, InceptionJudge
 from paris_ray.evaluation.compare_plan import GRADED, QUALITY, Plan, axes_for
 from paris_ray.evaluation.compare_rows import MAIN, ROWS, Drawing, Run
@@ -28,16 +27,10 @@ WIDE = 256
 """Features of more numbers than this have few bootstrap draws: each takes the roots of two matrices."""
 
 EQUAL_MONOLITHS = ("monolith", "monolith-steps")
-"""Rows with an equal training; claims are against the first, whose batch is that of all experts together, as papers have it."""
-
-EQUAL = 0.05
-"""By what share costs of a picture may differ that are called equal."""
+"""Rows with an equal training; papers compare with the first, whose batch is that of all experts together."""
 
 GROUNDED = "objects on the colour"
 """The score that sees what is new in every kind of unseen combination: the share of named things at their place, none on another colour."""
-
-LOOKS = "looks.json"
-"""In the comparison's folder: at how many trainings verdicts have been given, in their order."""
 
 
 @dataclass(frozen=True)
@@ -101,10 +94,11 @@ class Results:
         wanted = drawing.as_json() | ({} if self.originals is None else {"judge": self.originals["inputs"]["config"]["judge"]})
         return {**found, **wanted} == found
 
-    def way(self, key: str) -> Way | None:
-        """A way by its key; ``ROW/top-2`` is the row, where it is drawn so."""
+    def way(self, key: str, unseen: bool = False) -> Way | None:
+        """A way by its key, of captions like those of training or of unseen ones; ``ROW/top-2`` is the row, where it is drawn so."""
         row, _, routing = key.partition("/")
-        return self.ways.get(key) or (self.ways.get(row) if routing and routing == compare_rows.routing(self.compare, row) else None)
+        ways = self.unseen if unseen else self.ways
+        return ways.get(key) or (ways.get(row) if routing and routing == compare_rows.routing(self.compare, row) else None)
 
     @functools.cached_property
     def monolith(self) -> str | None:
@@ -134,15 +128,6 @@ class Results:
     def independent(self) -> bool:
         """Whether distances are in the features of an encoder that did not make the clusters."""
         return self.originals is not None and bool(self.originals["counts"]["independent"])
-
-    def whole(self, interval: Interval | None) -> Interval | None:
-        """An interval of all planned trainings; ``None`` while one is missing, or lost: what is looked at again and again is told too often."""
-        return None if interval is None or interval.seeds < len(self.compare.seeds) else interval
-
-    def looks(self) -> list[int]:
-        """At how many trainings verdicts have been given, in their order."""
-        folder = Folder(self.compare.folder)
-        return list(folder.read_json(LOOKS)["trainings"]) if folder.exists(LOOKS) else []
 
     # -- arrays -----------------------------------------------------------------------------------------------------------
 
@@ -238,27 +223,35 @@ class Results:
         statistic = lambda a, b: frechet(*moments(a), *moments(b))  # noqa: E731
         return split_floor(statistic, self.reference, self.compare.base.seed, rows=count)
 
-    def difference(self, better: str, worse: str) -> Interval | None:
-        """Of quality, first minus second, paired by caption and seed; by the score of scenes, else by distances of an independent judge."""
-        return self.score_difference(better, worse) or (self.distance_difference(better, worse) if self.independent else None)
+    def value(self, key: str, name: str = QUALITY, unseen: bool = False) -> float | None:
+        """A score of scenes, the mean over captions and seeds."""
+        way = self.way(key, unseen)
+        found = None if way is None else self.scores(way, sorted(way.folders), name)
+        return None if found is None else float(found.mean())
 
-    def _pair(self, better: str, worse: str) -> tuple[Way, Way, list[int]] | None:
-        a, b = self.way(better), self.way(worse)
+    def difference(self, first: str, second: str, unseen: bool = False) -> Interval | None:
+        """Of quality, first minus second, paired by caption and seed; by the score of scenes, else by distances of an independent judge."""
+        scored = self.score_difference(first, second, unseen=unseen)
+        return scored or (self.distance_difference(first, second) if self.independent and not unseen else None)
+
+    def _pair(self, first: str, second: str, unseen: bool = False) -> tuple[Way, Way, list[int]] | None:
+        a, b = self.way(first, unseen), self.way(second, unseen)
         if a is None or b is None:
             return None
         seeds = sorted(a.folders.keys() & b.folders.keys())
         return (a, b, seeds) if seeds else None
 
-    def score_difference(self, better: str, worse: str, name: str = QUALITY) -> Interval | None:
-        """Of a score of scenes."""
-        if (pair := self._pair(better, worse)) is None:
+    def score_difference(self, first: str, second: str, name: str = "", unseen: bool = False) -> Interval | None:
+        """Of a score of scenes: what is not named is :data:`QUALITY`, and of unseen combinations, of which equal ones count as one, GROUNDED."""
+        if (pair := self._pair(first, second, unseen)) is None:
             return None
-        a, b = (self.scores(way, pair[2], name) for way in pair[:2])
-        return None if a is None or b is None else paired_interval(a, b)
+        a, b = (self.scores(way, pair[2], name or (GROUNDED if unseen else QUALITY)) for way in pair[:2])
+        groups = self.unseen_groups() if unseen else None
+        return None if a is None or b is None or (unseen and groups is None) else paired_interval(a, b, groups)
 
-    def distance_difference(self, better: str, worse: str) -> Interval | None:
+    def distance_difference(self, first: str, second: str) -> Interval | None:
         """Of Fréchet distances, second minus first, so that above zero the first is better."""
-        if (pair := self._pair(better, worse)) is None:
+        if (pair := self._pair(first, second)) is None:
             return None
         a, b = (self.features(way, pair[2]) for way in pair[:2])
         if a is None or b is None:
@@ -266,24 +259,11 @@ class Results:
         repeats = 200 if a.shape[2] <= WIDE else 20
         return sets_interval(lambda x, y: self._frechet(y) - self._frechet(x), a, b, seed=self.compare.base.seed, repeats=repeats)
 
-    def above_chance(self, key: str) -> bool:
+    def above_chance(self, key: str, unseen: bool = False) -> bool:
         """Whether a way does better than its own pictures under shuffled captions, by its interval; true where there is no such score."""
-        way = self.way(key)
-        quality, chance = (None, None) if way is None else (self.quality(way), self.chance(way))
+        way = self.way(key, unseen)
+        quality, chance = (None, None) if way is None else (self.quality(way, groups=self.unseen_groups() if unseen else None), self.chance(way))
         return quality is None or chance is None or quality.low > chance
-
-    def sides(self, claim: Claim, blind: bool) -> tuple[str, str] | None:
-        """The ways that a claim is about, with the papers' router or the main row's."""
-        found = claim.blind() if blind else (claim.better, claim.worse)
-        if found is None:
-            return None
-        better, worse = (self.monolith or side if side == BETTER else side for side in found)
-        return better, worse
-
-    def unequal(self, first: str, second: str) -> tuple[float, float] | None:
-        """Operations of a picture of two ways, where they differ by more than :data:`EQUAL`."""
-        a, b = (None if (way := self.way(key)) is None else self.picture_flops(way) for key in (first, second))
-        return None if a is None or b is None or max(a, b) <= (1 + EQUAL) * min(a, b) else (a, b)
 
     def unseen_differences(self, row: str, name: str = GROUNDED) -> list[Interval | None]:
         """Of a score on unseen combinations, the main row minus another: of all kinds, and of each of :data:`paris_ray.data.scenes.UNSEEN`.
@@ -339,9 +319,9 @@ class Results:
         found = self.losses_by_seed(row, name)
         return float(np.mean([*found.values()])) if found else None
 
-    def loss_difference(self, better: str, worse: str) -> Interval | None:
+    def loss_difference(self, first: str, second: str) -> Interval | None:
         """Of losses, second minus first: above zero the first is better; paired by row and seed."""
-        a, b = self.losses_by_seed(better), self.losses_by_seed(worse)
+        a, b = self.losses_by_seed(first), self.losses_by_seed(second)
         if not (seeds := sorted(a.keys() & b.keys())):
             return None
         stacked_b, stacked_a = (np.stack([one[seed] for seed in seeds], 1) for one in (b, a))

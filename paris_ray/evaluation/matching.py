@@ -102,7 +102,7 @@ class Matched:
         router_flops: of the router's.
         teacher_flops: of the forward passes of a student's teacher; what the teacher itself took to train is not in it.
         batch: of all experts together, in images a step.
-        steps: of the expert that has most.
+        steps: of the expert that has least, and of the one that has most.
         ema_share: half-life of the averaged weights at the end, as a share of the training.
         learning_rate: of the experts.
         shape: experts × width × depth.
@@ -114,7 +114,7 @@ class Matched:
     router_flops: float
     teacher_flops: float
     batch: int
-    steps: int
+    steps: tuple[int, int]
     ema_share: float
     learning_rate: float
     shape: str
@@ -136,6 +136,7 @@ def matched(config: RunConfig, routing: str, teacher: float = 0.0) -> Matched:
     """
     inputs, first = inputs_of(config), config.experts[0]
     images = [spec.train.images or 0 for spec in config.experts]
+    steps = [n // spec.train.batch_size for n, spec in zip(images, config.experts, strict=True)]
     of_experts = sum(n * expert_training_flops(spec.model, inputs) for n, spec in zip(images, config.experts, strict=True))
     return Matched(
         sum(images),
@@ -143,7 +144,7 @@ def matched(config: RunConfig, routing: str, teacher: float = 0.0) -> Matched:
         0.0 if config.num_experts == 1 else router_training_flops(config, inputs),
         sum(images) * teacher,
         sum(spec.train.batch_size for spec in config.experts),
-        max(n // spec.train.batch_size for n, spec in zip(images, config.experts, strict=True)),
+        (min(steps), max(steps)),
         min(first.train.ema_half_life_images * config.num_experts / sum(images), RAMP),
         first.train.learning_rate,
         f"{config.num_experts} × {first.model.hidden_size} × {first.model.num_layers}",

@@ -39,6 +39,7 @@ nav a{text-decoration:none}
 .tiles{display:grid;grid-template-columns:repeat(auto-fit,minmax(150px,1fr));gap:12px;margin:1.2rem 0}
 .tile,.stage,.card{background:var(--card);border:1px solid var(--line);border-radius:10px;padding:12px 14px}
 .tile b{display:block;font-size:1.55rem;line-height:1.2;letter-spacing:-.02em;font-weight:650}
+tr.right td:nth-child(2){color:var(--good);font-weight:650}tr.wrong td:nth-child(2){color:var(--bad);font-weight:650}
 .tile span{font-size:.85rem;color:var(--muted)}
 .flow{display:flex;flex-wrap:wrap;gap:10px 26px;align-items:stretch;margin:1rem 0}
 .stage{position:relative;flex:1 1 128px;min-width:128px;font-size:.85rem;line-height:1.45}
@@ -146,13 +147,24 @@ def tiles(items: Iterable[tuple[str, str]]) -> str:
     return '<div class="tiles">' + "".join(f'<div class="tile"><b>{escape(a)}</b><span>{escape(b)}</span></div>' for a, b in items) + "</div>"
 
 
-def table(header: Sequence[str], rows: Iterable[Sequence[object]], numeric: Sequence[int] = (), key: Sequence[int] = ()) -> str:
-    """A table of text; columns in ``numeric`` are set right, rows in ``key`` stand out. One that is too wide scrolls under its first column."""
+def table(
+    header: Sequence[str], rows: Iterable[Sequence[object]], numeric: Sequence[int] = (), key: Sequence[int] = (), kinds: Sequence[str] = ()
+) -> str:
+    """A table of text. One that is too wide scrolls under its first column.
+
+    Args:
+        header: of its columns.
+        rows: their cells.
+        numeric: columns that are set right.
+        key: rows that stand out.
+        kinds: of each row ``right`` or ``wrong``, which colours its second cell, or nothing.
+    """
+    css = {i: f" class={kind}" for i, kind in enumerate(kinds) if kind} | dict.fromkeys(key, " class=key")
 
     def cells(tag: str, row: Sequence[object]) -> str:
         return "".join(f"<{tag}{' class=n' if i in numeric else ''}>{escape(cell)}</{tag}>" for i, cell in enumerate(row))
 
-    body = "".join(f"<tr{' class=key' if i in key else ''}>{cells('td', row)}</tr>" for i, row in enumerate(rows))
+    body = "".join(f"<tr{css.get(i, '')}>{cells('td', row)}</tr>" for i, row in enumerate(rows))
     return f'<div class="scroll"><table class="wide"><thead><tr>{cells("th", header)}</tr></thead><tbody>{body}</tbody></table></div>'
 
 
