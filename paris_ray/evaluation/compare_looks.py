@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from paris_ray.evaluation.compare_results import Results
-from paris_ray.evaluation.compare_verdicts import Findings, whole
+from paris_ray.evaluation.compare_verdicts import LEAST_SEEDS, Findings, whole
 from paris_ray.storage import Folder
 
 LOOKS = "looks.json"
@@ -16,9 +16,9 @@ SETTINGS = ("seeds", "learning_rates", "guidance_scales")
 
 
 def keep(results: Results, findings: Findings) -> None:
-    """Keep what is told now, beside what was told with other settings before; nothing while no verdict is of all trainings."""
+    """Keep what is told now, beside what was told with other settings before; nothing while no verdict can be given."""
     now = _look(results, findings)
-    if now["verdicts"]:
+    if now["verdicts"] and len(results.compare.seeds) >= LEAST_SEEDS:
         Folder(results.compare.folder).write_json(LOOKS, {"looks": [*earlier(results), now]})
 
 
