@@ -14,13 +14,24 @@ from paris_ray.evaluation.compare_rows import ROWS
 from paris_ray.progress import clock
 from paris_ray.training.budget import MFU, gpu_hours
 
-COLUMNS = ("row", "experts × width × depth", "images", "training PFLOP", "of it router", "batch", "steps", "average's half-life", "GFLOP a picture")
+COLUMNS = (
+    "row",
+    "experts × width × depth",
+    "images",
+    "training PFLOP",
+    "of it router",
+    "batch",
+    "steps",
+    "average's half-life",
+    "GFLOP a picture at the base's guidance",
+)
 
 MEANING = (
     "Matched: training FLOPs with the router's, the corpus (every row of it is seen as often as every other), the batch of all experts together (but "
     "for monolith-steps, which has an expert's), and the half-life of the averaged weights as a share of the training, as it is in force at its end. "
     "For monolith-inference also FLOPs a picture, at the base's guidance for both, and for the monolith with more steps, at the guidance that each "
-    "has. Images are what the FLOPs allow, so a wider model sees fewer, "
+    "has. What a picture costs with the guidance that was chosen stands with each way to draw. Images are what the FLOPs allow, so a wider model "
+    "sees fewer, "
     "and so does a student (distilled), whose training is its own three passes an image and its teacher's forward passes, of the router and of each "
     "expert that it asks: it costs what the main row's does, and its teacher's own, which is the main row's, comes on top. "
     "A FLOP is a multiplication or an addition of a matrix product, convolution or attention; training is three forward passes an image."

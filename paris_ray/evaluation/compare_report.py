@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import numpy as np
 
 from paris_ray.data.openmoji import ATTRIBUTION
@@ -9,7 +11,7 @@ from paris_ray.evaluation import alignment_figures, compare_cost, compare_measur
 from paris_ray.evaluation.compare_claims import CLAIMS, LEAST_SEEDS, NOT, PUBLISHED_EXPERTS, QUESTIONS, REPRODUCED, UNTOLD, answer, verdict
 from paris_ray.evaluation.compare_config import CompareConfig
 from paris_ray.evaluation.compare_curves import training_curves
-from paris_ray.evaluation.compare_plan import QUALITY
+from paris_ray.evaluation.compare_plan import GRADED, QUALITY
 from paris_ray.evaluation.compare_protocol import made_with, protocol
 from paris_ray.evaluation.compare_results import LOOKS, Results
 from paris_ray.evaluation.compare_rows import BLIND, MAIN, ROWS, Run
@@ -270,13 +272,14 @@ def _choices(results: Results) -> str:
     compare, plan, rates, scales = results.compare, results.plan, [], []
     rows = [row for row in compare.rows if not ROWS[row].fault]
     tried = sorted({rate for row in rows for rate in plan.rates(row)})
-    edge = []
+    edge, last = [], []
     for row in rows:
         for way in plan.ways(row, compare.seeds[0]):
-            qualities, guided = plan.guidance_qualities(way), plan.guidance(way)
-            means = {scale: float(one.mean()) for scale, one in qualities.items()}
-            if "/expert-" not in way:
-                scales.append([way, *(_marked(means.get(scale), scale == guided, ".3f") for scale in compare.guidance_scales)])
+            if "/expert-" in way:
+                continue
+            guided, means = plan.guidance(way), {scale: float(one.mean()) for scale, one in plan.guidance_qualities(way).items()}
+            scales.append([way, *(_marked(means.get(scale), scale == guided, ".3f") for scale in compare.guidance_scales)])
+            last += [way] if guided is not None and at_end(means) else []
         if ROWS[row].borrows:
             continue
         losses, chosen = plan.validation_losses(row), plan.rate(row)
@@ -287,7 +290,22 @@ def _choices(results: Results) -> str:
     said = [f"At an end of the rates, where another might be better still: {', '.join(edge)}."] if edge else []
     said += [f"Came to no end: {'; '.join(lost)}."] if (lost := results.lost()) else []
     said += [f"Left out: {one}." for one in results.left_out()]
-    return first + "".join(blocks.paragraph(line) for line in said) + second
+    below = [GUIDANCE_MEANING]
+    below += [f"Best at the end of the scales, where one beyond might be better still (guidance_scales may grow): {', '.join(last)}."] if last else []
+    return first + "".join(map(blocks.paragraph, said)) + second + "".join(map(blocks.paragraph, below))
+
+
+GUIDANCE_MEANING = (
+    f"Quality is the mean of {', '.join(GRADED)} where pictures are scenes, else minus a Fréchet distance. The arrow is at the least guidance scale, "
+    "which is nearest to the data, whose quality is within one standard error of the best one's, by the differences on the same captions; so a "
+    "greater number may stand beside it. Faults and single experts have their row's."
+)
+
+
+def at_end(means: Mapping[float, float]) -> bool:
+    """Whether the best of several guidance scales is the greatest, or the least where that one guides: below 1, which is off, there is none."""
+    best = max(means, key=lambda scale: (means[scale], -scale))
+    return len(means) > 1 and (best == max(means) or best == min(means) > 1)
 
 
 def _marked(value: float | None, chosen: bool, form: str) -> str:

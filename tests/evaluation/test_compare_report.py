@@ -18,7 +18,7 @@ from paris_ray.evaluation.alignment_figures import rank_correlation
 from paris_ray.evaluation.arrays import save
 from paris_ray.evaluation.compare_claims import BETTER, CLAIMS, QUESTIONS, UNTOLD, Claim, answer, verdict
 from paris_ray.evaluation.compare_protocol import made_with, protocol
-from paris_ray.evaluation.compare_report import verdict_of_fault, write_report
+from paris_ray.evaluation.compare_report import at_end, verdict_of_fault, write_report
 from paris_ray.evaluation.compare_results import LOOKS, Results
 from paris_ray.evaluation.compare_rows import Run
 from paris_ray.evaluation.compare_tables import CLAIM_HEADER, VERDICT, claims
@@ -280,6 +280,37 @@ def test_what_units_were_made_with_is_theirs_not_the_reports(tmp_path):
         (Folder(mine.folder) / unit.key).write_json(MANIFEST, {**made, "software": {"cpu": "another", "torch": "0.1"}})
     found = dict(made_with(Results(mine)))
     assert found == {"cpu": f"another (3 units), planted ({len(order) - 3} units)", "torch": "0.1"}
+
+
+@pytest.mark.parametrize(
+    ("means", "end"),
+    [
+        ({1.0: 0.3, 2.0: 0.5, 4.0: 0.4}, False),
+        ({1.0: 0.3, 2.0: 0.4, 4.0: 0.5}, True),
+        ({1.0: 0.5, 2.0: 0.4, 4.0: 0.3}, False),  # below 1 there is no guidance
+        ({1.5: 0.5, 2.0: 0.4, 4.0: 0.3}, True),
+        ({1.0: 0.5, 2.0: 0.5}, False),
+        ({2.0: 0.5}, False),  # one was asked for, not tried
+    ],
+)
+def test_the_end_of_the_scales(means, end):
+    assert at_end(means) == end
+
+
+def test_a_way_that_may_want_more_guidance_than_was_tried_is_named(tmp_path):
+    """Of the main row the scale before the last is within an error of the last one, and has the arrow; that the best is at the end is said still."""
+    mine = config(tmp_path, "rows=[experts, monolith, fault-swapped]", "routings=[]")
+    near = {1.0: 0.2, 2.0: 0.5, 3.0: 0.5}
+    plan, _ = finish(mine, quality=lambda unit: near if unit.arguments[0].row == "monolith" else CHOSEN)
+    scores = plan.runs_folder(plan.run("experts", 0, plan.rate("experts"))) / plan.drawing("experts", 2.0, "validation").folder
+    save(scores, "scores", 0.5 - np.outer([0.3, -0.1, -0.1, -0.092], np.ones(6)))  # less than at 3 by 0.002 in the mean, with an error of 0.1
+    results = Results(mine)
+    assert results.plan.guidance("experts") == 2.0
+    write_report(mine)
+    html = Folder(mine.folder).read_bytes("report.html").decode()
+    assert re.search(r"<td>experts</td><td class=n>0.300</td><td class=n>0.498 ←</td><td class=n>0.500</td>", html)
+    assert "one beyond might be better still (guidance_scales may grow): experts." in html
+    assert "within one standard error of the best one" in html
 
 
 def test_one_paper_does_not_claim_both_sides():

@@ -127,6 +127,7 @@ def test_a_base_can_be_another_preset():
         ("rows=[monolith]", "compared with experts, which is missing; add it"),
         ("base.router.train.images=null", "base.router.train.images is null; say how many"),
         ("learning_rates=[]", "learning_rates: "),
+        ("base.experts=2", "with 2 experts: routing: 'top-3' is not one of top-1 … top-2"),
         ("seeds=[1, 1]", "seeds: [1, 1] names something twice"),
         ("base.experts=[{}, {objective: ddpm}]", "at least two experts, all alike"),
         ("base.expert.train.batch_size=1", "experts-16 has 16 experts, which must divide the batch of all experts together, 4"),
