@@ -22,12 +22,11 @@ from paris_ray.evaluation.compare_tables import (
     VERDICT,
     claims,
     markdown,
-    signed,
     unseen_rows,
     way_header,
     way_rows,
 )  # fmt: skip
-from paris_ray.evaluation.intervals import Interval
+from paris_ray.evaluation.intervals import Interval, signed
 from paris_ray.pages import blocks, charts
 from paris_ray.storage import Folder
 
@@ -127,7 +126,9 @@ def _among(results: Results) -> str:
     meaning, header, rows = compare_measures.among_table(results)
     if not rows:
         return blocks.absent("Nothing is drawn yet.")
-    return blocks.paragraph(meaning) + blocks.table(header, rows, numeric=range(1, len(header)))
+    html = blocks.paragraph(meaning) + blocks.table(header, rows, numeric=range(1, len(header)))
+    meaning, header, rows = compare_measures.distance_table(results)
+    return html + "<h3>As a set</h3>" + blocks.paragraph(meaning) + blocks.table(header, rows, numeric=range(1, len(header)))
 
 
 def _routers(results: Results) -> str:

@@ -267,7 +267,7 @@ def test_the_protocol_has_its_figures(tmp_path):
         "Theirs are of 8 experts, these of 4",
     ):
         assert words in said, words
-    assert re.search(r"40 of the originals have a Fréchet distance of \S+ \(least and most of 10 draws: \S+ and \S+\) to the 60 others", said)
+    assert re.search(r"Of 100 originals 40 have a Fréchet distance of \S+ \(least and most of 10 draws: \S+ and \S+\) to the 60 others", said)
     assert "(95 %" not in said  # the ends of draws are no interval
 
 
