@@ -11,6 +11,7 @@ from paris_ray.evaluation import alignment_figures, compare_cost, compare_measur
 from paris_ray.evaluation.compare_claims import CLAIMS, LEAST_SEEDS, NOT, PUBLISHED_EXPERTS, QUESTIONS, REPRODUCED, UNTOLD, answer, verdict
 from paris_ray.evaluation.compare_config import CompareConfig
 from paris_ray.evaluation.compare_curves import training_curves
+from paris_ray.evaluation.compare_pictures import pictures
 from paris_ray.evaluation.compare_plan import GRADED, QUALITY
 from paris_ray.evaluation.compare_protocol import made_with, protocol
 from paris_ray.evaluation.compare_results import LOOKS, Results
@@ -27,11 +28,9 @@ from paris_ray.evaluation.compare_tables import (
     way_rows,
 )  # fmt: skip
 from paris_ray.evaluation.intervals import Interval, signed
+from paris_ray.evaluation.times import TIMES
 from paris_ray.pages import blocks, charts
 from paris_ray.storage import Folder
-
-SHOWN = 10
-"""Captions of the grid."""
 
 
 def write_report(compare: CompareConfig) -> str:
@@ -68,7 +67,7 @@ def page(results: Results, judged: list[list[str]], asked: list[list[str]]) -> s
         ("cost", "Quality and cost", _cost(results)),
         ("experts", "Experts and their data", _experts(results)),
         ("routers", "Routers, and losses by time", _routers(results)),
-        ("pictures", "Pictures", _pictures(results)),
+        ("pictures", "Pictures", pictures(results)),
         ("choices", "What was chosen, and on what", _choices(results)),
         ("faults", "Planted faults", _faults(results)),
         ("how", "How it was measured", blocks.paragraph(protocol(results)) + _software(results)),
@@ -138,7 +137,7 @@ def _routers(results: Results) -> str:
     lines = [charts.Series(row, one.times, one.losses, colours[row]) for row, one in losses.items()]
     meaning, header, rows = compare_measures.router_table(results)
     html = blocks.paragraph(meaning) + blocks.table(header, rows, numeric=range(1, len(header)))
-    return html + "<h3>Loss by time</h3>" + charts.line_chart(lines, "t, from picture to noise", "held-out loss", "Held-out loss by time")
+    return html + "<h3>Loss by time</h3>" + charts.line_chart(lines, "t, from picture to noise", "held-out loss", "Held-out loss by time", at=TIMES)
 
 
 def _matched(results: Results) -> str:
@@ -151,18 +150,13 @@ def _colours(results: Results) -> dict[str, str]:
 
 
 def _cost(results: Results) -> str:
-    colours, points, trained = _colours(results), [], []
+    colours, points = _colours(results), []
     for way in results.ways.values():
         quality = results.quality(way)
         if quality is not None:
-            y = (quality.value, quality.low, quality.high, colours[way.row])
-            points.append(charts.Point(way.key, results.picture_flops(way) / 1e9, *y))
-            if way.key == way.row and not ROWS[way.row].fault:
-                trained.append(charts.Point(way.key, compare_cost.matched_row(results.plan, way.row).training_flops / 1e15, *y))
+            x = results.picture_flops(way) / 1e9
+            points.append(charts.Point(way.key, x, quality.value, quality.low, quality.high, colours[way.row]))
     drawn = charts.scatter_chart(points, "GFLOP a picture", QUALITY, "Quality against inference cost")
-    drawn += "<h3>Against the cost of training</h3>" + charts.scatter_chart(
-        trained, "training PFLOP", QUALITY, "Quality against training cost, router included"
-    )
     curves = [charts.Series(row, x, y, colours[row]) for row, x, y in training_curves(results.plan)]
     learnt = (
         charts.line_chart(curves, "training PFLOP", "training loss", "Loss against training cost") if curves else blocks.absent("No training yet.")
@@ -249,24 +243,6 @@ def _shared(results: Results) -> str:
     )
     rows = [[name, f"{own:.3f}", f"{none:.3f}"] for name, (own, none) in shared.items()]
     return blocks.paragraph(said) + blocks.table(("what", "clusters", "shuffled"), rows, numeric=(1, 2))
-
-
-def _pictures(results: Results) -> str:
-    ways = [way for way in results.ways.values() if results.compare.seeds[0] in way.folders]
-    if not ways:
-        return blocks.absent("Nothing is drawn yet.")
-    lines = []
-    original = results.array(Folder(results.compare.folder) / "reference", "pictures-seen")
-    rows: list[tuple[str, np.ndarray]] = [] if original is None else [("original", original)]
-    for way in ways:
-        found = results.array(way.folders[results.compare.seeds[0]], "pictures")
-        if found is not None:
-            rows.append((way.key, found))
-    for name, pictures in rows:
-        cells = "".join(f"<td>{blocks.image(charts.picture_uri(one), f'{name}, picture {i}')}</td>" for i, one in enumerate(pictures[:SHOWN]))
-        lines.append(f"<tr><td>{charts.escape(name)}</td>{cells}</tr>")
-    said = "A column is a caption with one noise, a row a way to draw: the first captions by hash, the first seed. Nothing chosen."
-    return blocks.paragraph(said) + f'<div class="scroll"><table class="wide">{"".join(lines)}</table></div>'
 
 
 def _choices(results: Results) -> str:
