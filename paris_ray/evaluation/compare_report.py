@@ -29,6 +29,7 @@ from paris_ray.evaluation.compare_tables import (
 )  # fmt: skip
 from paris_ray.evaluation.intervals import Interval, signed
 from paris_ray.evaluation.times import TIMES
+from paris_ray.manifest import published
 from paris_ray.pages import blocks, charts
 from paris_ray.storage import Folder
 
@@ -173,16 +174,16 @@ def _experts(results: Results) -> str:
     if found is None:
         return blocks.absent("Not measured yet.")
     k = len(found.matrix)
-    said = [
+    beyond = sum(one.lead.low > 0 and one.lead.seeds >= LEAST_SEEDS for one in found.own)
+    said = (
         f"Loss of each expert (row) on the rows of each cluster (column) that training did not see, mean over times and trainings. The own expert "
-        f"is the best on {found.best} of {found.known} clusters."
-    ]
-    said += [
-        f"On cluster {c} expert {other} is better than its own by {signed(i)}: {'more' if i.low > 0 else 'no more'} than the interval."
-        for c, other, i in found.failing
-    ]
-    html = _shared(results) + "".join(blocks.paragraph(line) for line in said)
+        f"is the best on {sum(one.lead.value > 0 for one in found.own)} of {len(found.own)} clusters, by more than the interval over rows and "
+        f"trainings on {beyond}."
+    )
+    html = _shared(results) + blocks.paragraph(said)
     html += charts.matrix_table(found.matrix, "expert", "cluster", "Loss by expert and cluster")
+    leads = [[str(one.cluster), str(one.rows), str(one.rival), signed(one.lead), f"{one.best} of {one.lead.seeds}"] for one in found.own]
+    html += blocks.table(OWN_HEADER, leads, numeric=range(1, len(OWN_HEADER)))
     lines = _asked(results, found)
     if found.nearness is not None:
         lines.append(
@@ -209,6 +210,9 @@ def _experts(results: Results) -> str:
             mean, "Mean weights over the steps", ends=("first step, noise", "last step, picture")
         )
     return html
+
+
+OWN_HEADER = ("cluster", "rows", "best other expert", "its loss minus the own one's (95 %)", "own is the best in trainings")
 
 
 def _asked(results: Results, found: alignment_figures.Alignment) -> list[str]:
@@ -307,5 +311,13 @@ def verdict_of_fault(interval: Interval | None) -> str:
 def _software(results: Results) -> str:
     compare = results.compare
     run = Run(MAIN, compare.seeds[0], compare.learning_rates[0])
-    rows = [*made_with(results), ["main row", compare_rows.run_config(compare, run).expert.model.model_dump_json()]]
+    rows = [*made_with(results), *_made_when(results), ["main row", compare_rows.run_config(compare, run).expert.model.model_dump_json()]]
     return blocks.table(["what", "of the units that are done"], rows)
+
+
+def _made_when(results: Results) -> list[list[str]]:
+    """When the units that are done were, and how long they took, as their manifests have it."""
+    plan = results.plan
+    made = [one for unit in plan.units() if plan.done(unit.key) and (one := published(plan.folder / unit.key)) is not None]
+    ends, seconds = sorted(one["created"] for one in made if "created" in one), sum(one.get("seconds") or 0 for one in made)
+    return [["done", f"{ends[0]} … {ends[-1]}; {charts.duration(seconds)} of its processes, taken together"]] if ends else []

@@ -132,9 +132,12 @@ def test_the_papers_line_is_of_the_papers_router_and_no_failing_cluster_is_left_
     results = Results(mine)
     assert results.alignment("experts").advantage.value > 0 > results.alignment("blind").advantage.value
     assert re.search(r"as the paper(&#x27;|')s, -[^:]*: not reproduced\.", html)
-    assert "own expert is the best on 2 of 4 clusters" in html
-    assert re.search(r"On cluster 0 expert 2 is better than its own by \+0\.1\d* \([^)]*\): more than the interval", html)
-    assert re.search(r"On cluster 1 expert 3 is better than its own by \+\S+ \(-[^)]*\): no more than the interval", html)
+    assert "own expert is the best on 2 of 4 clusters, by more than the interval over rows and trainings on 2." in html
+    row = r"<tr><td>{}</td><td class=n>8</td><td class=n>{}</td><td class=n>{}</td><td class=n>{} of 3</td></tr>"
+    assert re.search(row.format(0, 2, r"-0\.1\d* \(-\S+ … -[^)]*\)", 0), html)
+    assert re.search(row.format(1, 3, r"-0\.1\S* \(-\S+ … \+[^)]*\)", 2), html)  # of one training: no more than the interval
+    for cluster in (2, 3):
+        assert re.search(row.format(cluster, r"\d", r"\+(?:0\.9\d*|1) \(\+\S+ … \+[^)]*\)", 3), html)
     alone = config(tmp_path / "alone", "rows=[experts]")
     plan, _ = finish(alone)
     look(alone, plan, "experts", "right")
