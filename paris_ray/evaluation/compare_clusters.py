@@ -8,9 +8,8 @@ from paris_ray.evaluation import compare_rows
 from paris_ray.evaluation.compare_captions import choose
 from paris_ray.evaluation.compare_results import Results
 from paris_ray.evaluation.compare_rows import BLIND, MAIN
-from paris_ray.evaluation.compare_tables import signed
 from paris_ray.evaluation.compare_verdicts import WHOLLY
-from paris_ray.evaluation.intervals import paired_interval
+from paris_ray.evaluation.intervals import paired_interval, signed
 from paris_ray.manifest import published
 from paris_ray.storage import Folder
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from paris_ray.evaluation.compare_claims import PUBLISHED_EXPERTS
 from paris_ray.evaluation.compare_protocol import repeated
 from paris_ray.evaluation.compare_results import Results
-from paris_ray.evaluation.compare_tables import kinds, signed
+from paris_ray.evaluation.compare_tables import kinds
 from paris_ray.evaluation.compare_verdicts import (
     FAILS,
     HOLDS,
@@ -21,6 +21,7 @@ from paris_ray.evaluation.compare_verdicts import (
     half_width,
     paper_words,
 )
+from paris_ray.evaluation.intervals import signed
 
 ROUTERS = ("papers' router, which does not read the caption", "router that reads the caption")
 PARTS = ("captions like those of training", "unseen combinations")

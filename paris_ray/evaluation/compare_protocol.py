@@ -102,16 +102,17 @@ def _repeated(results: Results) -> str:
 
 def _distances(results: Results) -> list[str]:
     """In whose features, along how many axes, to what, and what they are by chance."""
-    compare, made = results.compare, results.originals
+    made = results.originals
     if made is None:
         return []
-    said = [f"Distances are in the features of {_judge(results)}, to {made['counts']['rows']} validation originals as the codec gives them back"]
-    if results.axes is not None and results.axes[0] < results.axes[1]:
-        said.append(f", the Fréchet distance along the {results.axes[0]} axes of {results.axes[1]} along which these differ most")
+    said = [f"Distances are in the features of {_judge(results)}, to validation originals of other captions as the codec gives them back"]
+    if (space := results.space) is not None and space.axes[0] < space.axes[1]:
+        said.append(f", the Fréchet distance along the {space.axes[0]} axes of {space.axes[1]} along which these differ most")
     said.append(f"; corpus {made['inputs']['parents']['corpus']}, originals {made['fingerprint']}.")
     found = ["".join(said)]
-    if (floor := results.floor(compare.seen_captions)) is not None:
-        found.append(f"{floor.rows} of the originals have a Fréchet distance of {floor} to the {floor.others} others; pictures are measured to all.")
+    if space is not None:
+        floor = space.floor()
+        found.append(f"Of {made['counts']['rows']} originals {floor.rows} have a Fréchet distance of {floor} to the {floor.others} others.")
     if not results.independent:
         found.append("That encoder also made the clusters: its distances are no independent judge, and decide nothing.")
     return found

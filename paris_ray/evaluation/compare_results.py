@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,20 +11,17 @@ import numpy as np
 from numpy.typing import NDArray
 
 from paris_ray.data.scenes import UNSEEN
-from paris_ray.evaluation import alignment_figures, compare_rows, matching
+from paris_ray.evaluation import alignment_figures, compare_distances, compare_rows, matching
 from paris_ray.evaluation.arrays import load
 from paris_ray.evaluation.compare_captions import choose
 from paris_ray.evaluation.compare_config import CompareConfig, InceptionJudge
-from paris_ray.evaluation.compare_plan import GRADED, QUALITY, Plan, axes_for
+from paris_ray.evaluation.compare_distances import Space
+from paris_ray.evaluation.compare_plan import GRADED, QUALITY, Plan
 from paris_ray.evaluation.compare_rows import MAIN, ROWS, Drawing, Run
-from paris_ray.evaluation.distances import Reference, frechet, moments
-from paris_ray.evaluation.intervals import Floor, Interval, mean_interval, paired_interval, sets_interval, split_floor
+from paris_ray.evaluation.intervals import Interval, mean_interval, paired_interval
 from paris_ray.evaluation.scene_scorer import SCORES
 from paris_ray.manifest import published
 from paris_ray.storage import Folder
-
-WIDE = 256
-"""Features of more numbers than this have few bootstrap draws: each takes the roots of two matrices."""
 
 EQUAL_MONOLITHS = ("monolith", "monolith-steps")
 """Rows with an equal training; papers compare with the first, whose batch is that of all experts together."""
@@ -148,47 +145,32 @@ class Results:
     def _originals(self) -> Folder:
         return Folder(self.compare.folder) / "reference"
 
+    # -- spaces -----------------------------------------------------------------------------------------------------------
+
     @functools.cached_property
-    def reference(self) -> NDArray[np.float64] | None:
-        """Features of the validation originals along the axes that count, (M, A)."""
+    def space(self) -> Space | None:
+        """In whose features distances are measured; ``None`` before there are originals."""
         found = self.array(self._originals, "validation")
-        return None if found is None else self._along(found)
+        return None if found is None else Space(self.compare, found, compare_distances.own_originals(self.compare, self._run, len(found)))
 
     @functools.cached_property
-    def axes(self) -> tuple[int, int] | None:
-        """How many principal axes of the originals count, of how many."""
-        found = self.array(self._originals, "validation")
-        return None if found is None else (axes_for(self.compare, found, self.compare.seen_captions), found.shape[1])
+    def pixels(self) -> Space | None:
+        """Beside an encoder that made the clusters, and so is no independent judge: the pixels."""
+        found = None if self.independent else self.array(self._originals, "validation")
+        made = None if found is None else compare_distances.original_pixels(self.compare, self._run, len(found))
+        return None if made is None else Space(self.compare, made, compare_distances.own_originals(self.compare, self._run, len(made)))
 
-    @functools.cached_property
-    def _axes(self) -> NDArray[np.float64] | None:
-        """(D, A); ``None``: all."""
-        found, axes = self.array(self._originals, "validation"), self.axes
-        assert found is not None
-        assert axes is not None
-        return None if axes[0] == axes[1] else np.asarray(np.linalg.eigh(moments(found)[1])[1][:, -axes[0] :])
+    @property
+    def _run(self) -> Folder:
+        return Folder(compare_rows.partition_config(self.compare, MAIN).run_dir)
 
-    def _along(self, features: NDArray[np.floating]) -> NDArray[np.float64]:
-        wide = np.asarray(features, np.float64)
-        return wide if self._axes is None else wide @ self._axes
-
-    def features(self, way: Way, seeds: Sequence[int]) -> NDArray[np.float64] | None:
-        """Of the judge, along these axes, (N, R, A)."""
-        if self.reference is None:
+    def _points(self, way: Way, seeds: Sequence[int], space: Space) -> list[NDArray[Any]] | None:
+        """A way's pictures as points of a space, by seed."""
+        name = "features" if space is self.space else "pictures"
+        found = [one for seed in seeds if (one := self.array(way.folders[seed], name)) is not None]
+        if len(found) < len(seeds) or not found:
             return None
-        found = [self.array(way.folders[seed], "features") for seed in seeds]
-        if any(one is None for one in found) or not found:
-            return None
-        return np.stack([self._along(one) for one in found if one is not None], 1)
-
-    def _frechet(self, features: NDArray[np.float64]) -> float:
-        """Of features (N, A) to the reference."""
-        return self._compared.frechet(features)
-
-    @functools.cached_property
-    def _compared(self) -> Reference:
-        assert self.reference is not None
-        return Reference(self.reference)
+        return found if space is self.space else [compare_distances.pixels(one) for one in found]
 
     # -- figures ----------------------------------------------------------------------------------------------------------
 
@@ -207,21 +189,16 @@ class Results:
         found = self.array(self._originals, f"scores-{part}")
         return None if found is None else float(found[:, SCORES.index(name)].mean())
 
-    def distance(self, way: Way, statistic: Callable[[NDArray[np.float64]], float] | None = None) -> float | None:
-        """Fréchet distance to the originals, lower is better, the mean over seeds: FID where the judge is Inception."""
-        found = self.features(way, sorted(way.folders))
-        return None if found is None else float(np.mean([(statistic or self._frechet)(found[:, r]) for r in range(found.shape[1])]))
+    def distance(self, way: Way, space: Space | None = None) -> float | None:
+        """Fréchet distance to originals of other captions, lower is better, the mean over seeds: FID where the judge is Inception."""
+        space = space or self.space
+        found = None if space is None else self._points(way, sorted(way.folders), space)
+        return None if space is None or found is None else space.distance(found)
 
     def kernel(self, way: Way) -> float | None:
-        """Kernel distance to the originals, which is unbiased: KID where the judge is Inception."""
-        return None if self.reference is None else self.distance(way, self._compared.kernel)
-
-    def floor(self, count: int) -> Floor | None:
-        """What so many of the originals get, or half of them, measured to the others."""
-        if self.reference is None:
-            return None
-        statistic = lambda a, b: frechet(*moments(a), *moments(b))  # noqa: E731
-        return split_floor(statistic, self.reference, self.compare.base.seed, rows=count)
+        """KID where the judge is Inception; of features of another scale its kernel says nothing."""
+        found = None if self.space is None or not self.fid else self._points(way, sorted(way.folders), self.space)
+        return None if self.space is None or found is None else self.space.kernel(found)
 
     def value(self, key: str, name: str = QUALITY, unseen: bool = False) -> float | None:
         """A score of scenes, the mean over captions and seeds."""
@@ -249,15 +226,13 @@ class Results:
         groups = self.unseen_groups() if unseen else None
         return None if a is None or b is None or (unseen and groups is None) else paired_interval(a, b, groups)
 
-    def distance_difference(self, first: str, second: str) -> Interval | None:
+    def distance_difference(self, first: str, second: str, space: Space | None = None) -> Interval | None:
         """Of Fréchet distances, second minus first, so that above zero the first is better."""
-        if (pair := self._pair(first, second)) is None:
+        pair, space = self._pair(first, second), space or self.space
+        if pair is None or space is None:
             return None
-        a, b = (self.features(way, pair[2]) for way in pair[:2])
-        if a is None or b is None:
-            return None
-        repeats = 200 if a.shape[2] <= WIDE else 20
-        return sets_interval(lambda x, y: self._frechet(y) - self._frechet(x), a, b, seed=self.compare.base.seed, repeats=repeats)
+        a, b = (self._points(way, pair[2], space) for way in pair[:2])
+        return None if a is None or b is None else space.difference(a, b)
 
     def above_chance(self, key: str, unseen: bool = False) -> bool:
         """Whether a way does better than its own pictures under shuffled captions, by its interval; true where there is no such score."""

@@ -13,7 +13,7 @@ from paris_ray.evaluation.compare_plan import MORE_STEPS, QUALITY
 from paris_ray.evaluation.compare_results import GROUNDED, Results, Way
 from paris_ray.evaluation.compare_rows import MAIN, ROWS
 from paris_ray.evaluation.compare_verdicts import BETTER, FAILS, HOLDS, UNMEASURED, WHOLLY, WORSE, Both
-from paris_ray.evaluation.intervals import Interval
+from paris_ray.evaluation.intervals import signed
 from paris_ray.pages import charts
 from paris_ray.storage import Folder
 
@@ -60,11 +60,6 @@ def kinds(found: Iterable[Both]) -> list[str]:
     return [{HOLDS: "right", FAILS: "wrong"}.get(seen.papers, "") or {BETTER: "right", WORSE: "wrong"}.get(seen.papers, "") for seen, _ in found]
 
 
-def signed(interval: Interval | None) -> str:
-    """``+0.031 (+0.010 … +0.052)``, or a dash."""
-    return "–" if interval is None else f"{interval.value:+.3g} ({interval.low:+.3g} … {interval.high:+.3g})"
-
-
 # -- the tables ---------------------------------------------------------------------------------------------------------
 
 
@@ -72,7 +67,8 @@ def way_header(results: Results) -> tuple[str, ...]:
     """Of :func:`way_rows`."""
     count = results.compare.seen_captions
     pictures = f"{count // 1000}K" if count % 1000 == 0 else str(count)
-    names = (f"FID-{pictures}", f"KID-{pictures}") if results.fid else ("Fréchet distance", "kernel distance")
+    of_clusters = "" if results.independent else " (clusters' encoder, decides nothing)"
+    names = (f"FID-{pictures}", f"KID-{pictures}") if results.fid else (f"Fréchet distance{of_clusters}",)
     return (
         "way", "what", WHOLLY, "95 %", "by chance", "objects", "by chance", *names, "loss", "GFLOP a picture", "rate", "guidance", "steps", "seeds",
     )  # fmt: skip
@@ -91,7 +87,7 @@ def way_rows(results: Results) -> list[list[str]]:
                 _title(way),
                 *_scored(results, way),
                 "–" if distance is None else charts.number(distance),
-                "–" if kernel is None else f"{kernel:.3g}",
+                *(["–" if kernel is None else f"{kernel:.3g}"] if results.fid else []),
                 "–" if loss is None else f"{loss:.4f}",
                 f"{results.picture_flops(way) / 1e9:.3g}",
                 f"{results.plan.rate(way.row):g}",
@@ -100,7 +96,7 @@ def way_rows(results: Results) -> list[list[str]]:
                 _seeds(results, way),
             ]
         )
-    return found + _ceiling(results, "seen", 8)
+    return found + _ceiling(results, "seen", 8 if results.fid else 7)
 
 
 def _seeds(results: Results, way: Way) -> str:

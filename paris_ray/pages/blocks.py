@@ -73,6 +73,10 @@ figure{margin:0}
 .pair.right .two-up img:first-child{box-shadow:0 0 0 2px var(--good)}
 .pair.wrong .two-up img:first-child{box-shadow:0 0 0 2px var(--bad)}
 .mark{font-weight:700}.right .mark{color:var(--good)}.wrong .mark{color:var(--bad)}
+.gallery td,.gallery th{padding:4px 4px 4px 3px;vertical-align:middle}
+.gallery th{font-size:12px;line-height:1.2;font-weight:400;vertical-align:bottom}
+.gallery img{width:72px;height:72px;display:block}.gallery img.pixelated{image-rendering:pixelated}
+.gallery img.right{outline:2px solid var(--good)}.gallery img.wrong{outline:2px dashed var(--bad)}
 .strip{display:flex;flex-wrap:wrap;gap:6px;margin:1.2rem 0 .3rem}
 .strip img{width:60px;height:60px;border-radius:8px;display:block}
 .route{display:flex;gap:12px;align-items:center}

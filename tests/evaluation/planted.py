@@ -16,7 +16,7 @@ from paris_ray.storage import Folder
 
 SMALL = (
     "validation_captions=4", "seen_captions=40", "held_out_captions=20", "loss_rows=3", "seeds=[0, 1, 2]", "guidance_scales=[1.0, 2.0, 3.0]",
-    "learning_rates=[0.001, 0.002, 0.004]",
+    "learning_rates=[0.001, 0.002, 0.004]", "rows=[experts, monolith, monolith-steps, blind]", "routings=[top-1, full, caption, oracle]",
 )  # fmt: skip
 CHOSEN = {1.0: 0.3, 2.0: 0.2, 3.0: 0.5}
 """Planted quality on validation captions by guidance; on all others the other way round."""

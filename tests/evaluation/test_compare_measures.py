@@ -167,7 +167,7 @@ def test_routers_and_losses_by_time_are_in_the_report(tmp_path):
     np.testing.assert_allclose(measures.losses_by_time()["experts"].losses, by_time + 0.5)
     assert "0.750 | 0.750" in write_report(mine)
     html = Folder(mine.folder).read_bytes("report.html").decode()
-    for words in ("Held-out loss by time", "Quality against training cost", "right at t = 0.98"):
+    for words in ("Held-out loss by time", "Quality against inference cost", "right at t = 0.98"):
         assert words in html, words
 
 

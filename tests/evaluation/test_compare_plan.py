@@ -309,9 +309,11 @@ def test_the_matrix_and_who_fails():
     assert matrix.tolist() == [[1.0, 0.9, 3.0], [2.0, 1.0, 2.0], [3.0, 2.0, 1.0]]
     trainings = np.repeat(losses.mean(1)[:, :, None], 3, 2)
     trainings[2, clusters == 0] = np.array([[-1.0, 1.9, 1.9], [1.9, -1.0, 1.9]])  # better on the mean, by chance
-    failing = alignment_figures.failing(trainings, clusters)
-    assert [(cluster, who, one.value) for cluster, who, one in failing] == [(0, 2, pytest.approx(1 - 5.6 / 6)), (1, 0, pytest.approx(0.1))]
-    assert [one.low > 0 for _, _, one in failing] == [False, True]
+    found = alignment_figures.own_experts(trainings, clusters)
+    assert [(one.cluster, one.rows, one.rival, one.lead.seeds) for one in found] == [(0, 2, 2, 3), (1, 2, 0, 3), (2, 1, 1, 3)]
+    assert [one.lead.value for one in found] == pytest.approx([5.6 / 6 - 1, -0.1, 1.0])
+    assert [one.lead.high < 0 for one in found] == [False, True, False]
+    assert [one.best for one in found] == [1, 0, 3]  # expert 2 has 0.45 on the first cluster in two trainings, and 1.9 in the third
     router = np.zeros((2, 5, 3))
     router[..., 2], router[..., 1] = 0.6, 0.3  # asks 2, then 1
     asked, others = alignment_figures.asked_and_not(losses, router)

@@ -18,7 +18,7 @@ from paris_ray.evaluation.alignment_figures import rank_correlation
 from paris_ray.evaluation.arrays import save
 from paris_ray.evaluation.compare_captions import Caption
 from paris_ray.evaluation.compare_protocol import made_with
-from paris_ray.evaluation.compare_report import verdict_of_fault, write_report
+from paris_ray.evaluation.compare_report import at_end, verdict_of_fault, write_report
 from paris_ray.evaluation.compare_results import Results
 from paris_ray.evaluation.compare_rows import Run
 from paris_ray.evaluation.compare_verdicts import UNTOLD
@@ -83,9 +83,12 @@ def test_the_papers_line_is_of_the_papers_router_and_no_failing_cluster_is_left_
     results = Results(mine)
     assert results.alignment("experts").advantage.value > 0 > results.alignment("blind").advantage.value
     assert re.search(r"as the paper(&#x27;|')s, -[^:]*: does not hold with 4 experts\.", html)
-    assert "own expert is the best on 2 of 4 clusters" in html
-    assert re.search(r"On cluster 0 expert 2 is better than its own by \+0\.1\d* \([^)]*\): more than the interval", html)
-    assert re.search(r"On cluster 1 expert 3 is better than its own by \+\S+ \(-[^)]*\): no more than the interval", html)
+    assert "own expert is the best on 2 of 4 clusters, by more than the interval over rows and trainings on 2." in html
+    row = r"<tr><td>{}</td><td class=n>8</td><td class=n>{}</td><td class=n>{}</td><td class=n>{} of 3</td></tr>"
+    assert re.search(row.format(0, 2, r"-0\.1\d* \(-\S+ … -[^)]*\)", 0), html)
+    assert re.search(row.format(1, 3, r"-0\.1\S* \(-\S+ … \+[^)]*\)", 2), html)  # of one training: no more than the interval
+    for cluster in (2, 3):
+        assert re.search(row.format(cluster, r"\d", r"\+(?:0\.9\d*|1) \(\+\S+ … \+[^)]*\)", 3), html)
     alone = config(tmp_path / "alone", "rows=[experts]")
     plan, _ = finish(alone)
     look(alone, plan, "experts", "right")
@@ -183,7 +186,7 @@ def test_the_protocol_has_its_figures(tmp_path):
         "Theirs are of 8 experts, these of 4",
     ):
         assert part in said, part
-    assert re.search(r"40 of the originals have a Fréchet distance of \S+ \(least and most of 10 draws: \S+ and \S+\) to the 60 others", said)
+    assert re.search(r"Of 100 originals 40 have a Fréchet distance of \S+ \(least and most of 10 draws: \S+ and \S+\) to the 60 others", said)
     assert "(95 %" not in said  # the ends of draws are no interval
 
 
@@ -196,6 +199,37 @@ def test_what_units_were_made_with_is_theirs_not_the_reports(tmp_path):
         (Folder(mine.folder) / unit.key).write_json(MANIFEST, {**made, "software": {"cpu": "another", "torch": "0.1"}})
     found = dict(made_with(Results(mine)))
     assert found == {"cpu": f"another (3 units), planted ({len(order) - 3} units)", "torch": "0.1"}
+
+
+@pytest.mark.parametrize(
+    ("means", "end"),
+    [
+        ({1.0: 0.3, 2.0: 0.5, 4.0: 0.4}, False),
+        ({1.0: 0.3, 2.0: 0.4, 4.0: 0.5}, True),
+        ({1.0: 0.5, 2.0: 0.4, 4.0: 0.3}, False),  # below 1 there is no guidance
+        ({1.5: 0.5, 2.0: 0.4, 4.0: 0.3}, True),
+        ({1.0: 0.5, 2.0: 0.5}, False),
+        ({2.0: 0.5}, False),  # one was asked for, not tried
+    ],
+)
+def test_the_end_of_the_scales(means, end):
+    assert at_end(means) == end
+
+
+def test_a_way_that_may_want_more_guidance_than_was_tried_is_named(tmp_path):
+    """Of the main row the scale before the last is within an error of the last one, and has the arrow; that the best is at the end is said still."""
+    mine = config(tmp_path, "rows=[experts, monolith, fault-swapped]", "routings=[]")
+    near = {1.0: 0.2, 2.0: 0.5, 3.0: 0.5}
+    plan, _ = finish(mine, quality=lambda unit: near if unit.arguments[0].row == "monolith" else CHOSEN)
+    scores = plan.runs_folder(plan.run("experts", 0, plan.rate("experts"))) / plan.drawing("experts", 2.0, "validation").folder
+    save(scores, "scores", 0.5 - np.outer([0.3, -0.1, -0.1, -0.092], np.ones(6)))  # less than at 3 by 0.002 in the mean, with an error of 0.1
+    results = Results(mine)
+    assert results.plan.guidance("experts") == 2.0
+    write_report(mine)
+    html = Folder(mine.folder).read_bytes("report.html").decode()
+    assert re.search(r"<td>experts</td><td class=n>0.300</td><td class=n>0.498 ←</td><td class=n>0.500</td>", html)
+    assert "one beyond might be better still (guidance_scales may grow): experts." in html
+    assert "within one standard error of the best one" in html
 
 
 def test_too_few_trainings_show_no_fault():

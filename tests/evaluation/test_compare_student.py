@@ -93,7 +93,7 @@ def test_a_student_costs_what_the_main_row_does_with_its_teachers_passes(tmp_pat
     rows = {cells[0]: dict(zip(compare_cost.COLUMNS, cells, strict=True)) for cells in compare_cost.matched_table(mine)}
     assert rows["distilled"]["training PFLOP"].endswith(" and its teacher's")
     assert float(rows["distilled"]["training PFLOP"].split()[0]) == pytest.approx(spent / 1e15, rel=0.005)
-    same = ("GFLOP a picture", "batch", "experts × width × depth")
+    same = (compare_cost.COLUMNS[-1], "batch", "experts × width × depth")
     assert [rows["distilled"][name] for name in same] == [rows["monolith"][name] for name in same]
     assert "its teacher's own, which is the main row's, comes on top" in compare_cost.text(mine)
 
