@@ -42,7 +42,7 @@ from paris_ray.opening import read_yaml
 from paris_ray.placement import Placement, serve_groups
 from paris_ray.presets import PRESETS
 from paris_ray.resources import HERE, ClusterConfig, Resources  # noqa: F401
-from paris_ray.strict import ConfigError, Strict
+from paris_ray.strict import ConfigError, Place, Strict
 from paris_ray.training_config import SIZES, ExpertConfig, ModelConfig, RouterConfig, TrainConfig, TrainedConfig  # noqa: F401
 
 # -- sampling, serving, evaluation --------------------------------------------------------------------------------------
@@ -98,7 +98,7 @@ class RunConfig(Strict):
 
     name: Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_-]{0,40}$")]
     # Local folder or URI; every stage's files go below it.
-    run_dir: str
+    run_dir: Place
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     data: DataConfig
     partition: PartitionConfig = PartitionConfig()

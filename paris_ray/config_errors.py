@@ -9,7 +9,7 @@ from typing import Any
 import pydantic
 from pydantic import BaseModel
 
-from paris_ray.resources import SECRET
+from paris_ray.strict import SECRET
 
 
 def nearest(word: str, known: Iterable[str]) -> str:

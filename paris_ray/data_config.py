@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from paris_ray.strict import ConfigError, Strict
+from paris_ray.strict import ConfigError, Place, Strict
 
 
 class OpenMojiSource(Strict):
@@ -43,18 +43,18 @@ class FolderSource(Strict):
     """A folder of images: ``name.jpg`` with its caption in ``name.txt`` or ``name.json``, or all captions in ``captions.csv``/``captions.jsonl``."""
 
     kind: Literal["folder"] = "folder"
-    uri: str
+    uri: Place
 
 
 class _Columns(Strict):
     """Which column of a table holds what."""
 
     # A folder with the files, or one of them.
-    uri: str
+    uri: Place
     caption: str = "caption"
     # Bytes of an image file, a struct with these bytes (as Hugging Face datasets have it), or a name below the folder `images`.
     image: str = "image"
-    images: str | None = None
+    images: Place | None = None
     # What identifies a row; null: the image's bytes and the caption.
     key: str | None = None
 
@@ -76,7 +76,7 @@ class WebdatasetSource(Strict):
 
     kind: Literal["webdataset"] = "webdataset"
     # A folder with the tars, or one of them.
-    uri: str
+    uri: Place
     # Field of KEY.json that identifies a row; null: the image's bytes and the caption.
     key: str | None = None
 
@@ -112,7 +112,7 @@ class TimmEmbedding(Strict):
     kind: Literal["timm"] = "timm"
     model: str = "vit_large_patch14_dinov2.lvd142m"
     # A local safetensors file, or null for timm's own weights from the hub.
-    weights: str | None = None
+    weights: Place | None = None
     # Side of the square the backbone sees, in pixels; the paper states none, 224 costs a sixth of timm's 518.
     image_size: Annotated[int, Field(ge=14)] = 224
 
@@ -124,7 +124,7 @@ class OpenClipEmbedding(Strict):
     # hf-hub:OWNER/NAME or local-dir:PATH with open_clip_config.json and safetensors, or an architecture's name with `weights`.
     model: str = "hf-hub:laion/CLIP-ViT-L-14-laion2B-s32B-b82K"
     # A local safetensors file; null where the model brings its own.
-    weights: str | None = None
+    weights: Place | None = None
 
 
 class PackagedEmbedding(Strict):
@@ -142,7 +142,7 @@ class VaeCodec(Strict):
 
     kind: Literal["vae"] = "vae"
     # Hub id or local folder.
-    source: str = "stabilityai/sd-vae-ft-mse"
+    source: Place = "stabilityai/sd-vae-ft-mse"
     # null takes the factor in the VAE's own config.
     scaling_factor: float | None = None
 
@@ -163,7 +163,7 @@ class ClipText(Strict):
 
     kind: Literal["clip"] = "clip"
     # Hub id, or a local folder that holds text_encoder/ (a transformers CLIPTextModel) as the released checkpoint does.
-    source: str = "openai/clip-vit-large-patch14"
+    source: Place = "openai/clip-vit-large-patch14"
     max_length: Annotated[int, Field(ge=4, le=77)] = 77
 
 

@@ -56,6 +56,12 @@ def check_header(where: str, header: Header, wanted: Mapping[str, Shape], ignore
         raise ValueError(does_not_fit(where, problems))
 
 
+def check_layers(where: str, header: Header, layers: int) -> None:
+    """Raise ValueError for more layers than a file has tensors: before they are listed or made, which takes memory and time for each."""
+    if not 0 <= layers <= len(header):
+        raise ValueError(does_not_fit(where, [f"there are {len(header)} tensors in the file, {layers} layers in the network"]))
+
+
 def does_not_fit(where: str, problems: Sequence[str]) -> str:
     """The message for a file of weights that is not the network's."""
     shown = "".join(f"\n  - {problem}" for problem in problems[:10])

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from paris_ray.config_errors import nearest
-from paris_ray.strict import ConfigError
+from paris_ray.strict import ConfigError, secret_in
 
 if TYPE_CHECKING:
     from paris_ray.storage import Folder
@@ -44,6 +44,8 @@ def open_folder(key: str, uri: str) -> Folder:
 
     try:
         return Folder(uri)
+    except ConfigError as error:
+        raise ConfigError(f"{key}: {error}") from None
     except Exception as error:  # whatever a store's library raises is what there is to say
         raise ConfigError(f"{key}: {uri!r} cannot be opened: {why(error)}") from None
 
@@ -79,6 +81,8 @@ def read_yaml(source: str, key: str, presets: Iterable[str] = ()) -> dict[str, A
     Raises:
         ConfigError: it is not there, cannot be read, or holds something else.
     """
+    if (reason := secret_in(source)) is not None:
+        raise ConfigError(f"{key}: {reason}")
     parent, name = os.path.split(source)
     folder = open_folder(key, parent or ".")
     try:

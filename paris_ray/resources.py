@@ -9,13 +9,10 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, field_validator, model_validator
 from pydantic_core import PydanticCustomError
 
-from paris_ray.strict import Strict
+from paris_ray.strict import SECRET, Place, Strict
 
 HERE = "here"
 """The name of the cluster in which all stages run but the experts that say otherwise."""
-
-SECRET = "secret"
-"""Type of the errors whose value nobody should see."""
 
 
 class Machine(Strict):
@@ -84,7 +81,7 @@ class ClusterConfig(Strict):
     # A local file with its token, read whenever it is used; null: it asks for none.
     token_file: str | None = None
     # The run directory as that cluster sees it, an absolute path or a URI; null: as it is seen here. It must be the same store.
-    storage: str | None = None
+    storage: Place | None = None
     # A container image that has this project, in which its jobs run; null: the project is sent along with them.
     image: str | None = None
 

@@ -26,6 +26,7 @@ import pyarrow as pa
 import pyarrow.fs as pafs
 
 from paris_ray.storage_io import ATTEMPTS, CHUNK, UPLOADS, AtomicWriter, PatientReader, asked
+from paris_ray.strict import ConfigError, secret_in
 
 _PIECE, _PIECES = 1 << 16, 16  # what Folder.sketch reads of a file
 
@@ -47,6 +48,8 @@ _GUARD, _CLAIM = ".tmp-guard-", ".tmp-claim-"
 
 
 def _resolve(uri: str) -> tuple[pafs.FileSystem, str]:
+    if (reason := secret_in(uri)) is not None:
+        raise ConfigError(reason)
     if "://" not in uri:
         return pafs.LocalFileSystem(), str(Path(uri).expanduser().absolute())
     try:

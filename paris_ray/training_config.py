@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, model_validator
 
 from paris_ray.resources import HERE, Resources
-from paris_ray.strict import ConfigError, Strict
+from paris_ray.strict import ConfigError, Place, Strict
 
 SIZES: dict[str, dict[str, int]] = {
     "XL/2": {"hidden_size": 1152, "num_layers": 28, "num_heads": 16, "patch_size": 2},
@@ -122,7 +122,7 @@ class ExpertConfig(TrainedConfig):
     # Noise schedule of a ddpm expert.
     noise_schedule: Literal["cosine", "linear"] = "cosine"
     # Weights to start from: a safetensors file or a folder with one, of a DiT, PixArt-α or another expert; null: start anew.
-    init_from: str | None = None
+    init_from: Place | None = None
     # Which of `clusters` trains it; here: the one where the other stages run.
     cluster: str = HERE
 
@@ -133,4 +133,4 @@ class RouterConfig(TrainedConfig):
     # pooled: reads the caption's pooled text. none: the paper's and its released weights.
     text: Literal["pooled", "none"] = "pooled"
     # A router to start from, a folder with its config and weights; it may know fewer experts, the first ones of these. null: start anew.
-    init_from: str | None = None
+    init_from: Place | None = None

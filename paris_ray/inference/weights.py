@@ -72,7 +72,7 @@ class ExpertFiles:
         folder = self.folder / f"expert_{k}"
         module, objective = load_expert(folder, size, self.ignore_tensors, ignore_settings=self.ignore_settings, norm_eps=self.norm_eps)
         _same(f"{folder.uri}/config.json", in_channels=(module.in_channels, channels), out_channels=(module.out_channels, channels),
-              image_size=(module.image_size, size), text_embed_dim=(module.text_embed_dim, self.text_width))  # fmt: skip
+              text_embed_dim=(module.text_embed_dim, self.text_width))  # fmt: skip
         if self.objectives[k] != objective.name:
             raise ValueError(
                 f"{folder.uri}/config.json: objective is {objective.name!r}, {INFO} says {self.objectives[k]!r}; assemble the model again"

@@ -183,7 +183,7 @@ def test_a_pickled_vae_is_refused(vae_folder, tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda t: t.pop("decoder.conv_out.bias"), r"tensor decoder\.conv_out\.bias is missing from the file"),
+        (lambda t: t.pop("decoder.conv_out.bias"), r"tensor decoder\.conv_out\.bias \(3,\) is missing from the file"),
         (lambda t: t.update(loss=torch.zeros(1)), r"tensor loss is in the file but not in the network"),
         (
             lambda t: t.update({"encoder.conv_in.weight": torch.zeros(8, 4, 3, 3)}),
@@ -203,9 +203,35 @@ def test_a_vae_that_is_not_whole_is_refused_by_name(vae_folder, tmp_path, change
     meta = {**build_vae(VaeConfig(source=str(vae_folder))).meta(), "fingerprint": None}
     with pytest.raises(ValueError, match=message) as caught:
         load_codec(str(tmp_path / "m"), meta)
-    assert str(caught.value).startswith(f"{tmp_path}/m/vae does not fit the config.json beside it")
-    with pytest.raises(ConfigError, match=rf"data.codec.source: .*/m/vae does not fit(.|\n)*{message}"):
+    assert str(caught.value).startswith(f"{file} does not fit the config.json beside it")
+    with pytest.raises(ConfigError, match=rf"data.codec.source: .*/m/vae/diffusion_pytorch_model.safetensors does not fit(.|\n)*{message}"):
         build_vae(VaeConfig(source=str(tmp_path / "m")))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"layers_per_block": 10**9}, r"there are \d+ tensors in the file, 3000000000 layers in the network"),
+        ({"block_out_channels": [8, 8, 1 << 20]}, r"tensor encoder\.\S+ \(1048576, 8, 1, 1\) is missing from the file"),
+        ({"norm_num_groups": 0}, r"vae/config.json: "),
+    ],
+)
+def test_a_vaes_config_takes_no_memory_that_its_file_has_not(vae_folder, tmp_path, monkeypatch, changes, message):
+    import json
+    import shutil
+
+    from diffusers import AutoencoderKL
+
+    shutil.copytree(vae_folder, tmp_path / "m")
+    config = json.loads((tmp_path / "m/vae/config.json").read_text())
+    (tmp_path / "m/vae/config.json").write_text(json.dumps({**config, **changes}))
+    meta = {**build_vae(VaeConfig(source=str(vae_folder))).meta(), "fingerprint": None}
+    monkeypatch.setattr(AutoencoderKL, "from_pretrained", lambda *a, **k: pytest.fail("made"))
+    with pytest.raises(ValueError, match=message):
+        load_codec(str(tmp_path / "m"), meta)
+    (tmp_path / "m/vae/diffusion_pytorch_model.safetensors").unlink()
+    with pytest.raises(ValueError, match=r"holds no AutoencoderKL with safetensors weights"):
+        load_codec(str(tmp_path / "m"), meta)
 
 
 def test_header_of_a_vae_against_its_config(vae_folder, tmp_path):

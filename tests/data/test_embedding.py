@@ -112,6 +112,27 @@ def test_errors_name_the_remedy(tmp_path, dino):
         build_embedder(TimmEmbedding(model="resnet18.a1_in1k"))
 
 
+def test_a_folder_of_timms_brings_safetensors_or_is_refused(tmp_path, pictures, monkeypatch):
+    from safetensors.torch import save_file
+
+    torch.manual_seed(1)
+    model = timm.create_model("resnet10t", pretrained=False).eval()
+    (tmp_path / "config.json").write_text('{"architecture": "resnet10t", "num_classes": 1000}')
+    torch.save(model.state_dict(), tmp_path / "pytorch_model.bin")
+    monkeypatch.setattr(embedding, "hub_file", lambda place, name: str(tmp_path / name) if (tmp_path / name).exists() else None)
+    config = TimmEmbedding(model=f"local-dir:{tmp_path}", image_size=56)
+    with monkeypatch.context() as watched:
+        watched.setattr(torch, "load", lambda *a, **k: pytest.fail("unpickled"))
+        for name in (config.model, "hf-hub:somebody/model", "HF_hub:somebody/model"):
+            with pytest.raises(ConfigError, match=r"has no model.safetensors, and pickles are not read here.*jobs.convert"):
+                build_embedder(config.model_copy(update={"model": name}))
+        save_file(model.state_dict(), tmp_path / "model.safetensors")
+        embedder = build_embedder(config)
+    assert embedder(pictures[:2]).shape == (2, 512)
+    state = embedder.model.state_dict()
+    assert all(torch.equal(x, state[name]) for name, x in model.state_dict().items() if not name.startswith("fc."))
+
+
 # -- open_clip ----------------------------------------------------------------------------------------------------------
 
 TINY_CLIP = {
@@ -186,5 +207,13 @@ def test_open_clip_reads_no_pickle_and_errors_name_the_remedy(clip, tmp_path, mo
         build_embedder(OpenClipEmbedding(model="ViT-Q", weights=own))
     with pytest.raises(ConfigError, match=r"brings its own; leave it out"):
         build_embedder(OpenClipEmbedding(model=f"local-dir:{folder}", weights=own))
+    described = '{"model_cfg": {"text_cfg": {"hf_model_name": "somebody/code"}}}'
+    (tmp_path / "open_clip_config.json").write_text(described)
+    shutil.copy(own, tmp_path)
+    with pytest.raises(ConfigError, match=r"a text tower from elsewhere, 'somebody/code'"):
+        build_embedder(OpenClipEmbedding(model=f"local-dir:{tmp_path}"))
+    (tmp_path / "open_clip_config.json").write_text("[" * 100_000)
+    with pytest.raises(ConfigError, match=r"describes no model: RecursionError"):
+        build_embedder(OpenClipEmbedding(model=f"local-dir:{tmp_path}"))
     with pytest.raises(ConfigError, match=r"open_clip cannot make RN50"):
         build_embedder(OpenClipEmbedding(model="RN50", weights=own))

@@ -1,5 +1,7 @@
 import io
+import itertools
 import json
+import re
 
 import numpy as np
 import pyarrow as pa
@@ -111,6 +113,22 @@ def test_what_would_unpack_to_more_than_memory_is_not_unpacked(tmp_path, monkeyp
     }  # fmt: skip
     assert list(good(found)) == [f"{name}.arrow row {i}" for name, rows in (("bomb", (0, 1)), ("plain", (0, 1, 4, 5))) for i in rows]
     assert decoded == [2, 2, 2, 0, 2, 2]
+
+
+@pytest.mark.parametrize("caption", ["caption", "other"])
+def test_a_batch_of_rows_that_take_no_byte_is_one_reject(tmp_path, caption):
+    """Of type null a batch has as many rows as it says; with the wrong columns each would be a reject all the same."""
+    nothing = pa.nulls(10**7)
+    (tmp_path / "a.arrow").write_bytes(stream_of([batch_of([png(0)])]))
+    (tmp_path / "b.arrow").write_bytes(stream_of([pa.record_batch({"image": nothing[:3], caption: nothing[:3]})] * 2))
+    (tmp_path / "c.arrow").write_bytes(stream_of([pa.record_batch({"image": nothing, caption: nothing})] * 2))
+    assert (tmp_path / "c.arrow").stat().st_size < 1000
+    write_state(tmp_path, ["a.arrow", "b.arrow", "c.arrow"])
+    source, found = open_source(data_config(tmp_path, "hf_dataset")), []
+    for unit in source.units(1000):
+        found += itertools.islice(source.read(unit), 100)
+    assert [item.source for item in found] == ["a.arrow row 0", *(f"b.arrow row {i}" for i in range(6)), "c.arrow from row 0"]
+    assert re.fullmatch(r"broken Arrow file: it claims 10000000 rows in \d\d\d bytes", found[-1].reason)
 
 
 @pytest.mark.parametrize("compression", [None, "zstd", "lz4"])

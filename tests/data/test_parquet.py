@@ -50,10 +50,22 @@ def test_every_row_once_whatever_the_row_groups(tmp_path, rows, group):
 
 
 def test_units_are_small_whatever_the_rows(tmp_path):
-    write(tmp_path / "a.parquet", {"image": [b"x"] * 100_000, "caption": ["y"] * 100_000}, row_group_size=50_000)
+    captions = np.random.default_rng(0).permutation(100_000).astype(str)  # one that is the same everywhere takes no byte a row
+    write(tmp_path / "a.parquet", {"image": [b"x"] * 100_000, "caption": captions}, row_group_size=50_000)
     units = open_source(data_config(tmp_path, "parquet")).units(50_000)
     assert len(units) == 2
     assert sum(len(repr(unit)) for unit in units) < 1000
+
+
+def test_a_small_file_of_many_rows_is_one_reject(tmp_path):
+    """Rows that take no byte: each would be a reject to be kept, and every few thousand a unit."""
+    write(tmp_path / "a.parquet", simple(3))
+    nothing = {"image": pa.nulls(10**6, pa.binary()), "caption": pa.nulls(10**6, pa.string())}
+    write(tmp_path / "b.parquet", nothing)
+    assert (tmp_path / "b.parquet").stat().st_size < 10_000
+    found = read(tmp_path, "parquet")
+    assert len(found) == 4
+    assert found["b.parquet row 0"].startswith("broken Parquet file: it claims 1000000 rows in ")
 
 
 def test_a_large_row_group_is_not_read_whole(tmp_path, monkeypatch):

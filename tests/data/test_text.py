@@ -7,7 +7,7 @@ from safetensors.torch import load_file, save_file
 
 from paris_ray.config import ClipText, ConfigError, MiniLmText
 from paris_ray.data.clip import clip_shapes
-from paris_ray.data.text import build_text_encoder, load_text_encoder
+from paris_ray.data.text import bert_shapes, build_text_encoder, load_text_encoder
 
 CAPTIONS = [
     "red apple", "", "grapes on a blue background", "A very long caption, " * 12, "naïve café — Ünïcode 😀", "two  spaces", "x", "t-shirt",
@@ -83,6 +83,35 @@ def test_minilm_save_and_load(minilm, tmp_path):
         load_text_encoder(str(tmp_path), {**minilm.meta(), "fingerprint": "0" * 32})
     with pytest.raises(ValueError, match=r"known are clip and minilm"):
         load_text_encoder(str(tmp_path), {"kind": "t5"})
+
+
+def test_bert_shapes_are_transformers_own():
+    from transformers import BertConfig, BertModel
+
+    config = BertConfig(hidden_size=24, num_hidden_layers=2, num_attention_heads=2, intermediate_size=40, vocab_size=50, max_position_embeddings=9)
+    assert bert_shapes(config) == {name: tuple(x.shape) for name, x in BertModel(config, add_pooling_layer=False).state_dict().items()}
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"num_hidden_layers": 10**9}, r"there are \d+ tensors in the file, 1000000000 layers in the network"),
+        (
+            {"intermediate_size": 1 << 30},
+            r"intermediate\.dense\.weight has shape \(1536, 384\) in the file, \(1073741824, 384\)",
+        ),
+        ({"max_position_embeddings": 1 << 40}, r"tensor embeddings\.position_embeddings\.weight has shape \(512, 384\) in the file"),
+    ],
+)
+def test_a_berts_config_takes_no_memory_that_its_file_has_not(minilm, tmp_path, monkeypatch, changes, message):
+    import transformers
+
+    minilm.save(str(tmp_path))
+    file = tmp_path / "text_encoder/config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), **changes}))
+    monkeypatch.setattr(transformers, "BertModel", lambda *a, **k: pytest.fail("made"))
+    with pytest.raises(ValueError, match=message):
+        load_text_encoder(str(tmp_path), {**minilm.meta(), "fingerprint": None})
 
 
 def test_minilm_refuses_other_lengths(minilm):
@@ -323,6 +352,16 @@ def test_a_clip_that_is_not_whole_is_refused_by_name(clip, tmp_path, change, mes
         load_text_encoder(str(tmp_path), {**clip[1].meta(), "fingerprint": None})
     assert str(caught.value).startswith(f"{path}/model.safetensors does not fit the config.json beside it")  # the file, not a key of some run
     assert "data.text" not in str(caught.value)
+
+
+def test_layers_that_a_clips_file_cannot_have_are_not_listed(clip, tmp_path, monkeypatch):
+    path = tmp_path / "text_encoder"
+    clip[0].save_pretrained(path)
+    config = json.loads((path / "config.json").read_text())
+    (path / "config.json").write_text(json.dumps({**config, "num_hidden_layers": 10**9}))
+    monkeypatch.setattr("paris_ray.data.clip.clip_shapes", lambda config: pytest.fail("listed"))
+    with pytest.raises(ValueError, match=r"there are \d+ tensors in the file, 1000000000 layers in the network"):
+        load_text_encoder(str(tmp_path), {**clip[1].meta(), "fingerprint": None})
 
 
 def test_clip_shapes_are_transformers_own(clip):

@@ -1,3 +1,4 @@
+import itertools
 import json
 import tarfile
 
@@ -5,6 +6,7 @@ import pytest
 
 from paris_ray.config import ConfigError
 from paris_ray.data.sources import open_source
+from paris_ray.data.sources.webdataset import Webdataset
 
 from .corpora import member, tar_bytes
 from .reading import data_config, good, read, reasons
@@ -50,6 +52,29 @@ def test_samples_that_are_no_row(tmp_path):
     assert list(reasons(read(folder, "webdataset")).items()) == [
         ("a.tar/000", "no image"), ("a.tar/001", "no caption"), ("a.tar/002", "several images"), ("a.tar/003", "broken .json"),
         ("a.tar/004", "no caption"), ("a.tar/005", "broken .json"), ("a.tar/006", "no image"),
+    ]  # fmt: skip
+
+
+def test_of_several_images_none_is_held_and_members_of_a_key_have_an_end(tmp_path, monkeypatch):
+    """Every spelling of an extension is a member of its own: ten of .jpg and .webp here."""
+    spellings = ["".join(letters) for letters in itertools.product("jJ", "pP", "gG")] + ["webp", "Webp"]
+    large = bytes(100_000)
+    folder = write(tmp_path, "a.tar", [
+        *(member(f"a.{extension}", large) for extension in spellings), member("a.txt", b"x"),
+        *(member(f"b.x{i}", b"") for i in range(100)),
+        member("c.jpg", png(1)), member("c.txt", b"fine"),
+    ])  # fmt: skip
+    held, made, unit = [], Webdataset._items, open_source(data_config(folder, "webdataset")).units(1)[0]
+
+    def watched(self, sample, *rest):
+        held.append((len(sample.sizes), sum(map(len, sample.members.values()))))
+        return made(self, sample, *rest)
+
+    monkeypatch.setattr(Webdataset, "_items", watched)
+    items = list(Webdataset(str(folder)).read(unit))
+    assert held == [(0, 0), (11, 1), (32, 0), (32, 0), (32, 0), (4, 0), (2, len(png(1)) + 4)]
+    assert [(item.source, (item.reason or "").split(":")[0]) for item in items] == [
+        ("a.tar/a", "several images"), ("a.tar/b", "no image"), *((f"a.tar/b#00{i}", "no image") for i in (2, 3, 4)), ("a.tar/c", ""),
     ]  # fmt: skip
 
 

@@ -13,9 +13,9 @@ import torch_fidelity
 from PIL import Image
 from safetensors.torch import save_file
 from torch_fidelity.feature_extractor_base import FeatureExtractorBase
-from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
+from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3, FeatureExtractorInceptionV3
 
-from paris_ray.config import OpenClipEmbedding
+from paris_ray.config import ConfigError, OpenClipEmbedding
 from paris_ray.evaluation import distances, judges
 
 TINY_CLIP = {
@@ -99,8 +99,52 @@ def test_weights_come_from_a_file_of_tensors_and_of_nothing_else(tmp_path, pictu
     torch.save({"kernels": print}, tmp_path / "evil.pth")
     with pytest.raises(ValueError, match=r"evil.pth holds more than tensors"):
         judges.Inception(str(tmp_path / "evil.pth"), extractor="paris-test-tiny")
-    with pytest.raises(ValueError, match=r"gone.pth holds more than tensors, or is no file"):
+    with pytest.raises(ValueError, match=r"gone.pth cannot be read"):
         judges.Inception(str(tmp_path / "gone.pth"), extractor="paris-test-tiny")
+
+
+class Marks:
+    """A pickle that makes a file when it is read."""
+
+    def __init__(self, path):
+        self.path = str(path)
+
+    def __reduce__(self):
+        return open, (self.path, "w")
+
+
+def test_a_pickle_planted_in_torchs_cache_is_not_read(tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    cached = tmp_path / "hub/checkpoints" / URL_INCEPTION_V3.rpartition("/")[2]
+    cached.parent.mkdir(parents=True)
+    torch.save({"kernels": Marks(tmp_path / "ran")}, cached)
+    with pytest.raises(ValueError, match=r"has the SHA-256 [0-9a-f]{64}, not 6726825d.*fetched again"):
+        judges.Inception()
+    assert not (tmp_path / "ran").exists()
+    assert judges.INCEPTION_SHA256.startswith(cached.stem.rpartition("-")[2])  # torch-fidelity names the file by its checksum
+
+
+def test_weights_that_change_once_they_were_looked_at_are_not_read_again(tmp_path, monkeypatch):
+    torch.save({"kernels": torch.zeros(8, 3, 5, 5)}, tmp_path / "weights.pth")
+    load = torch.load
+
+    def then_swapped(*args, **options):
+        found = load(*args, **options)
+        torch.save({"kernels": Marks(tmp_path / "ran")}, tmp_path / "weights.pth")
+        return found
+
+    monkeypatch.setattr(torch, "load", then_swapped)
+    monkeypatch.setattr(Tiny, "load_state_dict", lambda self, state: None)
+    monkeypatch.setattr(judges, "weights_fingerprint", lambda state: "")
+    init = Tiny.__init__
+
+    def unlimited(self, name, features, feature_extractor_weights_path=None, **options):
+        load(feature_extractor_weights_path, weights_only=False)  # as torch-fidelity reads Inception's
+        init(self, name, features, **options)
+
+    monkeypatch.setattr(Tiny, "__init__", unlimited)
+    judges.Inception(str(tmp_path / "weights.pth"), extractor="paris-test-tiny")
+    assert not (tmp_path / "ran").exists()
 
 
 def test_without_torch_fidelity_it_says_what_to_install(monkeypatch):
@@ -145,6 +189,24 @@ def test_clip_score_against_the_formula_on_open_clips_own_path(clip, pictures):
     assert found.max() > 1
     np.testing.assert_allclose(np.linalg.norm(judge.texts(CAPTIONS), axis=1), 1, rtol=1e-5)
     assert "32 pixels" in judge.resize
+
+
+@pytest.mark.parametrize(
+    "text", [{"hf_tokenizer_name": "x", "tokenizer_kwargs": {"trust_remote_code": True}}, {"tokenizer_kwargs": {"bpe_path": "/x"}}]
+)
+def test_a_clip_folder_runs_no_code_of_its_own(clip, tmp_path, text):
+    """A tokenizer that transformers would import from the folder."""
+    _, folder = clip
+    (tmp_path / "open_clip_model.safetensors").symlink_to(folder / "open_clip_model.safetensors")
+    described = {"model_cfg": {**TINY_CLIP, "text_cfg": {**TINY_CLIP["text_cfg"], **text}}, "preprocess_cfg": PREPROCESS}
+    (tmp_path / "open_clip_config.json").write_text(json.dumps(described))
+    settings = {"tokenizer_class": "Mine", "auto_map": {"AutoTokenizer": ["tok.Mine", None]}}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
+    code = f"open({str(tmp_path / 'ran')!r}, 'w')\nfrom transformers import PreTrainedTokenizer\nclass Mine(PreTrainedTokenizer): pass"
+    (tmp_path / "tok.py").write_text(code)
+    with pytest.raises(ConfigError, match=r"open_clip_config.json asks for a tokenizer of its own .* choose a CLIP"):
+        judges.OpenClip(OpenClipEmbedding(model=f"local-dir:{tmp_path}"))
+    assert not (tmp_path / "ran").exists()
 
 
 def test_clip_score_is_a_cosine_cut_off_at_zero():

@@ -93,6 +93,30 @@ def test_settings_that_change_the_maths_are_refused(expert, changes, message):
         load_expert(Folder(expert), SIZE)
 
 
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"image_size": 20_000, "patch_size": 1}, "image_size is 20000, the rest of the model has 8; take all parts from one model"),
+        ({"patch_size": 1}, r"tensor pos_embed has shape \(1, 16, 32\) in the file, \(1, 64, 32\) in the network"),
+        ({"hidden_size": 10**9}, r"tensor pos_embed has shape \(1, 16, 32\) in the file, \(1, 16, 1000000000\) in the network"),
+        ({"num_layers": 10**7}, "num_layers is 10000000; at most 1024 are made"),
+        ({"patch_size": 0}, "patch_size is 0; it must be a whole number above 0"),
+        ({"num_layers": "2"}, "num_layers is '2'; it must be a whole number above 0"),
+        ({"mlp_ratio": 1e400}, "config.json: "),
+    ],
+)
+@pytest.mark.parametrize("weights_there", [True, False])
+def test_a_config_takes_no_more_memory_than_its_weights(expert, monkeypatch, changes, message, weights_there):
+    """Even without weights a network has a table of positions, and takes time for each layer."""
+    configure(expert, **changes)
+    if "mlp_ratio" not in changes:
+        monkeypatch.setattr("paris_ray.models.dit.sincos_positions", lambda *a: pytest.fail("made"))
+    if not weights_there:
+        (expert / EXPERT_FILE).unlink()
+    with pytest.raises((ValueError, FileNotFoundError), match=message if weights_there else f"{message}|does not exist"):
+        load_expert(Folder(expert), SIZE)
+
+
 def test_an_unknown_setting_may_be_allowed_by_name(expert):
     configure(expert, ema_decay=0.9999, qk_norm=True)
     with pytest.raises(ValueError, match=r"unknown setting qk_norm = True.*allow it by name \(ignore_settings=\('qk_norm',\)\)"):
@@ -255,7 +279,7 @@ def test_encoders_that_are_not_whole_are_refused_by_file(released, tmp_path):
     file = next((copy / "vae").glob("*.safetensors"))
     tensors = load_file(file)
     save_file({name: tensor for name, tensor in tensors.items() if name != "decoder.conv_out.weight"}, file)
-    with pytest.raises(ValueError, match=r"copy/vae does not fit(.|\n)*tensor decoder\.conv_out\.weight is missing") as caught:
+    with pytest.raises(ValueError, match=r"copy/vae/\S+ does not fit(.|\n)*tensor decoder\.conv_out\.weight \S.* is missing") as caught:
         weights.load_model(copy)
     assert "data." not in str(caught.value)
     save_file(tensors, file)

@@ -98,10 +98,11 @@ def test_what_comes_back_is_what_the_run_would_have_made(handed, tmp_path):
 
 def test_to_predict_nothing_costs_the_mean_square_of_the_target(trained):
     """The target of this expert is noise."""
-    from paris_ray.training.contribution import _judged, _loaded
+    from paris_ray.training.contribution import _judged, _load, _task
 
     run, away = trained
-    task = _loaded(run, 1, Folder(away) / "experts" / "1")
+    task = _task(run, 1)
+    _load(task, Folder(away) / "experts" / "1")
     reported = json.loads((away / "experts/1/_manifest.json").read_text())["counts"]["validation_loss"]
     assert run.experts[1].objective == "ddpm"
     assert _judged(task, reported, "expert-1")["nothing"] == pytest.approx(1.0, rel=0.02)
@@ -166,17 +167,19 @@ def test_what_is_not_what_it_says_is_refused(handed, change, message):
 
 
 def test_weights_that_are_worse_than_nothing_are_refused_although_it_says_so(handed):
-    from paris_ray.training.contribution import _loaded
+    from paris_ray.training.contribution import _load, _task
 
     run, away = handed
     rewrite(away, honest_but_useless)
-    loss = _loaded(run, 1, Folder(away) / "experts" / "1").validate()["validation_loss"]
+    task = _task(run, 1)
+    _load(task, Folder(away) / "experts" / "1")
+    loss = task.validate()["validation_loss"]
     rewrite(away, lambda stage: (stage / "counts.json").write_text(json.dumps({"validation_loss": loss})))
     with pytest.raises(RefusedError, match="is no better than that of predicting nothing"):
         accept(run, 1, Folder(away))
 
 
-def test_of_another_run_torn_or_with_names_that_lead_out(handed):
+def test_of_another_run_or_torn(handed):
     run, away = handed
     other = configs.load("tiny", [f"run_dir={run.run_dir}", "expert.train.images=640", "expert.train.checkpoint_images=640"])
     with pytest.raises(RefusedError, match=r"is not a finished training of this run: config.train.learning_rate: 0.003 → 0.001"):
@@ -187,14 +190,78 @@ def test_of_another_run_torn_or_with_names_that_lead_out(handed):
     with pytest.raises(RefusedError, match="has another checksum than its manifest says"):
         accept(run, 1, Folder(away))
     file.write_bytes(whole)
-    described = away / "experts/1/_manifest.json"
-    found = json.loads(described.read_text())
-    found["files"].append({"name": "../../../secret", "bytes": 1, "sha256": "0"})
-    described.write_text(json.dumps(found))
-    with pytest.raises((RefusedError, ValueError), match=r"leaves the folder|is not a finished"):
-        accept(run, 1, Folder(away))
-    described.write_text("[1]")
+    (away / "experts/1/_manifest.json").write_text("[1]")
     with pytest.raises(RefusedError):
+        accept(run, 1, Folder(away))
+
+
+def described(handed, change):
+    """Change the manifest of the expert that is handed back."""
+    file = handed / "experts/1/_manifest.json"
+    found = json.loads(file.read_text())
+    change(found)
+    file.write_text(json.dumps(found))
+
+
+INVENTED = ("checkpoints/gone.safetensors", "../../../secret", "metrics/made-up.jsonl")
+
+
+def test_only_weights_and_their_config_are_taken_and_ours_stays_until_they_are(handed):
+    """A checkpoint that was deleted since, and names that were never files: the manifest may list them, the finished expert here survives."""
+    run, away = handed
+    accept(run, 1, Folder(away))
+    ours = stages.stage(run, "expert-1")
+    first = ours.status(verify=True).manifest
+    described(away, lambda found: found["files"].extend({"name": name, "bytes": 1, "sha256": "0"} for name in INVENTED))
+    lock = Folder(away) / "experts/1"
+    lock.write_json("_lock.json", {"id": "another"})
+    lock.write_bytes("metrics/loss.jsonl", b"<script>")
+    described(away, lambda found: found["files"].append({"name": "_lock.json", "bytes": 1, "sha256": "0"}))
+    ours.folder.write_json("_lock.json", {"id": "mine"})
+    accept(run, 1, Folder(away), replace=True)
+    found = {entry.name for entry in ours.folder.files(recursive=True)}
+    assert found == {"_lock.json", "_manifest.json", "_started.json", "export/config.json", WEIGHTS}
+    assert ours.folder.read_json("_lock.json") == {"id": "mine"}
+    assert ours.status(verify=True).manifest["fingerprint"] == first["fingerprint"]
+    (away / "experts/1" / WEIGHTS).unlink()
+    with pytest.raises(RefusedError, match=r"diffusion_pytorch_model.safetensors is missing"):
+        accept(run, 1, Folder(away), replace=True)
+    assert ours.status(verify=True).state == "valid"
+    assert Folder(run.run_dir).folders() == ["encoders", "experts", "shards"]
+
+
+def test_checkpoints_may_be_as_large_as_they_are_and_weights_no_larger(handed):
+    run, away = handed
+    described(away, lambda found: found["files"].append({"name": "checkpoints/large.safetensors", "bytes": 1 << 33, "sha256": "0"}))
+    with open(away / "experts/1/checkpoints/large.safetensors", "wb") as file:
+        file.truncate(1 << 33)
+    accept(run, 1, Folder(away))
+    with open(away / "experts/1" / WEIGHTS, "r+b") as file:
+        file.truncate(1 << 33)
+    with pytest.raises(RefusedError, match=r"has 8589934592 bytes, more than the \d+ that it may have"):
+        accept(run, 1, Folder(away), replace=True)
+    assert stages.stage(run, "expert-1").status(verify=True).state == "valid"
+
+
+@pytest.mark.parametrize("images", ["1 |\n\n<img src=x>", -1, True, 10**30, None])
+def test_what_it_says_of_itself_is_a_number_in_its_range_or_refused(handed, images):
+    run, away = handed
+    described(away, lambda found: found.update(seconds="<b>", created=[], software="x", counts={**found["counts"], "extra": "<i>", "images": images}))
+    with pytest.raises(RefusedError, match="images; this run's budget is 640"):
+        accept(run, 1, Folder(away))
+    described(away, lambda found: found["counts"].update(images=640))
+    accept(run, 1, Folder(away))
+    manifest = stages.stage(run, "expert-1").status().manifest
+    assert manifest["counts"].keys() == {"images", "validation_loss", "rows"}
+    assert manifest["seconds"] is None
+    assert manifest["created"].startswith("20")
+
+
+@pytest.mark.parametrize("text", ["[" * 100_000, '{"files": ' + "[" * 900 + "]" * 900 + "}", "{", "null"])
+def test_json_that_is_none_or_too_deep_is_refused(handed, text):
+    run, away = handed
+    (away / "experts/1/_manifest.json").write_text(text)
+    with pytest.raises(RefusedError, match="cannot be read"):
         accept(run, 1, Folder(away))
 
 

@@ -180,6 +180,11 @@ def bomb(packed: int, unpacked: int) -> str | None:
     return f"file too large: rows of {packed} bytes are {unpacked} unpacked, at most {MAX_FILE_BYTES} are read at once"
 
 
+def too_many(rows: int, stored: int) -> str | None:
+    """The reason to refuse a table with more rows than bytes, or ``None``: without image and name each is a reject to be kept."""
+    return f"it claims {rows} rows in {stored} bytes" if not 0 <= rows <= stored else None
+
+
 def one_line(error: Exception) -> str:
     """What a reader of a format says of broken content, short."""
     text = " ".join(f"{type(error).__name__}: {error}".split())

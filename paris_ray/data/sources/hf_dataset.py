@@ -10,7 +10,7 @@ from paris_ray.config import ConfigError, HfDatasetSource
 from paris_ray.data.images import RejectError
 from paris_ray.data.sources.base import Item, Sample, Unit
 from paris_ray.data.sources.columns import Columns
-from paris_ray.data.sources.files import Steady, bomb, check_link, check_name, one_line
+from paris_ray.data.sources.files import Steady, bomb, check_link, check_name, one_line, too_many
 from paris_ray.data.sources.ipc import sizes
 from paris_ray.storage import Folder
 
@@ -89,10 +89,13 @@ class HfDataset:
                 while True:
                     if (reason := bomb(*sizes(file))) is not None:
                         raise RejectError(reason)
+                    begin = file.tell()
                     try:
                         batch = stream.read_next_batch()
                     except StopIteration:
                         break
+                    if (reason := too_many(len(batch), file.tell() - begin)) is not None:
+                        raise RejectError(f"broken Arrow file: {reason}")
                     if problem is None:
                         yield from self.columns.items(batch, name, row)
                     else:

@@ -11,7 +11,7 @@ from paris_ray.config import ConfigError, ParquetSource
 from paris_ray.data.images import RejectError
 from paris_ray.data.sources.base import Item, Sample, Unit
 from paris_ray.data.sources.columns import Columns
-from paris_ray.data.sources.files import MAX_FILE_BYTES, Steady, bomb, files_of, one_line
+from paris_ray.data.sources.files import MAX_FILE_BYTES, Steady, bomb, files_of, one_line, too_many
 from paris_ray.storage import Folder
 
 FOOTERS = 16
@@ -20,8 +20,6 @@ READ_BYTES = 4 << 20
 """Read of a column at once; without, a row group's whole column would be held in memory."""
 BATCH = 32
 """Rows decoded at once, at most: images are large."""
-MAX_ROWS_PER_BYTE = 1024
-"""A footer that claims more rows for the size of its file is broken."""
 
 Piece = tuple[int, int, int, int]
 """Row group, first row in it, rows, and the number of the first row in the file."""
@@ -70,8 +68,8 @@ class Parquet:
             if file.failure is not None:
                 raise file.failure from None
             return [], f"broken Parquet file: {one_line(error)}"
-        if min(groups, default=0) < 0 or sum(groups) > MAX_ROWS_PER_BYTE * size:
-            return [], f"broken Parquet file: it claims {sum(groups)} rows in {size} bytes"
+        if (reason := too_many(-1 if min(groups, default=0) < 0 else sum(groups), size)) is not None:
+            return [], f"broken Parquet file: {reason}"
         return groups, None if problem is None else f"wrong columns: {problem}"
 
     def read(self, unit: Unit) -> Iterator[Item]:

@@ -18,6 +18,9 @@ READ_BYTES = 8 << 20
 MAX_HEADER_BYTES = 8 << 10
 """An extended header (a long name) larger than this is no header: no store has such names, and older Pythons parse one in the square of its size."""
 
+MAX_MEMBERS = 32
+"""Members of one sample; what follows under its key is the next one."""
+
 TEXTS = ("txt", "json")
 
 KINDS = {
@@ -94,10 +97,12 @@ class Webdataset:
                         yield Item(_unique(f"{name}/{member.name}", seen), reason=refused)
                         continue
                     key, extension = _split(member.name)
-                    if key != sample.key or extension in sample.sizes:
+                    if key != sample.key or extension in sample.sizes or len(sample.sizes) == MAX_MEMBERS:
                         yield from self._items(sample, name, seen)
                         sample = _Sample(key)
-                    if member.size <= _limit(extension):
+                    if _is_image(extension) and (others := [one for one in sample.sizes if _is_image(one)]):
+                        sample.members.pop(others[0], None)  # refused for it: none is held
+                    elif member.size <= _limit(extension):
                         content = tar.extractfile(member)
                         assert content is not None
                         sample.members[extension] = content.read()
