@@ -7,7 +7,7 @@ import re
 import numpy as np
 import pyarrow as pa
 import pytest
-from planted import config, drawn, finish, plant, publish, words
+from planted import CHOSEN, config, drawn, finish, plant, publish, words
 
 from jobs import cli
 from jobs import compare as job
