@@ -75,7 +75,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def print_rows(compare: CompareConfig) -> None:
     """Print how many rows are asked for, and how many there are. Raises ConfigError when the source is not there, or has too few for validation."""
-    choose, judge, held_out = (compare.asked(part) for part in compare_captions.PARTS)
+    choose, losses, pictures, held_out = (compare.asked(part) for part in compare_captions.PARTS)
+    judge = max(losses, pictures)
     print(f"Rows asked for: {choose + judge:,} for validation, {choose:,} to choose by and {judge:,} to judge by; {held_out:,} held out.")
     checks.check_source(compare.base, "--set base.data.source.uri")
     source, share = compare.base.data.source, compare.base.data.split.validation_rows

@@ -35,14 +35,31 @@ class Part:
 
 
 @dataclass(frozen=True)
+class Own:
+    """Of a cluster's own expert, beside the best of the others on the rows of that cluster.
+
+    Attributes:
+        cluster: which.
+        rows: of it that were measured.
+        rival: the expert with the least mean loss of the others.
+        lead: its loss minus the own expert's: above zero the own one is better.
+        best: in how many trainings the own expert has the least loss of all.
+    """
+
+    cluster: int
+    rows: int
+    rival: int
+    lead: Interval
+    best: int
+
+
+@dataclass(frozen=True)
 class Alignment:
     """Of all trainings of a row.
 
     Attributes:
         matrix: mean losses (K, K).
-        known: clusters that have rows.
-        best: of these, whose own expert has the least loss.
-        failing: the other ones: (cluster, whose expert is the best, by how much it is better than the own one).
+        own: of each cluster that has rows.
         advantage: loss of those not asked minus loss of those asked; ``None`` where all are asked.
         advantage_at: (T,) the same at each time, without interval.
         nearness: mean rank by chance minus the mean rank of those asked; above zero they are nearer. ``None`` without centroids.
@@ -50,9 +67,7 @@ class Alignment:
     """
 
     matrix: NDArray[np.float64]
-    known: int
-    best: int
-    failing: list[tuple[int, int, Interval]]
+    own: list[Own]
     advantage: Interval | None
     advantage_at: NDArray[np.float64]
     nearness: Interval | None
@@ -89,11 +104,9 @@ def together(parts: Sequence[Part], clusters: NDArray[np.int64]) -> Alignment:
         nearness = mean_interval(np.stack([(k - 1) / 2 - part.rank for part in parts], 1))
     gain = np.stack([part.others - part.asked for part in parts], 2)  # (T, N, R)
     advantage = None if np.isnan(gain).any() else mean_interval(gain.mean(0))
-    known = ~np.isnan(matrix).any(0)
-    best = int((matrix[:, known].argmin(0) == np.flatnonzero(known)).sum())
     shares = np.mean([part.share for part in parts], 0)
     losses = np.stack([part.losses for part in parts], 2)
-    return Alignment(matrix, int(known.sum()), best, failing(losses, clusters), advantage, gain.mean((1, 2)), nearness, shares)
+    return Alignment(matrix, own_experts(losses, clusters), advantage, gain.mean((1, 2)), nearness, shares)
 
 
 def own_cluster(losses: NDArray[np.float64], clusters: NDArray[np.int64]) -> NDArray[np.float64]:
@@ -108,8 +121,8 @@ def own_cluster(losses: NDArray[np.float64], clusters: NDArray[np.int64]) -> NDA
     return np.stack(columns, 1)
 
 
-def failing(losses: NDArray[np.float64], clusters: NDArray[np.int64]) -> list[tuple[int, int, Interval]]:
-    """Clusters on which another expert is the best, whether or not by chance: (cluster, who, own loss minus theirs).
+def own_experts(losses: NDArray[np.float64], clusters: NDArray[np.int64]) -> list[Own]:
+    """How far each cluster's own expert is ahead of the best of the others, which is chosen by the same rows, so that this is not flattering.
 
     Args:
         losses: (K experts, N, R trainings).
@@ -117,9 +130,13 @@ def failing(losses: NDArray[np.float64], clusters: NDArray[np.int64]) -> list[tu
     """
     found = []
     for cluster in range(len(losses)):
-        own = losses[:, clusters == cluster]  # (K, n, R)
-        if own.shape[1] and (best := int(own.mean((1, 2)).argmin())) != cluster:
-            found.append((cluster, best, mean_interval(own[cluster] - own[best])))
+        here = losses[:, clusters == cluster]  # (K, n, R)
+        if not here.shape[1] or len(losses) < 2:
+            continue
+        others = [k for k in range(len(losses)) if k != cluster]
+        rival = min(others, key=lambda k, here=here: float(here[k].mean()))  # type: ignore[misc]
+        best = int((here.mean(1).argmin(0) == cluster).sum())
+        found.append(Own(cluster, here.shape[1], rival, mean_interval(here[rival] - here[cluster]), best))
     return found
 
 

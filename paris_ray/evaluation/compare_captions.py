@@ -32,9 +32,10 @@ class Caption:
         return rng.key(compare.base.seed, "compare", self.id, seed) % 2**31
 
 
-PARTS = ("validation", "seen", "held_out")
-"""Validation rows by which rates and guidance are chosen; other validation rows, of which no choice is made, though their captions may be those of
-rows of training or of the first kind (:func:`repeated`); and what the corpus holds out."""
+PARTS = ("validation", "losses", "seen", "held_out")
+"""Validation rows by which rates and guidance are chosen; other validation rows, of which no choice is made, for losses; the same for pictures that
+are judged, those first whose caption is not of the first kind either, though it may be that of a row of training (:func:`repeated`); and what the
+corpus holds out."""
 
 
 def choose(compare: CompareConfig, run: Folder, part: str, count: int | None) -> list[Caption]:
@@ -43,7 +44,7 @@ def choose(compare: CompareConfig, run: Folder, part: str, count: int | None) ->
     Args:
         compare: the comparison.
         run: with ``corpus/`` and ``clusters/``.
-        part: of :data:`PARTS`; ``seen`` begins after the validation rows by which anything is chosen.
+        part: of :data:`PARTS`.
         count: how many; ``None``: all there are.
 
     Raises:
@@ -54,7 +55,10 @@ def choose(compare: CompareConfig, run: Folder, part: str, count: int | None) ->
     split = SPLITS.index("held_out" if part == "held_out" else "validation")
     rows = [row for row in np.flatnonzero(splits == split).tolist() if columns["id"][row] not in copies]
     ordered = sorted(rows, key=lambda row: rng.key(compare.base.seed, "compare", str(columns["id"][row])))
-    chosen = ordered[compare.choice_rows if part == "seen" else 0 :]
+    chosen = ordered[compare.choice_rows if part in ("losses", "seen") else 0 :]
+    if part == "seen":
+        chosen_by = {columns["caption"][row] for row in ordered[: compare.choice_rows]}
+        chosen.sort(key=lambda row: columns["caption"][row] in chosen_by)  # the order by hash stays within both
     if count is not None and count > len(chosen):
         raise ConfigError(
             f"{part}: {count} captions or rows are asked for (validation_captions, loss_rows, seen_captions, held_out_captions), but there are "

@@ -18,7 +18,7 @@ from paris_ray.presets import demo, paris_b2
 from paris_ray.strict import Strict
 
 ROUTINGS = ("top-1", "full", "caption", "oracle")
-"""What the main row is drawn with beside its own routing: what claims and questions name."""
+"""What the main row is drawn with beside its own routing: what pairs name."""
 
 ALL_ROUTINGS = (*ROUTINGS, "top-3", "threshold", "experts")
 """``experts`` is every single expert, under the first seed."""
@@ -110,7 +110,10 @@ class CompareConfig(Strict):
                 )
         for text in self.routings:
             if text not in ("oracle", "experts"):
-                Routing.parse(text, base.num_experts)
+                try:
+                    Routing.parse(text, base.num_experts)
+                except ValueError as error:
+                    raise ValueError(f"routings: {list(self.routings)} with {base.num_experts} experts: {error}; leave it out") from None
         return self
 
     @property
@@ -125,7 +128,7 @@ class CompareConfig(Strict):
 
     def asked(self, part: str) -> int:
         """Rows of a part of :data:`paris_ray.evaluation.compare_captions.PARTS` that are asked for."""
-        return {"validation": self.choice_rows, "seen": max(self.seen_captions, self.loss_rows), "held_out": self.held_out_captions}[part]
+        return {"validation": self.choice_rows, "losses": self.loss_rows, "seen": self.seen_captions, "held_out": self.held_out_captions}[part]
 
     @property
     def batch_size(self) -> int:
@@ -166,7 +169,10 @@ def _overlaid(base: dict[str, Any], overlay: dict[str, Any]) -> dict[str, Any]:
 
 
 def compare_tiny() -> dict[str, Any]:
-    """Four experts on plain scenes of 32 pixels beside monoliths of equal cost, three seeds; sized for 90 minutes on two CPU cores, not measured."""
+    """Four experts on plain scenes of 32 pixels beside monoliths of equal cost, three seeds, faults planted that need no training of their own.
+
+    Sized for 90 minutes on two CPU cores, not measured.
+    """
     base = demo()
     train = {**base["expert"]["train"], "passes": 100.0, "min_images": 1, "warmup_images": 1600, "ema_half_life_images": 2000, "keep_checkpoints": 1}
     scenes = {"kind": "scenes", "seen": 14_000, "unseen": 900, "objects": 8, "things": 2}
@@ -191,9 +197,11 @@ def compare_tiny() -> dict[str, Any]:
             "router": {**base["router"], "train": {**train, "images": 16_000, "learning_rate": 2e-3, "timesteps": "uniform"}},
             "sampling": {"steps": 25, "guidance_scale": 2.0},
         },
+        "rows": [MAIN, "monolith", "monolith-steps", BLIND, "fault-swapped", "fault-raw"],
         "images": 122_880,
         "learning_rates": [3e-3, 6e-3],
-        "guidance_scales": [1.0, 1.5, 2.5, 4.0],
+        "guidance_scales": [1.0, 1.5, 2.0, 2.5, 4.0, 6.0],
+        "routings": ALL_ROUTINGS,
     }
 
 

@@ -14,13 +14,20 @@ from paris_ray.evaluation.compare_rows import ROWS
 from paris_ray.progress import clock
 from paris_ray.training.budget import MFU, gpu_hours
 
-COLUMNS = ("row", "experts × width × depth", "images", "training PFLOP", "of it router", "batch", "steps", "average's half-life", "GFLOP a picture")
+COLUMNS = (
+    "row", "experts × width × depth", "images", "training PFLOP", "of it router", "batch", "steps", "warm-up", "average's half-life",
+    "GFLOP a picture at the base's guidance",
+)  # fmt: skip
 
 MEANING = (
     "Matched: training FLOPs with the router's, the corpus (every row of it is seen as often as every other), the batch of all experts together (but "
-    "for monolith-steps, which has an expert's), and the half-life of the averaged weights as a share of the training, as it is in force at its end. "
+    "for monolith-steps, which has an expert's), and warm-up and the half-life of the averaged weights as shares of the training of a row's mean "
+    "expert. Not matched from expert to expert: each has images in proportion to the rows of its cluster, and all have a warm-up and a "
+    "half-life of equally many images. So of steps and of these shares there are two numbers, the least and the most of a row's experts; the "
+    "half-life is the one in force at the end of a training. "
     "For monolith-inference also FLOPs a picture, at the base's guidance for both, and for the monolith with more steps, at the guidance that each "
-    "has. Images are what the FLOPs allow, so a wider model sees fewer, "
+    "has. What a picture costs with the guidance that was chosen stands with each way to draw. Images are what the FLOPs allow, so a wider model "
+    "sees fewer, "
     "and so does a student (distilled), whose training is its own three passes an image and its teacher's forward passes, of the router and of each "
     "expert that it asks: it costs what the main row's does, and its teacher's own, which is the main row's, comes on top. "
     "A FLOP is a multiplication or an addition of a matrix product, convolution or attention; training is three forward passes an image."
@@ -47,12 +54,18 @@ def matched_table(compare: CompareConfig, plan: Plan | None = None) -> list[list
                 f"{one.training_flops / 1e15:.4g}" + (" and its teacher's" if teacher else ""),
                 f"{one.router_flops / one.training_flops:.1%}",
                 str(one.batch),
-                str(one.steps),
-                f"{one.ema_share:.1%}",
+                _ends(one.steps, "d"),
+                _ends(one.warmup_share, ".1%"),
+                _ends(one.ema_share, ".1%"),
                 f"{one.picture_flops / 1e9:.4g}",
             ]
         )
     return found
+
+
+def _ends(of: tuple[float, float], form: str) -> str:
+    """Least and most of a row's experts; one number where they are written alike."""
+    return " … ".join(dict.fromkeys(f"{value:{form}}" for value in of))
 
 
 def text(compare: CompareConfig) -> str:

@@ -13,14 +13,16 @@ from paris_ray.data.schema import SPLITS, read_columns
 from paris_ray.data.splits import read_splits
 from paris_ray.evaluation import compare_rows
 from paris_ray.evaluation.classifiers import ClassifierAt, judged, prior
-from paris_ray.evaluation.compare_captions import choose
+from paris_ray.evaluation.compare_captions import Caption, choose
+from paris_ray.evaluation.compare_distances import SIDE, Space
 from paris_ray.evaluation.compare_results import Results
 from paris_ray.evaluation.compare_rows import MAIN, ROWS
 from paris_ray.evaluation.distances import clip_score, diversity, precision_recall
-from paris_ray.evaluation.intervals import Interval, mean_interval
+from paris_ray.evaluation.intervals import Interval, mean_interval, signed
 from paris_ray.evaluation.metrics import chance, nearest
 from paris_ray.evaluation.times import TIMES
 from paris_ray.manifest import published
+from paris_ray.pages import charts
 from paris_ray.storage import Folder
 
 MOST = 4096
@@ -84,18 +86,24 @@ class Measures:
         return self.results.array(self._folder / "reference", "validation")
 
     @functools.cached_property
+    def _rows(self) -> list[Caption]:
+        """Of the judged captions, and after them of the other rows that no choice was made by; none while there is no corpus."""
+        return [] if published(self._run / "corpus") is None else choose(self.compare, self._run, "seen", None)
+
+    @functools.cached_property
     def captions(self) -> list[str]:
-        """Those that are judged; none while there is no corpus."""
-        if published(self._run / "corpus") is None:
-            return []
-        return [one.caption for one in choose(self.compare, self._run, "seen", self.compare.seen_captions)][:MOST]
+        """Those that are judged."""
+        return [one.caption for one in self._rows[: self.compare.seen_captions]][:MOST]
 
     def originals(self, after: int = 0) -> NDArray[np.float32] | None:
         """Features of the originals of these captions, or of as many others, ``after`` times as many rows later; ``None``: not so many are there."""
-        n = len(self.captions)
-        start = self.compare.choice_rows + after * self.compare.seen_captions
-        found = None if self._validation is None else self._validation[start : start + n]
-        return found if found is not None and n and len(found) == n else None
+        n, start = len(self.captions), after * self.compare.seen_captions
+        rows = self._rows[start : start + n]
+        if self._validation is None or not n or len(rows) < n:
+            return None
+        places = {one.id: i for i, one in enumerate(choose(self.compare, self._run, "validation", None)[: len(self._validation)])}
+        found = [places[one.id] for one in rows if one.id in places]
+        return self._validation[found] if len(found) == n else None
 
     @functools.cached_property
     def training(self) -> NDArray[np.float16] | None:
@@ -167,6 +175,21 @@ class Measures:
         texts = self.results.array(self._folder / "captions", "texts")
         return None if texts is None else mean_interval(np.stack([clip_score(one, texts[: len(one)]) for one in sets], 1))
 
+    @functools.cached_property
+    def distances(self) -> list[tuple[str, Space, dict[str, float], dict[str, Interval | None]]]:
+        """In each space that there is: what it is called, the space, of each way the Fréchet distance, and by how much it is above the main row's."""
+        results, found = self.results, []
+        judge = str((results.originals or {"inputs": {"config": {"judge": "–"}}})["inputs"]["config"]["judge"])
+        judge += "" if results.independent else " (made the clusters, decides nothing)"
+        for name, space in (("pixels", results.pixels), (judge, results.space)):
+            if space is None:
+                continue
+            far = {key: one for key, way in results.ways.items() if (one := results.distance(way, space)) is not None}
+            several = [key for key in far if key != MAIN and len(results.ways[key].folders) > 1]
+            more = {key: results.distance_difference(MAIN, key, space) for key in several}
+            found.append((name, space, far, more))
+        return found
+
     # -- routers and losses -----------------------------------------------------------------------------------------------
 
     def router(self, row: str) -> tuple[list[list[ClassifierAt]], ClassifierAt] | None:
@@ -205,12 +228,19 @@ Table = tuple[str, tuple[str, ...], list[list[str]]]
 
 def tables(results: Results) -> list[Table]:
     """All of them."""
-    return [among_table(results), router_table(results)]
+    return [among_table(results), distance_table(results), router_table(results)]
 
 
 def among_table(results: Results) -> Table:
     """How pictures lie among originals, and what they repeat."""
     return AMONG_MEANING, AMONG_HEADER, among_rows(measures(results))
+
+
+def distance_table(results: Results) -> Table:
+    """How far pictures are from originals as a set."""
+    found = measures(results).distances
+    header = ["way", *(cell for name, _, _, _ in found for cell in (f"Fréchet distance, {name}", f"more than {MAIN} (95 %)"))]
+    return DISTANCE_MEANING, tuple(header), distance_rows(measures(results))
 
 
 def router_table(results: Results) -> Table:
@@ -257,6 +287,32 @@ def _among_cells(one: Among) -> list[str]:
 
 def _plain(value: float | None) -> str:
     return "–" if value is None else f"{value:.3f}"
+
+
+DISTANCE_MEANING = (
+    "Fréchet distances of a way's pictures, as a set, to originals of other captions, along the axes along which these differ most; lower is nearer, "
+    "the mean over seeds; beside it by how much it is above the main row's, paired by caption and seed, of several seeds. An encoder that made the "
+    f"clusters is no independent judge, and decides nothing: beside it stand pixels, averaged to {SIDE} a side, of which no encoder knows. They see "
+    "grounds, where things lie and how strongly they are drawn, not outlines. Other originals: as many as there are judged captions, drawn anew, to "
+    "those that are left, which is what a perfect model would get: mean, least and most of the draws. Their originals: those of the judged captions, "
+    "as the codec gives them back."
+)
+
+
+def distance_rows(of: Measures) -> list[list[str]]:
+    """A row for each way, and two of originals."""
+    ways = dict.fromkeys(way for _, _, far, _ in of.distances for way in far)
+    if not ways:
+        return []
+    found = [[way, *(cell for _, _, far, more in of.distances for cell in (_number(far.get(way)), signed(more.get(way))))] for way in ways]
+    floors = [space.floor() for _, space, _, _ in of.distances]
+    other = [cell for one in floors for cell in (f"{charts.number(one.value)} ({charts.number(one.least)} … {charts.number(one.most)})", "–")]
+    own = [cell for _, space, _, _ in of.distances for cell in (_number(space.of_originals()), "–")]
+    return [*found, ["other originals", *other], ["their originals", *own]]
+
+
+def _number(value: float | None) -> str:
+    return "–" if value is None else charts.number(value)
 
 
 ROUTER_HEADER = ("router of", *(f"right at t = {t:g}" for t in TIMES), "by sizes alone", "calibration error", "log loss", "by sizes alone")

@@ -2,64 +2,58 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import numpy as np
 
 from paris_ray.data.openmoji import ATTRIBUTION
-from paris_ray.evaluation import alignment_figures, compare_cost, compare_measures, compare_rows
-from paris_ray.evaluation.compare_claims import CLAIMS, LEAST_SEEDS, NOT, PUBLISHED_EXPERTS, QUESTIONS, REPRODUCED, UNTOLD, answer, verdict
+from paris_ray.evaluation import alignment_figures, compare_clusters, compare_cost, compare_lead, compare_looks, compare_measures, compare_rows
 from paris_ray.evaluation.compare_config import CompareConfig
 from paris_ray.evaluation.compare_curves import training_curves
-from paris_ray.evaluation.compare_plan import QUALITY
+from paris_ray.evaluation.compare_markdown import markdown
+from paris_ray.evaluation.compare_pictures import pictures
+from paris_ray.evaluation.compare_plan import GRADED, QUALITY
 from paris_ray.evaluation.compare_protocol import made_with, protocol
-from paris_ray.evaluation.compare_results import LOOKS, Results
+from paris_ray.evaluation.compare_results import Results
 from paris_ray.evaluation.compare_rows import BLIND, MAIN, ROWS, Run
 from paris_ray.evaluation.compare_tables import (
-    CLAIM_HEADER,
-    OURS,
-    UNSEEN_HEADER,
-    VERDICT,
-    claims,
-    markdown,
-    signed,
+    PAIR_HEADER,
+    SAID_HEADER,
+    kinds,
+    pair_rows,
+    said_rows,
+    unseen_header,
     unseen_rows,
     way_header,
     way_rows,
 )  # fmt: skip
-from paris_ray.evaluation.intervals import Interval
+from paris_ray.evaluation.compare_verdicts import BETTER, LEAST_SEEDS, UNMEASURED, UNTOLD, WORSE, Findings, find_all, paper_words, told, whole
+from paris_ray.evaluation.intervals import Interval, signed
+from paris_ray.evaluation.times import TIMES
+from paris_ray.manifest import published
 from paris_ray.pages import blocks, charts
 from paris_ray.storage import Folder
-
-SHOWN = 10
-"""Captions of the grid."""
 
 
 def write_report(compare: CompareConfig) -> str:
     """Write both files; returns the tables as Markdown."""
     results, folder = Results(compare), Folder(compare.folder)
-    _look(results)
-    judged = claims(results, CLAIMS, verdict)
-    asked = claims(results, QUESTIONS, answer)
-    text = markdown(results, judged, asked)
+    findings = find_all(results)
+    compare_looks.keep(results, findings)
+    text = markdown(results, findings)
     folder.write_bytes("table.md", text.encode())
-    folder.write_bytes("report.html", page(results, judged, asked).encode())
+    folder.write_bytes("report.html", page(results, findings).encode())
     return text
-
-
-def _look(results: Results) -> None:
-    """Keep that verdicts are given at so many trainings: others may be added afterwards."""
-    planned, looks, main = len(results.compare.seeds), results.looks(), results.way(MAIN)
-    if planned >= LEAST_SEEDS and planned not in looks and main is not None and len(main.folders) == planned:
-        Folder(results.compare.folder).write_json(LOOKS, {"trainings": [*looks, planned]})
 
 
 # -- the page -----------------------------------------------------------------------------------------------------------
 
 
-def page(results: Results, judged: list[list[str]], asked: list[list[str]]) -> str:
+def page(results: Results, findings: Findings) -> str:
     """The whole document."""
     compare = results.compare
     parts = [
-        ("claims", "What papers claim", _claims(compare, judged, asked)),
+        ("pairs", "What papers compare", _pairs(results, findings)),
         ("table", "Captions like those of training", _table(results)),
         ("unseen", "Captions with unseen combinations", _unseen(results)),
         ("among", "Pictures among originals", _among(results)),
@@ -67,13 +61,14 @@ def page(results: Results, judged: list[list[str]], asked: list[list[str]]) -> s
         ("cost", "Quality and cost", _cost(results)),
         ("experts", "Experts and their data", _experts(results)),
         ("routers", "Routers, and losses by time", _routers(results)),
-        ("pictures", "Pictures", _pictures(results)),
+        ("pictures", "Pictures", pictures(results)),
         ("choices", "What was chosen, and on what", _choices(results)),
         ("faults", "Planted faults", _faults(results)),
-        ("how", "How it was measured", blocks.paragraph(protocol(results)) + _software(results)),
+        ("how", "How it was measured", _how(results, findings)),
     ]
     html = (
         f"<h1>{charts.escape(compare.base.name)}: experts beside what they are compared with</h1>"
+        + _lead(results, findings)
         + blocks.navigation((anchor, title) for anchor, title, _ in parts)
         + "".join(blocks.section(anchor, title, body) for anchor, title, body in parts)
     )
@@ -82,27 +77,31 @@ def page(results: Results, judged: list[list[str]], asked: list[list[str]]) -> s
     return blocks.page(compare.base.name, html, max(compare.base.num_experts, len(results.ways), 2))
 
 
-def _claims(compare: CompareConfig, judged: list[list[str]], asked: list[list[str]]) -> str:
-    first = [row for row in judged if row[3] != OURS]  # each claim once: with the papers' router where that can be
-    counts = [sum(row[VERDICT] == name for row in first) for name in (REPRODUCED, NOT, UNTOLD)]
-    tiles = blocks.tiles(
-        zip((str(n) for n in counts), ("claims reproduced", "claims not reproduced", "claims that cannot be told here"), strict=True)
+def _lead(results: Results, findings: Findings) -> str:
+    """The first screen."""
+    rows, colours = compare_lead.lead_rows(results, findings)
+    tiles = "".join(
+        blocks.paragraph(f"Comparisons that papers speak of, on {part}:") + blocks.tiles(compare_lead.tiles(results, findings.papers, i))
+        for i, part in enumerate(compare_lead.PARTS)
     )
-    said = (
-        "A claim is that one way to draw is better than another. Published numbers are FID of other corpora and sizes; here the same captions and "
-        "seeds are drawn in both ways, and the interval of the difference decides: above zero it is reproduced, below zero not, else it is open. "
-        "The count is with a router that does not read the caption, as the papers', where the claim has such a form. Papers contradict one another: "
-        "of two claims that do, one at most is reproduced, and both are counted."
-    )
-    if (k := compare.base.num_experts) != PUBLISHED_EXPERTS:
-        said += f" Their claims are of {PUBLISHED_EXPERTS} experts; these are of {k}."
+    said = "".join(blocks.paragraph(line, "lead") for line in compare_lead.lead(results, findings))
+    return said + blocks.table(compare_lead.LEAD_HEADER, rows, kinds=colours) + tiles
+
+
+def _pairs(results: Results, findings: Findings) -> str:
     return (
-        tiles
-        + blocks.paragraph(said)
-        + blocks.table(CLAIM_HEADER, judged)
-        + "<h3>What critics ask, and what we do</h3>"
-        + blocks.table(CLAIM_HEADER, asked)
+        blocks.paragraph(compare_lead.meaning(results, findings))
+        + blocks.table(SAID_HEADER, said_rows(results, findings.papers), kinds=kinds(findings.papers))
+        + "<h3>The same with a router that reads the caption</h3>"
+        + blocks.table(PAIR_HEADER, pair_rows(results, findings.reading), kinds=kinds(findings.reading))
+        + "<h3>What critics ask, and we do</h3>"
+        + blocks.table(PAIR_HEADER, pair_rows(results, findings.asked), kinds=kinds(findings.asked))
     )
+
+
+def _how(results: Results, findings: Findings) -> str:
+    lines = "".join(f"<li><b>{charts.escape(head)}.</b> {charts.escape(words)}</li>" for head, words in protocol(results, findings))
+    return f"<ul>{lines}</ul>" + _software(results)
 
 
 def _table(results: Results) -> str:
@@ -118,14 +117,17 @@ def _unseen(results: Results) -> str:
     if not rows:
         return blocks.absent("Nothing is drawn yet, or held_out_captions is 0.")
     said = "No paper speaks of these: each caption has a thing at a place, a thing on a colour or two things together that no training row has."
-    return blocks.paragraph(said) + blocks.table(UNSEEN_HEADER, rows, numeric=range(2, len(UNSEEN_HEADER)))
+    header = unseen_header(results)
+    return blocks.paragraph(said) + blocks.table(header, rows, numeric=range(2, len(header)))
 
 
 def _among(results: Results) -> str:
     meaning, header, rows = compare_measures.among_table(results)
     if not rows:
         return blocks.absent("Nothing is drawn yet.")
-    return blocks.paragraph(meaning) + blocks.table(header, rows, numeric=range(1, len(header)))
+    html = blocks.paragraph(meaning) + blocks.table(header, rows, numeric=range(1, len(header)))
+    meaning, header, rows = compare_measures.distance_table(results)
+    return html + "<h3>As a set</h3>" + blocks.paragraph(meaning) + blocks.table(header, rows, numeric=range(1, len(header)))
 
 
 def _routers(results: Results) -> str:
@@ -135,7 +137,7 @@ def _routers(results: Results) -> str:
     lines = [charts.Series(row, one.times, one.losses, colours[row]) for row, one in losses.items()]
     meaning, header, rows = compare_measures.router_table(results)
     html = blocks.paragraph(meaning) + blocks.table(header, rows, numeric=range(1, len(header)))
-    return html + "<h3>Loss by time</h3>" + charts.line_chart(lines, "t, from picture to noise", "held-out loss", "Held-out loss by time")
+    return html + "<h3>Loss by time</h3>" + charts.line_chart(lines, "t, from picture to noise", "held-out loss", "Held-out loss by time", at=TIMES)
 
 
 def _matched(results: Results) -> str:
@@ -148,18 +150,13 @@ def _colours(results: Results) -> dict[str, str]:
 
 
 def _cost(results: Results) -> str:
-    colours, points, trained = _colours(results), [], []
+    colours, points = _colours(results), []
     for way in results.ways.values():
         quality = results.quality(way)
         if quality is not None:
-            y = (quality.value, quality.low, quality.high, colours[way.row])
-            points.append(charts.Point(way.key, results.picture_flops(way) / 1e9, *y))
-            if way.key == way.row and not ROWS[way.row].fault:
-                trained.append(charts.Point(way.key, compare_cost.matched_row(results.plan, way.row).training_flops / 1e15, *y))
+            x = results.picture_flops(way) / 1e9
+            points.append(charts.Point(way.key, x, quality.value, quality.low, quality.high, colours[way.row]))
     drawn = charts.scatter_chart(points, "GFLOP a picture", QUALITY, "Quality against inference cost")
-    drawn += "<h3>Against the cost of training</h3>" + charts.scatter_chart(
-        trained, "training PFLOP", QUALITY, "Quality against training cost, router included"
-    )
     curves = [charts.Series(row, x, y, colours[row]) for row, x, y in training_curves(results.plan)]
     learnt = (
         charts.line_chart(curves, "training PFLOP", "training loss", "Loss against training cost") if curves else blocks.absent("No training yet.")
@@ -172,20 +169,21 @@ def _cost(results: Results) -> str:
 
 
 def _experts(results: Results) -> str:
-    found = results.alignment()
+    found, each = results.alignment(), compare_clusters.rows(results)
+    html = blocks.paragraph(compare_clusters.MEANING) + blocks.table(compare_clusters.HEADER, each, numeric=range(1, 10)) if each else ""
     if found is None:
-        return blocks.absent("Not measured yet.")
+        return html + blocks.absent("Losses are not measured yet.")
     k = len(found.matrix)
-    said = [
+    beyond = sum(one.lead.low > 0 and one.lead.seeds >= LEAST_SEEDS for one in found.own)
+    said = (
         f"Loss of each expert (row) on the rows of each cluster (column) that training did not see, mean over times and trainings. The own expert "
-        f"is the best on {found.best} of {found.known} clusters."
-    ]
-    said += [
-        f"On cluster {c} expert {other} is better than its own by {signed(i)}: {'more' if i.low > 0 else 'no more'} than the interval."
-        for c, other, i in found.failing
-    ]
-    html = _shared(results) + "".join(blocks.paragraph(line) for line in said)
+        f"is the best on {sum(one.lead.value > 0 for one in found.own)} of {len(found.own)} clusters, by more than the interval over rows and "
+        f"trainings on {beyond}."
+    )
+    html += _shared(results) + blocks.paragraph(said)
     html += charts.matrix_table(found.matrix, "expert", "cluster", "Loss by expert and cluster")
+    leads = [[str(one.cluster), str(one.rows), str(one.rival), signed(one.lead), f"{one.best} of {one.lead.seeds}"] for one in found.own]
+    html += blocks.table(OWN_HEADER, leads, numeric=range(1, len(OWN_HEADER)))
     lines = _asked(results, found)
     if found.nearness is not None:
         lines.append(
@@ -214,6 +212,9 @@ def _experts(results: Results) -> str:
     return html
 
 
+OWN_HEADER = ("cluster", "rows", "best other expert", "its loss minus the own one's (95 %)", "own is the best in trainings")
+
+
 def _asked(results: Results, found: alignment_figures.Alignment) -> list[str]:
     """Whether those asked predict better, with the paper's router and with the main row's."""
     theirs = results.alignment(BLIND)
@@ -222,9 +223,11 @@ def _asked(results: Results, found: alignment_figures.Alignment) -> list[str]:
         f"path): loss of those not asked minus loss of the {alignment_figures.ASKED} asked, with a router that does not read the caption, as the "
     )
     if theirs is None:
-        said += f"paper's: no row {BLIND}, {UNTOLD}."
+        said += f"paper's: {UNMEASURED}: no row {BLIND}."
     else:
-        said += f"paper's, {signed(theirs.advantage)}: {verdict(results.whole(theirs.advantage))}.{_by_time(theirs)}"
+        state = told(theirs.advantage) if whole(results, theirs.advantage) else UNTOLD
+        yes, no = paper_words(results.compare.base.num_experts)
+        said += f"paper's, {signed(theirs.advantage)}: { {BETTER: yes, WORSE: no}.get(state, state) }.{_by_time(theirs)}"
     return [said, f"With the router of the main row {signed(found.advantage)}, of which no paper speaks.{_by_time(found)}"]
 
 
@@ -248,35 +251,18 @@ def _shared(results: Results) -> str:
     return blocks.paragraph(said) + blocks.table(("what", "clusters", "shuffled"), rows, numeric=(1, 2))
 
 
-def _pictures(results: Results) -> str:
-    ways = [way for way in results.ways.values() if results.compare.seeds[0] in way.folders]
-    if not ways:
-        return blocks.absent("Nothing is drawn yet.")
-    lines = []
-    original = results.array(Folder(results.compare.folder) / "reference", "pictures-seen")
-    rows: list[tuple[str, np.ndarray]] = [] if original is None else [("original", original)]
-    for way in ways:
-        found = results.array(way.folders[results.compare.seeds[0]], "pictures")
-        if found is not None:
-            rows.append((way.key, found))
-    for name, pictures in rows:
-        cells = "".join(f"<td>{blocks.image(charts.picture_uri(one), f'{name}, picture {i}')}</td>" for i, one in enumerate(pictures[:SHOWN]))
-        lines.append(f"<tr><td>{charts.escape(name)}</td>{cells}</tr>")
-    said = "A column is a caption with one noise, a row a way to draw: the first captions by hash, the first seed. Nothing chosen."
-    return blocks.paragraph(said) + f'<div class="scroll"><table class="wide">{"".join(lines)}</table></div>'
-
-
 def _choices(results: Results) -> str:
     compare, plan, rates, scales = results.compare, results.plan, [], []
     rows = [row for row in compare.rows if not ROWS[row].fault]
     tried = sorted({rate for row in rows for rate in plan.rates(row)})
-    edge = []
+    edge, last = [], []
     for row in rows:
         for way in plan.ways(row, compare.seeds[0]):
-            qualities, guided = plan.guidance_qualities(way), plan.guidance(way)
-            means = {scale: float(one.mean()) for scale, one in qualities.items()}
-            if "/expert-" not in way:
-                scales.append([way, *(_marked(means.get(scale), scale == guided, ".3f") for scale in compare.guidance_scales)])
+            if "/expert-" in way:
+                continue
+            guided, means = plan.guidance(way), {scale: float(one.mean()) for scale, one in plan.guidance_qualities(way).items()}
+            scales.append([way, *(_marked(means.get(scale), scale == guided, ".3f") for scale in compare.guidance_scales)])
+            last += [way] if guided is not None and at_end(means) else []
         if ROWS[row].borrows:
             continue
         losses, chosen = plan.validation_losses(row), plan.rate(row)
@@ -287,7 +273,22 @@ def _choices(results: Results) -> str:
     said = [f"At an end of the rates, where another might be better still: {', '.join(edge)}."] if edge else []
     said += [f"Came to no end: {'; '.join(lost)}."] if (lost := results.lost()) else []
     said += [f"Left out: {one}." for one in results.left_out()]
-    return first + "".join(blocks.paragraph(line) for line in said) + second
+    below = [GUIDANCE_MEANING]
+    below += [f"Best at the end of the scales, where one beyond might be better still (guidance_scales may grow): {', '.join(last)}."] if last else []
+    return first + "".join(map(blocks.paragraph, said)) + second + "".join(map(blocks.paragraph, below))
+
+
+GUIDANCE_MEANING = (
+    f"Quality is the mean of {', '.join(GRADED)} where pictures are scenes, else minus a Fréchet distance. The arrow is at the least guidance scale, "
+    "which is nearest to the data, whose quality is within one standard error of the best one's, by the differences on the same captions; so a "
+    "greater number may stand beside it. Faults and single experts have their row's."
+)
+
+
+def at_end(means: Mapping[float, float]) -> bool:
+    """Whether the best of several guidance scales is the greatest, or the least where that one guides: below 1, which is off, there is none."""
+    best = max(means, key=lambda scale: (means[scale], -scale))
+    return len(means) > 1 and (best == max(means) or best == min(means) > 1)
 
 
 def _marked(value: float | None, chosen: bool, form: str) -> str:
@@ -312,5 +313,13 @@ def verdict_of_fault(interval: Interval | None) -> str:
 def _software(results: Results) -> str:
     compare = results.compare
     run = Run(MAIN, compare.seeds[0], compare.learning_rates[0])
-    rows = [*made_with(results), ["main row", compare_rows.run_config(compare, run).expert.model.model_dump_json()]]
+    rows = [*made_with(results), *_made_when(results), ["main row", compare_rows.run_config(compare, run).expert.model.model_dump_json()]]
     return blocks.table(["what", "of the units that are done"], rows)
+
+
+def _made_when(results: Results) -> list[list[str]]:
+    """When the units that are done were, and how long they took, as their manifests have it."""
+    plan = results.plan
+    made = [one for unit in plan.units() if plan.done(unit.key) and (one := published(plan.folder / unit.key)) is not None]
+    ends, seconds = sorted(one["created"] for one in made if "created" in one), sum(one.get("seconds") or 0 for one in made)
+    return [["done", f"{ends[0]} … {ends[-1]}; {charts.duration(seconds)} of its processes, taken together"]] if ends else []

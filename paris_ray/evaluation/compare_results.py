@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,32 +11,23 @@ import numpy as np
 from numpy.typing import NDArray
 
 from paris_ray.data.scenes import UNSEEN
-from paris_ray.evaluation import alignment_figures, compare_rows, matching
+from paris_ray.evaluation import alignment_figures, compare_distances, compare_rows, matching
 from paris_ray.evaluation.arrays import load
-from paris_ray.evaluation.compare_claims import BETTER, Claim
+from paris_ray.evaluation.compare_captions import choose
 from paris_ray.evaluation.compare_config import CompareConfig, InceptionJudge
-from paris_ray.evaluation.compare_plan import GRADED, QUALITY, Plan, axes_for
+from paris_ray.evaluation.compare_distances import Space
+from paris_ray.evaluation.compare_plan import GRADED, QUALITY, Plan
 from paris_ray.evaluation.compare_rows import MAIN, ROWS, Drawing, Run
-from paris_ray.evaluation.distances import Reference, frechet, moments
-from paris_ray.evaluation.intervals import Floor, Interval, mean_interval, paired_interval, sets_interval, split_floor
+from paris_ray.evaluation.intervals import Interval, mean_interval, paired_interval
 from paris_ray.evaluation.scene_scorer import SCORES
 from paris_ray.manifest import published
 from paris_ray.storage import Folder
 
-WIDE = 256
-"""Features of more numbers than this have few bootstrap draws: each takes the roots of two matrices."""
-
 EQUAL_MONOLITHS = ("monolith", "monolith-steps")
-"""Rows with an equal training; claims are against the first, whose batch is that of all experts together, as papers have it."""
-
-EQUAL = 0.05
-"""By what share costs of a picture may differ that are called equal."""
+"""Rows with an equal training; papers compare with the first, whose batch is that of all experts together."""
 
 GROUNDED = "objects on the colour"
 """The score that sees what is new in every kind of unseen combination: the share of named things at their place, none on another colour."""
-
-LOOKS = "looks.json"
-"""In the comparison's folder: at how many trainings verdicts have been given, in their order."""
 
 
 @dataclass(frozen=True)
@@ -100,10 +91,11 @@ class Results:
         wanted = drawing.as_json() | ({} if self.originals is None else {"judge": self.originals["inputs"]["config"]["judge"]})
         return {**found, **wanted} == found
 
-    def way(self, key: str) -> Way | None:
-        """A way by its key; ``ROW/top-2`` is the row, where it is drawn so."""
+    def way(self, key: str, unseen: bool = False) -> Way | None:
+        """A way by its key, of captions like those of training or of unseen ones; ``ROW/top-2`` is the row, where it is drawn so."""
         row, _, routing = key.partition("/")
-        return self.ways.get(key) or (self.ways.get(row) if routing and routing == compare_rows.routing(self.compare, row) else None)
+        ways = self.unseen if unseen else self.ways
+        return ways.get(key) or (ways.get(row) if routing and routing == compare_rows.routing(self.compare, row) else None)
 
     @functools.cached_property
     def monolith(self) -> str | None:
@@ -134,15 +126,6 @@ class Results:
         """Whether distances are in the features of an encoder that did not make the clusters."""
         return self.originals is not None and bool(self.originals["counts"]["independent"])
 
-    def whole(self, interval: Interval | None) -> Interval | None:
-        """An interval of all planned trainings; ``None`` while one is missing, or lost: what is looked at again and again is told too often."""
-        return None if interval is None or interval.seeds < len(self.compare.seeds) else interval
-
-    def looks(self) -> list[int]:
-        """At how many trainings verdicts have been given, in their order."""
-        folder = Folder(self.compare.folder)
-        return list(folder.read_json(LOOKS)["trainings"]) if folder.exists(LOOKS) else []
-
     # -- arrays -----------------------------------------------------------------------------------------------------------
 
     @functools.lru_cache(maxsize=512)  # noqa: B019, lives as long as the report is written
@@ -162,47 +145,32 @@ class Results:
     def _originals(self) -> Folder:
         return Folder(self.compare.folder) / "reference"
 
+    # -- spaces -----------------------------------------------------------------------------------------------------------
+
     @functools.cached_property
-    def reference(self) -> NDArray[np.float64] | None:
-        """Features of the validation originals along the axes that count, (M, A)."""
+    def space(self) -> Space | None:
+        """In whose features distances are measured; ``None`` before there are originals."""
         found = self.array(self._originals, "validation")
-        return None if found is None else self._along(found)
+        return None if found is None else Space(self.compare, found, compare_distances.own_originals(self.compare, self._run, len(found)))
 
     @functools.cached_property
-    def axes(self) -> tuple[int, int] | None:
-        """How many principal axes of the originals count, of how many."""
-        found = self.array(self._originals, "validation")
-        return None if found is None else (axes_for(self.compare, found, self.compare.seen_captions), found.shape[1])
+    def pixels(self) -> Space | None:
+        """Beside an encoder that made the clusters, and so is no independent judge: the pixels."""
+        found = None if self.independent else self.array(self._originals, "validation")
+        made = None if found is None else compare_distances.original_pixels(self.compare, self._run, len(found))
+        return None if made is None else Space(self.compare, made, compare_distances.own_originals(self.compare, self._run, len(made)))
 
-    @functools.cached_property
-    def _axes(self) -> NDArray[np.float64] | None:
-        """(D, A); ``None``: all."""
-        found, axes = self.array(self._originals, "validation"), self.axes
-        assert found is not None
-        assert axes is not None
-        return None if axes[0] == axes[1] else np.asarray(np.linalg.eigh(moments(found)[1])[1][:, -axes[0] :])
+    @property
+    def _run(self) -> Folder:
+        return Folder(compare_rows.partition_config(self.compare, MAIN).run_dir)
 
-    def _along(self, features: NDArray[np.floating]) -> NDArray[np.float64]:
-        wide = np.asarray(features, np.float64)
-        return wide if self._axes is None else wide @ self._axes
-
-    def features(self, way: Way, seeds: Sequence[int]) -> NDArray[np.float64] | None:
-        """Of the judge, along these axes, (N, R, A)."""
-        if self.reference is None:
+    def _points(self, way: Way, seeds: Sequence[int], space: Space) -> list[NDArray[Any]] | None:
+        """A way's pictures as points of a space, by seed."""
+        name = "features" if space is self.space else "pictures"
+        found = [one for seed in seeds if (one := self.array(way.folders[seed], name)) is not None]
+        if len(found) < len(seeds) or not found:
             return None
-        found = [self.array(way.folders[seed], "features") for seed in seeds]
-        if any(one is None for one in found) or not found:
-            return None
-        return np.stack([self._along(one) for one in found if one is not None], 1)
-
-    def _frechet(self, features: NDArray[np.float64]) -> float:
-        """Of features (N, A) to the reference."""
-        return self._compared.frechet(features)
-
-    @functools.cached_property
-    def _compared(self) -> Reference:
-        assert self.reference is not None
-        return Reference(self.reference)
+        return found if space is self.space else [compare_distances.pixels(one) for one in found]
 
     # -- figures ----------------------------------------------------------------------------------------------------------
 
@@ -221,68 +189,56 @@ class Results:
         found = self.array(self._originals, f"scores-{part}")
         return None if found is None else float(found[:, SCORES.index(name)].mean())
 
-    def distance(self, way: Way, statistic: Callable[[NDArray[np.float64]], float] | None = None) -> float | None:
-        """Fréchet distance to the originals, lower is better, the mean over seeds: FID where the judge is Inception."""
-        found = self.features(way, sorted(way.folders))
-        return None if found is None else float(np.mean([(statistic or self._frechet)(found[:, r]) for r in range(found.shape[1])]))
+    def distance(self, way: Way, space: Space | None = None) -> float | None:
+        """Fréchet distance to originals of other captions, lower is better, the mean over seeds: FID where the judge is Inception."""
+        space = space or self.space
+        found = None if space is None else self._points(way, sorted(way.folders), space)
+        return None if space is None or found is None else space.distance(found)
 
     def kernel(self, way: Way) -> float | None:
-        """Kernel distance to the originals, which is unbiased: KID where the judge is Inception."""
-        return None if self.reference is None else self.distance(way, self._compared.kernel)
+        """KID where the judge is Inception; of features of another scale its kernel says nothing."""
+        found = None if self.space is None or not self.fid else self._points(way, sorted(way.folders), self.space)
+        return None if self.space is None or found is None else self.space.kernel(found)
 
-    def floor(self, count: int) -> Floor | None:
-        """What so many of the originals get, or half of them, measured to the others."""
-        if self.reference is None:
-            return None
-        statistic = lambda a, b: frechet(*moments(a), *moments(b))  # noqa: E731
-        return split_floor(statistic, self.reference, self.compare.base.seed, rows=count)
+    def value(self, key: str, name: str = QUALITY, unseen: bool = False) -> float | None:
+        """A score of scenes, the mean over captions and seeds."""
+        way = self.way(key, unseen)
+        found = None if way is None else self.scores(way, sorted(way.folders), name)
+        return None if found is None else float(found.mean())
 
-    def difference(self, better: str, worse: str) -> Interval | None:
+    def difference(self, first: str, second: str, unseen: bool = False) -> Interval | None:
         """Of quality, first minus second, paired by caption and seed; by the score of scenes, else by distances of an independent judge."""
-        return self.score_difference(better, worse) or (self.distance_difference(better, worse) if self.independent else None)
+        scored = self.score_difference(first, second, unseen=unseen)
+        return scored or (self.distance_difference(first, second) if self.independent and not unseen else None)
 
-    def _pair(self, better: str, worse: str) -> tuple[Way, Way, list[int]] | None:
-        a, b = self.way(better), self.way(worse)
+    def _pair(self, first: str, second: str, unseen: bool = False) -> tuple[Way, Way, list[int]] | None:
+        a, b = self.way(first, unseen), self.way(second, unseen)
         if a is None or b is None:
             return None
         seeds = sorted(a.folders.keys() & b.folders.keys())
         return (a, b, seeds) if seeds else None
 
-    def score_difference(self, better: str, worse: str, name: str = QUALITY) -> Interval | None:
-        """Of a score of scenes."""
-        if (pair := self._pair(better, worse)) is None:
+    def score_difference(self, first: str, second: str, name: str = "", unseen: bool = False) -> Interval | None:
+        """Of a score of scenes: what is not named is :data:`QUALITY`, and of unseen combinations, of which equal ones count as one, GROUNDED."""
+        if (pair := self._pair(first, second, unseen)) is None:
             return None
-        a, b = (self.scores(way, pair[2], name) for way in pair[:2])
-        return None if a is None or b is None else paired_interval(a, b)
+        a, b = (self.scores(way, pair[2], name or (GROUNDED if unseen else QUALITY)) for way in pair[:2])
+        groups = self.unseen_groups() if unseen else None
+        return None if a is None or b is None or (unseen and groups is None) else paired_interval(a, b, groups)
 
-    def distance_difference(self, better: str, worse: str) -> Interval | None:
+    def distance_difference(self, first: str, second: str, space: Space | None = None) -> Interval | None:
         """Of Fréchet distances, second minus first, so that above zero the first is better."""
-        if (pair := self._pair(better, worse)) is None:
+        pair, space = self._pair(first, second), space or self.space
+        if pair is None or space is None:
             return None
-        a, b = (self.features(way, pair[2]) for way in pair[:2])
-        if a is None or b is None:
-            return None
-        repeats = 200 if a.shape[2] <= WIDE else 20
-        return sets_interval(lambda x, y: self._frechet(y) - self._frechet(x), a, b, seed=self.compare.base.seed, repeats=repeats)
+        a, b = (self._points(way, pair[2], space) for way in pair[:2])
+        return None if a is None or b is None else space.difference(a, b)
 
-    def above_chance(self, key: str) -> bool:
+    def above_chance(self, key: str, unseen: bool = False) -> bool:
         """Whether a way does better than its own pictures under shuffled captions, by its interval; true where there is no such score."""
-        way = self.way(key)
-        quality, chance = (None, None) if way is None else (self.quality(way), self.chance(way))
+        way = self.way(key, unseen)
+        quality, chance = (None, None) if way is None else (self.quality(way, groups=self.unseen_groups() if unseen else None), self.chance(way))
         return quality is None or chance is None or quality.low > chance
-
-    def sides(self, claim: Claim, blind: bool) -> tuple[str, str] | None:
-        """The ways that a claim is about, with the papers' router or the main row's."""
-        found = claim.blind() if blind else (claim.better, claim.worse)
-        if found is None:
-            return None
-        better, worse = (self.monolith or side if side == BETTER else side for side in found)
-        return better, worse
-
-    def unequal(self, first: str, second: str) -> tuple[float, float] | None:
-        """Operations of a picture of two ways, where they differ by more than :data:`EQUAL`."""
-        a, b = (None if (way := self.way(key)) is None else self.picture_flops(way) for key in (first, second))
-        return None if a is None or b is None or max(a, b) <= (1 + EQUAL) * min(a, b) else (a, b)
 
     def unseen_differences(self, row: str, name: str = GROUNDED) -> list[Interval | None]:
         """Of a score on unseen combinations, the main row minus another: of all kinds, and of each of :data:`paris_ray.data.scenes.UNSEEN`.
@@ -338,9 +294,9 @@ class Results:
         found = self.losses_by_seed(row, name)
         return float(np.mean([*found.values()])) if found else None
 
-    def loss_difference(self, better: str, worse: str) -> Interval | None:
+    def loss_difference(self, first: str, second: str) -> Interval | None:
         """Of losses, second minus first: above zero the first is better; paired by row and seed."""
-        a, b = self.losses_by_seed(better), self.losses_by_seed(worse)
+        a, b = self.losses_by_seed(first), self.losses_by_seed(second)
         if not (seeds := sorted(a.keys() & b.keys())):
             return None
         stacked_b, stacked_a = (np.stack([one[seed] for seed in seeds], 1) for one in (b, a))
@@ -367,9 +323,14 @@ class Results:
         if way is None or not seeds or (things := self.losses(row, "things", seeds[0])) is None:
             return None
         graded = [one for name in GRADED if (one := self.scores(way, seeds, name)) is not None]
-        if not graded:
+        run = Folder(compare_rows.partition_config(self.compare, MAIN).run_dir)
+        if not graded or published(run / "corpus") is None:
             return None
-        # Rows of losses and captions of pictures are the first of the same list, with the same noise.
-        n = min(len(things), len(graded[0]))
-        apart = np.stack([one.mean(0)[:n] for seed in seeds if (one := self.losses(row, "disagreement", seed)) is not None], 1)
-        return alignment_figures.disagreement_in_pictures(apart, np.mean(graded, 0)[:n], things[:n], self.compare.base.seed)
+        # Some rows of losses are those of pictures too, with the same noise.
+        drawn = {one.id: i for i, one in enumerate(choose(self.compare, run, "seen", len(graded[0])))}
+        both = [(i, drawn[one.id]) for i, one in enumerate(choose(self.compare, run, "losses", len(things))) if one.id in drawn]
+        if not both:
+            return None
+        rows, pictures = (list(one) for one in zip(*both, strict=True))
+        apart = np.stack([one.mean(0)[rows] for seed in seeds if (one := self.losses(row, "disagreement", seed)) is not None], 1)
+        return alignment_figures.disagreement_in_pictures(apart, np.mean(graded, 0)[pictures], things[rows], self.compare.base.seed)

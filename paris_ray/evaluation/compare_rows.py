@@ -162,9 +162,9 @@ def partition_config(compare: CompareConfig, name: str) -> RunConfig:
 def run_config(compare: CompareConfig, run: Run, sizes: Sequence[int] | None = None) -> RunConfig:
     """A row as a run.
 
-    The batch counts images of all experts together: of K experts each has a K-th, and as many steps as a monolith. Warm-up and half-life of the
-    average are the same share of every training. Images are shared out as the training rows are, so that every row is seen equally often, whoever
-    learns it.
+    The batch counts images of all experts together: of K experts each has a K-th, and on average as many steps as a monolith. Images are shared out
+    as the training rows are, so that every row is seen equally often, whoever learns it. Warm-up and half-life of the average are the same share of
+    the mean training of every row; all experts of a row have the same number of images of these, so the expert of a small cluster has a larger share.
 
     Args:
         compare: the comparison.

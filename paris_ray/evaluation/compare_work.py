@@ -216,7 +216,7 @@ def measure_losses(compare: CompareConfig, run: Run, part: str) -> None:
     stage = unit(Folder(config.run_dir), f"losses/{part}", {"rows": compare.loss_rows, "times": list(TIMES)}, {"model": print_})
     if stage.begin().state == "valid":
         return
-    rows = asked_captions(compare, run.row, part, compare.loss_rows)
+    rows = asked_captions(compare, run.row, "losses" if part == "seen" else part, compare.loss_rows)
     source = partition_folder(compare, run.row)
     latents = read_latents(source / "corpus", [row.id for row in rows])
     captions, noises = [row.caption for row in rows], [row.noise(compare, run.seed) for row in rows]

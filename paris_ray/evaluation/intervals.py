@@ -65,6 +65,11 @@ class Floor:
         return f"{self.value:.4g} (least and most of {self.draws} draws: {self.least:.4g} and {self.most:.4g})"
 
 
+def signed(interval: Interval | None) -> str:
+    """``+0.031 (+0.010 … +0.052)``, or a dash."""
+    return "–" if interval is None else f"{interval.value:+.3g} ({interval.low:+.3g} … {interval.high:+.3g})"
+
+
 def mean_interval(values: NDArray[np.floating], groups: NDArray[np.integer] | None = None) -> Interval:
     """The mean of something measured of each picture.
 

@@ -102,8 +102,9 @@ class Matched:
         router_flops: of the router's.
         teacher_flops: of the forward passes of a student's teacher; what the teacher itself took to train is not in it.
         batch: of all experts together, in images a step.
-        steps: of the expert that has most.
-        ema_share: half-life of the averaged weights at the end, as a share of the training.
+        steps: of the experts that have least and most, as are the next two.
+        warmup_share: warm-up as a share of an expert's training.
+        ema_share: half-life of the averaged weights at its end, likewise.
         learning_rate: of the experts.
         shape: experts × width × depth.
         picture_flops: of one picture with the row's own routing.
@@ -114,8 +115,9 @@ class Matched:
     router_flops: float
     teacher_flops: float
     batch: int
-    steps: int
-    ema_share: float
+    steps: tuple[int, int]
+    warmup_share: tuple[float, float]
+    ema_share: tuple[float, float]
     learning_rate: float
     shape: str
     picture_flops: float
@@ -136,6 +138,9 @@ def matched(config: RunConfig, routing: str, teacher: float = 0.0) -> Matched:
     """
     inputs, first = inputs_of(config), config.experts[0]
     images = [spec.train.images or 0 for spec in config.experts]
+    trained = [(n, spec.train) for n, spec in zip(images, config.experts, strict=True)]
+    steps = [n // train.batch_size for n, train in trained]
+    warmups, half_lives = [train.warmup_images / n for n, train in trained], [min(train.ema_half_life_images / n, RAMP) for n, train in trained]
     of_experts = sum(n * expert_training_flops(spec.model, inputs) for n, spec in zip(images, config.experts, strict=True))
     return Matched(
         sum(images),
@@ -143,8 +148,9 @@ def matched(config: RunConfig, routing: str, teacher: float = 0.0) -> Matched:
         0.0 if config.num_experts == 1 else router_training_flops(config, inputs),
         sum(images) * teacher,
         sum(spec.train.batch_size for spec in config.experts),
-        max(n // spec.train.batch_size for n, spec in zip(images, config.experts, strict=True)),
-        min(first.train.ema_half_life_images * config.num_experts / sum(images), RAMP),
+        (min(steps), max(steps)),
+        (min(warmups), max(warmups)),
+        (min(half_lives), max(half_lives)),
         first.train.learning_rate,
         f"{config.num_experts} × {first.model.hidden_size} × {first.model.num_layers}",
         picture_flops(config, inputs, routing),

@@ -39,6 +39,7 @@ nav a{text-decoration:none}
 .tiles{display:grid;grid-template-columns:repeat(auto-fit,minmax(150px,1fr));gap:12px;margin:1.2rem 0}
 .tile,.stage,.card{background:var(--card);border:1px solid var(--line);border-radius:10px;padding:12px 14px}
 .tile b{display:block;font-size:1.55rem;line-height:1.2;letter-spacing:-.02em;font-weight:650}
+tr.right td:nth-child(2){color:var(--good);font-weight:650}tr.wrong td:nth-child(2){color:var(--bad);font-weight:650}
 .tile span{font-size:.85rem;color:var(--muted)}
 .flow{display:flex;flex-wrap:wrap;gap:10px 26px;align-items:stretch;margin:1rem 0}
 .stage{position:relative;flex:1 1 128px;min-width:128px;font-size:.85rem;line-height:1.45}
@@ -72,6 +73,10 @@ figure{margin:0}
 .pair.right .two-up img:first-child{box-shadow:0 0 0 2px var(--good)}
 .pair.wrong .two-up img:first-child{box-shadow:0 0 0 2px var(--bad)}
 .mark{font-weight:700}.right .mark{color:var(--good)}.wrong .mark{color:var(--bad)}
+.gallery td,.gallery th{padding:4px 4px 4px 3px;vertical-align:middle}
+.gallery th{font-size:12px;line-height:1.2;font-weight:400;vertical-align:bottom}
+.gallery img{width:72px;height:72px;display:block}.gallery img.pixelated{image-rendering:pixelated}
+.gallery img.right{outline:2px solid var(--good)}.gallery img.wrong{outline:2px dashed var(--bad)}
 .strip{display:flex;flex-wrap:wrap;gap:6px;margin:1.2rem 0 .3rem}
 .strip img{width:60px;height:60px;border-radius:8px;display:block}
 .route{display:flex;gap:12px;align-items:center}
@@ -146,13 +151,24 @@ def tiles(items: Iterable[tuple[str, str]]) -> str:
     return '<div class="tiles">' + "".join(f'<div class="tile"><b>{escape(a)}</b><span>{escape(b)}</span></div>' for a, b in items) + "</div>"
 
 
-def table(header: Sequence[str], rows: Iterable[Sequence[object]], numeric: Sequence[int] = (), key: Sequence[int] = ()) -> str:
-    """A table of text; columns in ``numeric`` are set right, rows in ``key`` stand out. One that is too wide scrolls under its first column."""
+def table(
+    header: Sequence[str], rows: Iterable[Sequence[object]], numeric: Sequence[int] = (), key: Sequence[int] = (), kinds: Sequence[str] = ()
+) -> str:
+    """A table of text. One that is too wide scrolls under its first column.
+
+    Args:
+        header: of its columns.
+        rows: their cells.
+        numeric: columns that are set right.
+        key: rows that stand out.
+        kinds: of each row ``right`` or ``wrong``, which colours its second cell, or nothing.
+    """
+    css = {i: f" class={kind}" for i, kind in enumerate(kinds) if kind} | dict.fromkeys(key, " class=key")
 
     def cells(tag: str, row: Sequence[object]) -> str:
         return "".join(f"<{tag}{' class=n' if i in numeric else ''}>{escape(cell)}</{tag}>" for i, cell in enumerate(row))
 
-    body = "".join(f"<tr{' class=key' if i in key else ''}>{cells('td', row)}</tr>" for i, row in enumerate(rows))
+    body = "".join(f"<tr{css.get(i, '')}>{cells('td', row)}</tr>" for i, row in enumerate(rows))
     return f'<div class="scroll"><table class="wide"><thead><tr>{cells("th", header)}</tr></thead><tbody>{body}</tbody></table></div>'
 
 

@@ -105,9 +105,18 @@ class Series:
 
 
 def line_chart(
-    series: Sequence[Series], x_label: str, y_label: str, title: str, log_x: bool = False, y_range: tuple[float, float] | None = None
+    series: Sequence[Series],
+    x_label: str,
+    y_label: str,
+    title: str,
+    log_x: bool = False,
+    y_range: tuple[float, float] | None = None,
+    at: Sequence[float] | None = None,
 ) -> str:
-    """Lines over a shared grid, which ``y_range`` fixes, with a legend when they are several. Points that are not finite are left out."""
+    """Lines over a shared grid, which ``y_range`` fixes, with a legend when they are several. Points that are not finite are left out.
+
+    Numbers below stand at the values of ``at``, where it is given, else at round ones.
+    """
     cleaned = [(s, [(float(x), float(y)) for x, y in zip(s.x, s.y, strict=True) if math.isfinite(y) and (x > 0 or not log_x)]) for s in series]
     cleaned = [(s, points) for s, points in cleaned if points]
     if not cleaned:
@@ -126,7 +135,8 @@ def line_chart(
     for value in y_ticks:
         parts.append(f'<line x1="0" x2="100%" y1="{py(value):.1f}" y2="{py(value):.1f}" class="grid"/>')
         parts.append(text("-6", f"{py(value) + 4:.1f}", number(value), "end"))
-    x_ticks = _log_ticks(low_x, high_x) if log_x else [value for value in ticks(low_x, high_x, 4) if low_x <= value <= high_x]
+    round_ = _log_ticks(low_x, high_x) if log_x else ticks(low_x, high_x, 4)
+    x_ticks = [value for value in (round_ if at is None else at) if low_x <= warp(value) <= high_x]
     parts += [text(f"{px(value) / 10:.1f}%", top + inner + 17, number(value), "middle") for value in x_ticks]
     parts.append(text("100%", top + inner + 33, x_label, "end"))
     lines = []
@@ -152,14 +162,14 @@ class Point:
 
 
 def scatter_chart(points: Sequence[Point], x_label: str, y_label: str, title: str) -> str:
-    """Named points with whiskers, x > 0 on a logarithmic scale."""
+    """Named points with whiskers, x > 0 on a logarithmic scale. Names give way to each other, and a line leads to one that has."""
     if not points:
         return NOTHING
     xs = [math.log10(point.x) for point in points]
     low_x, high_x = min(xs) - 0.05, max(xs) + 0.05
     y_ticks = ticks(min(point.low for point in points), max(point.high for point in points))
     top, inner = 20, 240
-    px = lambda x: 84 * (math.log10(x) - low_x) / (high_x - low_x) + 2  # noqa: E731, room for names at the right
+    px = lambda x: 96 * (math.log10(x) - low_x) / (high_x - low_x) + 2  # noqa: E731
     py = lambda y: top + (y_ticks[-1] - y) / (y_ticks[-1] - y_ticks[0]) * inner  # noqa: E731
     parts = [text("-44", 10, y_label)]
     for value in y_ticks:
@@ -167,14 +177,46 @@ def scatter_chart(points: Sequence[Point], x_label: str, y_label: str, title: st
         parts.append(text("-6", f"{py(value) + 4:.1f}", number(value), "end"))
     parts += [text(f"{px(value):.1f}%", top + inner + 17, number(value), "middle") for value in _log_ticks(low_x, high_x)]
     parts.append(text("100%", top + inner + 33, x_label, "end"))
-    for point in points:
+    names = _beside([(px(point.x), py(point.y), point.name) for point in points], (top, top + inner))
+    for point, (left, down) in zip(points, names, strict=True):
         x, y = f"{px(point.x):.2f}%", f"{py(point.y):.1f}"
         whisker = f'y1="{py(point.low):.1f}" y2="{py(point.high):.1f}"'
         parts.append(f'<line x1="{x}" x2="{x}" {whisker} style="stroke:{point.colour};stroke-width:2;opacity:.6"/>')
         said = f"{point.name}: {number(point.y)} ({number(point.low)} … {number(point.high)}) at {number(point.x)}"
         parts.append(f'<circle cx="{x}" cy="{y}" r="5" style="fill:{point.colour}"><title>{escape(said)}</title></circle>')
-        parts.append(f'<svg x="{x}" y="{float(y) - 14:.1f}" overflow="visible">{text("8", 18, point.name)}</svg>')
+        away = -8 if left else 8
+        lead = f'<line x1="0" x2="{away}" y1="0" y2="{down}" class="grid"/>' if down else ""
+        name = text(f"{away}", down + 4, point.name, "end" if left else "start")
+        parts.append(f'<svg x="{x}" y="{y}" overflow="visible">{lead}{name}</svg>')
     return svg(top + inner + 38, "".join(parts), title, "lines")
+
+
+_ACROSS, _LETTER, _LETTERS = 640, 7, 14
+"""Pixels: a chart's usual width, a letter's width, and the height of a line of letters."""
+
+
+def _beside(points: Sequence[tuple[float, float, str]], between: tuple[float, float]) -> list[tuple[bool, int]]:
+    """Where names stand so that none lies on another or on another's point: whether left of its own point, and how many pixels below it.
+
+    Args:
+        points: x in percent, y in pixels, name.
+        between: pixels from the top between which there is room; where it is full, a name lies on another.
+    """
+    boxes = [(_ACROSS * x / 100 - 6, y - 6, _ACROSS * x / 100 + 6, y + 6) for x, y, _ in points]
+    found: dict[int, tuple[bool, int]] = {}
+    for i in sorted(range(len(points)), key=lambda i: points[i][1]):
+        x, y, name = points[i]
+        left, across = x > 50, _ACROSS * x / 100
+        ends = (across - 8 - _LETTER * len(name), across - 8) if left else (across + 8, across + 8 + _LETTER * len(name))
+        steps = [0, *(sign * _LETTERS * n for n in range(1, 2 * len(points) + 1) for sign in (1, -1))]
+        steps = [down for down in steps if not down or between[0] <= y + down <= between[1]]
+        others = [box for j, box in enumerate(boxes) if j != i]
+        tried = [(ends[0], y + down - _LETTERS / 2, ends[1], y + down + _LETTERS / 2) for down in steps]
+        free = [not any(a[0] < b[2] and b[0] < a[2] and a[1] < b[3] and b[1] < a[3] for b in others) for a in tried]
+        best = free.index(True) if any(free) else 0
+        found[i] = (left, steps[best])
+        boxes.append(tried[best])
+    return [found[i] for i in range(len(points))]
 
 
 def matrix_table(values: NDArray[np.floating], row: str, column: str, title: str) -> str:
@@ -198,10 +240,12 @@ def matrix_table(values: NDArray[np.floating], row: str, column: str, title: str
 
 
 def _log_ticks(low: float, high: float) -> list[float]:
-    """At most five values 1, 2 or 5 times a power of ten, between two powers of ten."""
+    """At most five values 1, 2 or 5 times a power of ten, between two powers of ten; where these are closer than such values, round ones."""
     decades = [10.0**p for p in range(math.floor(low), math.ceil(high) + 1)]
     found = [m * d for d in decades for m in ((1,) if len(decades) > 3 else (1, 2, 5)) if low <= math.log10(m * d) <= high]
-    return found[:: math.ceil(len(found) / 5)] if found else []
+    if len(found) < 2:  # within a part of a decade
+        return [value for value in ticks(10**low, 10**high, 4) if low <= math.log10(value) <= high]
+    return found[:: math.ceil(len(found) / 5)]
 
 
 def _rows(rows: Iterable[tuple[str, str, str]], title: str) -> str:

@@ -7,13 +7,16 @@ import numpy as np
 from paris_ray.evaluation import compare, compare_config
 from paris_ray.evaluation.arrays import save
 from paris_ray.evaluation.compare_plan import Plan
+from paris_ray.evaluation.compare_protocol import protocol
+from paris_ray.evaluation.compare_rows import Run
+from paris_ray.evaluation.compare_verdicts import find_all
 from paris_ray.evaluation.scene_scorer import SCORES
 from paris_ray.manifest import MANIFEST
 from paris_ray.storage import Folder
 
 SMALL = (
     "validation_captions=4", "seen_captions=40", "held_out_captions=20", "loss_rows=3", "seeds=[0, 1, 2]", "guidance_scales=[1.0, 2.0, 3.0]",
-    "learning_rates=[0.001, 0.002, 0.004]",
+    "learning_rates=[0.001, 0.002, 0.004]", "rows=[experts, monolith, monolith-steps, blind]", "routings=[top-1, full, caption, oracle]",
 )  # fmt: skip
 CHOSEN = {1.0: 0.3, 2.0: 0.2, 3.0: 0.5}
 """Planted quality on validation captions by guidance; on all others the other way round."""
@@ -60,3 +63,13 @@ def plant(compare_, plan, row, values, name="all", part="seen"):
         scores = np.load(f"{folder.path}/scores.npy")
         scores[:, SCORES.index(name)] = values[:, r]
         save(folder, "scores", scores)
+
+
+def words(results):
+    """Of the protocol."""
+    return " ".join(f"{head}: {said}" for head, said in protocol(results, find_all(results)))
+
+
+def drawn(mine, plan, row, seed, part="seen"):
+    """Where a row's own pictures are."""
+    return Folder(Run(row, seed, plan.rate(row)).folder(mine)) / plan.drawing(row, plan.guidance(row), part).folder

@@ -25,7 +25,7 @@ class Judge:
 
 
 def test_fid_is_named_after_how_many_pictures_it_is_of():
-    header = way_header(SimpleNamespace(fid=True, compare=compare_config.load("compare_paper")))
+    header = way_header(SimpleNamespace(fid=True, independent=True, compare=compare_config.load("compare_paper")))
     assert {"FID-10K", "KID-10K"} <= {*header}
 
 

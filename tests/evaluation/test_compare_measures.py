@@ -29,7 +29,12 @@ CAPTIONS = [f"a thing of kind {i // 2}" for i in range(N)]  # each twice
 def stub(tmp_path, monkeypatch):
     """Measures of planted features: sets of one way under some seeds → measures, whose originals are ``.real``."""
     mine = config(tmp_path, "rows=[experts]")
-    monkeypatch.setattr(compare_measures, "choose", lambda *_: [Caption(str(i), caption, 0) for i, caption in enumerate(CAPTIONS)])
+    judged = [Caption(f"row {i}", caption, 0) for i, caption in enumerate(CAPTIONS)]
+    others = [Caption(f"other {i}", "another", 0) for i in range(CHOICES + N)]
+    # Those that are judged lie among the validation rows one by one, in the other order.
+    mixed = [*others[:CHOICES], *(one for pair in zip(judged[::-1], others[CHOICES:], strict=True) for one in pair)]
+    lists = {"validation": mixed, "seen": judged + others[CHOICES:]}
+    monkeypatch.setattr(compare_measures, "choose", lambda compare, run, part, count: lists[part][:count])
     run = Folder(mine.folder) / "partitions/kmeans-4"
     (run / "corpus").write_json(MANIFEST, {"counts": {}, "files": []})
     validation = np.random.default_rng(0).normal(size=(CHOICES + 2 * N, D)).astype(np.float32)
@@ -41,7 +46,7 @@ def stub(tmp_path, monkeypatch):
             save(folders[seed], "features", one)
         array = lambda folder, name: load(folder, name) if folder.exists(f"{name}.npy") else None  # noqa: E731
         measures = Measures(SimpleNamespace(compare=mine, ways={"experts": SimpleNamespace(folders=folders)}, array=array))
-        measures.real, measures.other = validation[CHOICES : CHOICES + N], validation[CHOICES + N :]
+        measures.real, measures.other = validation[CHOICES::2][::-1], validation[CHOICES + 1 :: 2]
         return measures
 
     return make
@@ -162,7 +167,7 @@ def test_routers_and_losses_by_time_are_in_the_report(tmp_path):
     np.testing.assert_allclose(measures.losses_by_time()["experts"].losses, by_time + 0.5)
     assert "0.750 | 0.750" in write_report(mine)
     html = Folder(mine.folder).read_bytes("report.html").decode()
-    for words in ("Held-out loss by time", "Quality against training cost", "right at t = 0.98"):
+    for words in ("Held-out loss by time", "Quality against inference cost", "right at t = 0.98"):
         assert words in html, words
 
 

@@ -15,12 +15,13 @@ from paris_ray.data.scenes import TEXTURES, Scene, Scenes
 from paris_ray.evaluation import alignment_figures, compare, compare_config, compare_plan, compare_scenes, matching
 from paris_ray.evaluation.arrays import save
 from paris_ray.evaluation.compare_captions import Caption
-from paris_ray.evaluation.compare_claims import CLAIMS, QUESTIONS, answer, verdict
+from paris_ray.evaluation.compare_claims import ASKED, PRIMARY, SAID
 from paris_ray.evaluation.compare_plan import FAILED, Plan, choose_guidance, choose_rate
 from paris_ray.evaluation.compare_report import write_report
 from paris_ray.evaluation.compare_results import Results
 from paris_ray.evaluation.compare_rows import ROWS, Run
-from paris_ray.evaluation.compare_tables import OURS, THEIRS, VERDICT, claims, way_header, way_rows
+from paris_ray.evaluation.compare_tables import way_header, way_rows
+from paris_ray.evaluation.compare_verdicts import BETTER, UNTOLD, WORSE, find, told
 from paris_ray.evaluation.intervals import Interval
 from paris_ray.evaluation.scene_scorer import SCORES
 from paris_ray.manifest import MANIFEST, StaleError
@@ -45,42 +46,41 @@ def test_the_least_guidance_within_a_standard_error_of_the_best_is_chosen():
 @pytest.mark.parametrize(
     ("low", "high", "said"),
     [
-        (0.01, 0.2, "reproduced"),
-        (-0.2, -0.01, "not reproduced"),
-        (-0.01, 0.2, "cannot be told here"),
-        (0.0, 0.2, "cannot be told here"),
-        (-0.2, 0.0, "cannot be told here"),
+        (0.01, 0.2, "better"),
+        (-0.2, -0.01, "worse"),
+        (-0.01, 0.2, "cannot be told"),
+        (0.0, 0.2, "cannot be told"),
+        (-0.2, 0.0, "cannot be told"),
     ],
 )
 def test_the_interval_decides(low, high, said):
-    assert verdict(Interval((low + high) / 2, low, high, seeds=3)) == said
+    assert told(Interval((low + high) / 2, low, high, seeds=3)) == said
 
 
 def test_fewer_than_three_trainings_decide_nothing():
     for seeds in (1, 2):
-        assert verdict(Interval(0.9, 0.8, 1.0, seeds)) == answer(Interval(-0.9, -1.0, -0.8, seeds)) == "cannot be told here"
+        assert told(Interval(0.9, 0.8, 1.0, seeds)) == told(Interval(-0.9, -1.0, -0.8, seeds)) == UNTOLD
 
 
 def test_a_measure_that_says_the_contrary_leaves_nothing_told():
     good, bad, open_ = Interval(1, 0.5, 2, 3), Interval(-1, -2, -0.5, 3), Interval(0, -1, 1, 3)
-    assert verdict(good, (open_, None, good)) == "reproduced"
-    assert verdict(good, (open_, bad)) == verdict(bad, (good,)) == "cannot be told here"
+    assert told(good, (open_, None, good)) == BETTER
+    assert told(good, (open_, bad)) == told(bad, (good,)) == UNTOLD
 
 
 def test_what_is_not_measured_cannot_be_told():
-    assert verdict(None) == answer(None) == "cannot be told here"
-    assert answer(Interval(1, 0.5, 2, 3)) == "yes"
-    assert all(side.partition("/")[0] in ROWS for claim in (*CLAIMS, *QUESTIONS) for side in (claim.better, claim.worse))
+    assert told(None) == UNTOLD
+    assert all(side.partition("/")[0] in ROWS for pair in (*SAID, *ASKED) for side in (pair.first, pair.second))
 
 
 def test_what_papers_say_is_asked_of_their_router():
     """Both sides blind, or the oracle and the monolith, which ask no router; a row that reads the caption has no blind form."""
-    found = {claim.text: claim.blind() for claim in CLAIMS}
-    assert found["top-2 is better than a monolith"] == ("blind/top-2", "monolith")
-    assert found["a monolith is better than asking all experts"] == ("monolith", "blind/full")
-    assert found["top-1 is better than the oracle"] == ("blind/top-1", "experts/oracle")
-    assert found["semantic clusters are better than random parts"] is None
-    assert sum(claim.blind() is not None for claim in CLAIMS) == 10
+    found = {pair.text: pair.blind() for pair in SAID}
+    assert found["top-2 against a monolith"] == ("blind/top-2", "monolith")
+    assert found["all experts against a monolith"] == ("blind/full", "monolith")
+    assert found["top-1 against the oracle"] == ("blind/top-1", "experts/oracle")
+    assert found["semantic clusters against random parts"] is None
+    assert sum(blind is not None for blind in found.values()) == 6
 
 
 def test_work_is_ordered_and_chosen_on_validation_alone(tmp_path):
@@ -192,10 +192,10 @@ def test_a_pair_that_differs_is_told_and_one_that_does_not_is_not(tmp_path):
             plant(mine, plan, row, 0.5 + gain + g.normal(size=(40, 3)) * 0.02, name)
     results = Results(mine)
     assert results.difference("experts/top-2", "monolith").low > 0.1
-    assert verdict(results.difference("monolith", "experts/top-2")) == "not reproduced"
-    assert verdict(results.difference("experts/top-2", "random")) == "cannot be told here"
-    told = results.difference("experts/top-2", "shared-init")
-    assert (told.agree, verdict(told)) == (3, "cannot be told here")
+    assert told(results.difference("monolith", "experts/top-2")) == WORSE
+    assert told(results.difference("experts/top-2", "random")) == UNTOLD
+    shared = results.difference("experts/top-2", "shared-init")
+    assert (shared.agree, told(shared)) == (3, UNTOLD)
     assert results.difference("experts/top-2", "experts-4") is None
 
 
@@ -206,11 +206,10 @@ def test_claims_at_chance_tell_nothing(tmp_path):
     for row, mean in (("experts", 0.04), ("monolith", 0.01)):
         plant(mine, plan, row, mean + 0.001 * g.normal(size=(40, 3)))
     results = Results(mine)
-    claim = CLAIMS[0]
-    assert verdict(results.difference(*results.sides(claim, False))) == "reproduced"
-    rows = claims(results, [claim], verdict)
-    assert [(row[3], row[VERDICT]) for row in rows] == [(THEIRS, "reproduced"), (OURS, "cannot be told here")]  # chance is 0.05
-    assert "both at chance" in rows[1][VERDICT - 2]
+    found = find(results, PRIMARY)
+    assert told(found.interval) == BETTER  # chance is 0.05
+    assert (found.state, found.why) == (UNTOLD, ("both at chance",))
+    assert find(results, PRIMARY, blind=True).state == BETTER
 
 
 def test_the_report_says_all_of_it_of_planted_figures(tmp_path):
@@ -236,9 +235,9 @@ def test_the_report_says_all_of_it_of_planted_figures(tmp_path):
     html = Folder(mine.folder).read_bytes("report.html").decode()
     assert text.count("| originals |") == 1  # of the unseen ones none are planted
     for words in (
-        THEIRS,
         "0.432",
-        "the main row has 4 experts",
+        "of 8 experts, and the main row has 4",
+        "holds with 4 experts",
         "0.970",
         "0.050",
         "of kind pair",
@@ -310,9 +309,11 @@ def test_the_matrix_and_who_fails():
     assert matrix.tolist() == [[1.0, 0.9, 3.0], [2.0, 1.0, 2.0], [3.0, 2.0, 1.0]]
     trainings = np.repeat(losses.mean(1)[:, :, None], 3, 2)
     trainings[2, clusters == 0] = np.array([[-1.0, 1.9, 1.9], [1.9, -1.0, 1.9]])  # better on the mean, by chance
-    failing = alignment_figures.failing(trainings, clusters)
-    assert [(cluster, who, one.value) for cluster, who, one in failing] == [(0, 2, pytest.approx(1 - 5.6 / 6)), (1, 0, pytest.approx(0.1))]
-    assert [one.low > 0 for _, _, one in failing] == [False, True]
+    found = alignment_figures.own_experts(trainings, clusters)
+    assert [(one.cluster, one.rows, one.rival, one.lead.seeds) for one in found] == [(0, 2, 2, 3), (1, 2, 0, 3), (2, 1, 1, 3)]
+    assert [one.lead.value for one in found] == pytest.approx([5.6 / 6 - 1, -0.1, 1.0])
+    assert [one.lead.high < 0 for one in found] == [False, True, False]
+    assert [one.best for one in found] == [1, 0, 3]  # expert 2 has 0.45 on the first cluster in two trainings, and 1.9 in the third
     router = np.zeros((2, 5, 3))
     router[..., 2], router[..., 1] = 0.6, 0.3  # asks 2, then 1
     asked, others = alignment_figures.asked_and_not(losses, router)

@@ -12,6 +12,21 @@ SMALL_STEP, LARGE_STEP = 2.4e-3, 12e-3
 """Seconds that a GPU is busy with 600 kernels of a batch of 64, 4 µs each, and of 512, 20 µs each: assumed, as the notebook says, not measured."""
 
 
+def test_compare_tiny_plants_faults_and_draws_in_every_way_without_a_training_more(tmp_path):
+    """What it had before was trained for: every one of these trainings is still asked for, from the same inputs, and no other that costs anything."""
+    before = ("rows=[experts, monolith, monolith-steps, blind]", "routings=[top-1, full, caption, oracle]", "guidance_scales=[1.0, 1.5, 2.5, 4.0]")
+    bare, whole = (Plan(compare_config.load("compare_tiny", [f"folder={tmp_path}", *sets])) for sets in (before, ()))
+
+    def trainings(plan):
+        return {unit.key: (unit.arguments, unit.flops) for unit in plan.units() if unit.kind == "train" and unit.flops}
+
+    assert trainings(bare) == trainings(whole) != {}
+    assert len(whole.compare.guidance_scales) == 6
+    assert {row for row in whole.compare.rows if row.startswith("fault")} == {"fault-swapped", "fault-raw"}
+    ways = whole.ways("experts", 0)
+    assert {"experts/top-3", "experts/threshold", *(f"experts/expert-{k}" for k in range(4))} < {*ways}
+
+
 def test_compare_gpu_is_set_up_as_the_notebook_says_that_experts_learn(tmp_path):
     compare = compare_config.load("compare_gpu", [f"folder={tmp_path}"])
     source, train = compare.base.data.source, compare.base.expert.train

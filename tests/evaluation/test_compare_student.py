@@ -12,11 +12,12 @@ from test_compare_plan import config, finish, plant
 
 from paris_ray import stages
 from paris_ray.evaluation import compare_cost, compare_rows, compare_work, matching
-from paris_ray.evaluation.compare_claims import CLAIMS, verdict
+from paris_ray.evaluation.compare_claims import SAID
 from paris_ray.evaluation.compare_plan import FAILED, Plan
+from paris_ray.evaluation.compare_protocol import protocol
 from paris_ray.evaluation.compare_results import Results
 from paris_ray.evaluation.compare_rows import Run
-from paris_ray.evaluation.compare_tables import SAME, claims, protocol
+from paris_ray.evaluation.compare_verdicts import find, find_all
 from paris_ray.inference.assemble import assemble
 from paris_ray.manifest import MANIFEST, Stage, StaleError, published
 from paris_ray.storage import Folder, link_all
@@ -92,7 +93,7 @@ def test_a_student_costs_what_the_main_row_does_with_its_teachers_passes(tmp_pat
     rows = {cells[0]: dict(zip(compare_cost.COLUMNS, cells, strict=True)) for cells in compare_cost.matched_table(mine)}
     assert rows["distilled"]["training PFLOP"].endswith(" and its teacher's")
     assert float(rows["distilled"]["training PFLOP"].split()[0]) == pytest.approx(spent / 1e15, rel=0.005)
-    same = ("GFLOP a picture", "batch", "experts × width × depth")
+    same = (compare_cost.COLUMNS[-1], "batch", "experts × width × depth")
     assert [rows["distilled"][name] for name in same] == [rows["monolith"][name] for name in same]
     assert "its teacher's own, which is the main row's, comes on top" in compare_cost.text(mine)
 
@@ -104,12 +105,12 @@ def test_the_claim_is_of_the_student_and_the_better_monolith(tmp_path):
     for row, mean in (("distilled", 0.6), ("monolith", 0.4)):
         for name in ("all", "objects"):
             plant(mine, plan, row, mean + 0.01 * g.normal(size=(40, 3)), name)
-    (claim,) = [claim for claim in CLAIMS if claim.better == "distilled"]
-    assert "7.76 against 7.82" in claim.published
-    assert "at a third of the compute" in claim.published
-    ((*_, router, experts, _, agree, said, _, _),) = claims(Results(mine), [claim], verdict)
-    assert (router, experts, agree, said) == (SAME, "4, published of 8", "3 of 3", "reproduced")
-    assert "A student's teacher is the main row's mixture of the same seed" in protocol(Results(mine))
+    (pair,) = [pair for pair in SAID if pair.first == "distilled"]
+    (says,) = pair.says
+    assert (says.better, says.published) == (True, "7.76 against 7.82, at a third of the compute")
+    found = find(Results(mine), pair)
+    assert (found.interval.agree, found.words(4)) == (3, "better: holds with 4 experts")
+    assert "main row's mixture of the same seed" in dict(protocol(Results(mine), find_all(Results(mine))))["A student's teacher"]
 
 
 # -- training -----------------------------------------------------------------------------------------------------------

@@ -74,13 +74,14 @@ def test_every_row_costs_what_the_main_row_does(compare):
     for name, one in found.items():
         assert one.training_flops == pytest.approx(total, rel=0.005), name
         assert one.batch == (16 if name == "monolith-steps" else 64)
-        assert one.ema_share == pytest.approx(2000 * 4 / 122_880, rel=0.01), name
+        assert one.ema_share == pytest.approx((2000 * 4 / 122_880,) * 2, rel=0.01), name
+        assert one.warmup_share == pytest.approx((1600 * 4 / 122_880,) * 2, rel=0.01), name
     assert found["distilled"].images == pytest.approx(total / (5 * forward + routed), abs=64)
     assert found["distilled"].picture_flops == found["monolith"].picture_flops
     wide, main_picture = found["monolith-inference"].picture_flops, found["experts"].picture_flops
     assert wide == pytest.approx(main_picture, rel=0.03)
     assert found["monolith"].picture_flops < 0.5 * main_picture
-    assert found["experts-2"].steps == found["experts"].steps == 1920
+    assert found["experts-2"].steps == found["experts"].steps == (1920, 1920)
 
 
 @pytest.mark.parametrize("half_life", [2000, 20_000])
@@ -88,7 +89,7 @@ def test_the_share_of_the_average_is_the_one_in_force(half_life):
     """At the end of a training, by what the average itself keeps of an update."""
     run = compare_config.load("compare_tiny", [f"base.expert.train.ema_half_life_images={half_life}"])
     main = compare_rows.run_config(run, Run("experts", 0, 1e-3))
-    images, share = main.experts[0].train.images, matching.matched(main, "top-2").ema_share
+    images, share = main.experts[0].train.images, matching.matched(main, "top-2").ema_share[0]
     assert ema.decay(images, 16, half_life) == pytest.approx(0.5 ** (16 / (share * images)))
 
 
@@ -96,6 +97,11 @@ def test_images_are_shared_as_rows_are(compare):
     run = compare_rows.run_config(compare, Run("experts-4", 0, 1e-3), sizes=(400, 300, 200, 100))
     assert [spec.train.images for spec in run.experts] == [49_152, 36_864, 24_576, 12_288]
     assert [spec.train.batch_size for spec in run.experts] == [16] * 4
+    # 1600 images of warm-up and 2000 of half-life for each of them; the average's half-life is a tenth of the images so far at most.
+    found = matching.matched(run, "top-2")
+    assert found.steps == (768, 3072)
+    assert found.warmup_share == pytest.approx((1600 / 49_152, 1600 / 12_288))
+    assert found.ema_share == pytest.approx((2000 / 49_152, 0.1))
     mixed = compare_rows.run_config(compare, Run("mixed", 0, 1e-3))
     assert [spec.objective for spec in mixed.experts] == ["ddpm"] * 2 + ["flow"] * 2
 
@@ -127,6 +133,7 @@ def test_a_base_can_be_another_preset():
         ("rows=[monolith]", "compared with experts, which is missing; add it"),
         ("base.router.train.images=null", "base.router.train.images is null; say how many"),
         ("learning_rates=[]", "learning_rates: "),
+        ("base.experts=2", "with 2 experts: routing: 'top-3' is not one of top-1 … top-2"),
         ("seeds=[1, 1]", "seeds: [1, 1] names something twice"),
         ("base.experts=[{}, {objective: ddpm}]", "at least two experts, all alike"),
         ("base.expert.train.batch_size=1", "experts-16 has 16 experts, which must divide the batch of all experts together, 4"),

@@ -127,6 +127,39 @@ def test_points_lie_where_their_numbers_say():
     assert charts.scatter_chart([], "x", "y", "t") == charts.NOTHING
 
 
+def test_names_of_points_give_way_to_each_other():
+    """Nine at nearly one cost and quality, beside three elsewhere: boxes of seven pixels a letter in a chart of 640 do not meet, nor leave it."""
+    names = ["experts", "experts/top-1", "experts/expert-0", "blind", "monolith/more-steps", "a", "b", "c", "d"]
+    points = [charts.Point(name, 3.56, 0.5 + 0.004 * i, 0.4, 0.6, "red") for i, name in enumerate(names)]
+    points += [charts.Point(name, x, 0.5, 0.1, 0.9, "red") for name, x in (("cheap", 1.6), ("dear", 6.76), ("dearest", 6.8))]
+    drawn = charts.scatter_chart(points, "x", "y", "t")
+    found = re.findall(r'<svg x="([\d.]+)%" y="([\d.]+)"[^>]*>(?:<line[^>]*>)?<text x="(-?\d+)" y="(-?\d+)" text-anchor="(\w+)"[^>]*>([^<]+)<', drawn)
+    assert [one[-1] for one in found] == [point.name for point in points]
+    boxes = []
+    for x, y, away, down, anchor, name in found:
+        at = 640 * float(x) / 100 + int(away)
+        middle = float(y) + int(down) - 4
+        assert 20 <= middle <= 260
+        boxes.append((at - 7 * len(name) if anchor == "end" else at, middle - 6, at if anchor == "end" else at + 7 * len(name), middle + 6))
+        assert boxes[-1][0] > -640 * 0.05 and boxes[-1][2] < 640 * 1.05  # noqa: PT018
+    for a, b in itertools.combinations(boxes, 2):
+        assert a[2] <= b[0] or b[2] <= a[0] or a[3] <= b[1] or b[3] <= a[1]
+
+
+@pytest.mark.parametrize("xs", [(0.016, 0.0161), (3.0, 4.5), (7.0,)])
+def test_a_logarithmic_axis_has_numbers_where_there_is_no_round_power(xs):
+    drawn = charts.scatter_chart([charts.Point("a", x, 0.5, 0.4, 0.6, "red") for x in xs], "x", "y", "t")
+    shown = [float(one) for one in re.findall(r'text-anchor="middle">([\d.]+)<', drawn)]
+    assert len(shown) >= 2
+    assert all(min(xs) * 0.88 < one < max(xs) * 1.13 for one in shown)
+
+
+def test_numbers_below_lines_stand_where_they_are_asked_for():
+    times = (0.1, 0.3, 0.98)
+    drawn = charts.line_chart([charts.Series("a", times, [1, 2, 3], "red")], "t", "y", "t", at=times)
+    assert re.findall(r'text-anchor="middle">([\d.]+)<', drawn) == ["0.1", "0.3", "0.98"]
+
+
 def test_a_matrix_marks_the_least_of_each_column():
     drawn = charts.matrix_table(np.array([[1.0, 3.0, np.nan], [2.0, 0.5, np.nan]]), "expert", "cluster", "t")
     assert re.findall(r"<b>([\d.]+)</b>", drawn) == ["1.0000", "0.5000"]
