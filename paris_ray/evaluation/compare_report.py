@@ -318,8 +318,8 @@ def _software(results: Results) -> str:
 
 
 def _made_when(results: Results) -> list[list[str]]:
-    """When the units that are done were, and how long they took, as their manifests have it."""
+    """When the units that are done were, and how long they took, as their manifests have it; what is another row's, linked, is counted there."""
     plan = results.plan
-    made = [one for unit in plan.units() if plan.done(unit.key) and (one := published(plan.folder / unit.key)) is not None]
+    made = [one for unit in plan.units() if unit.flops and plan.done(unit.key) and (one := published(plan.folder / unit.key)) is not None]
     ends, seconds = sorted(one["created"] for one in made if "created" in one), sum(one.get("seconds") or 0 for one in made)
     return [["done", f"{ends[0]} … {ends[-1]}; {charts.duration(seconds)} of its processes, taken together"]] if ends else []

@@ -201,6 +201,24 @@ def test_what_units_were_made_with_is_theirs_not_the_reports(tmp_path):
     assert found == {"cpu": f"another (3 units), planted ({len(order) - 3} units)", "torch": "0.1"}
 
 
+def test_a_training_that_two_rows_share_has_taken_its_time_once(tmp_path):
+    mine = config(tmp_path, "rows=[experts, fault-swapped]")
+    _, order = finish(mine)
+    for number, unit in enumerate(order):
+        made = (Folder(mine.folder) / unit.key).read_json(MANIFEST)
+        (Folder(mine.folder) / unit.key).write_json(MANIFEST, {**made, "seconds": 60.0, "created": f"2026-01-01T00:{number % 60:02d}:00"})
+    shared = [unit.key for unit in order if unit.key.startswith("runs/fault-swapped/") and re.search("/(experts|router)", unit.key)]
+    routers = [unit.key for unit in order if re.fullmatch("runs/experts/seed-0-[^/]*/router", unit.key)]  # of every rate the same
+    shared += routers[1:]
+    assert len(shared) > len(routers) > 1
+    write_report(mine)
+    minutes = len(order) - len(shared)
+    taken = f"{minutes // 60} h {minutes % 60} min" if minutes >= 60 else f"{minutes} min"
+    said = re.search(r"([^;]*) of its processes, taken together", Folder(mine.folder).read_bytes("report.html").decode())
+    assert said
+    assert said[1].strip() == taken
+
+
 @pytest.mark.parametrize(
     ("means", "end"),
     [
