@@ -171,7 +171,7 @@ def _overlaid(base: dict[str, Any], overlay: dict[str, Any]) -> dict[str, Any]:
 def compare_tiny() -> dict[str, Any]:
     """Four experts on plain scenes of 32 pixels beside monoliths of equal cost, three seeds, faults planted that need no training of their own.
 
-    Sized for 90 minutes on two CPU cores, not measured.
+    Sized for 90 minutes on two idle CPU cores by counted operations.
     """
     base = demo()
     train = {**base["expert"]["train"], "passes": 100.0, "min_images": 1, "warmup_images": 1600, "ema_half_life_images": 2000, "keep_checkpoints": 1}
