@@ -61,14 +61,14 @@ def duration(seconds: float) -> str:
 
 def ticks(low: float, high: float, count: int = 5) -> list[float]:
     """Round values that cover [low, high]: steps of 1, 2 or 5 times a power of ten."""
-    if not high > low:
+    if high - low <= 1e-9 * abs(low):  # equal, but for rounding
         high = low + (abs(low) or 1.0)
     raw = (high - low) / max(1, count)
     power = 10.0 ** math.floor(math.log10(raw))
     step = next(m * power for m in (1, 2, 5, 10) if m * power >= raw * 0.999)
     first = math.floor(low / step + 1e-9)
     last = math.ceil(high / step - 1e-9)
-    return [round(i * step, 12) for i in range(first, last + 1)]
+    return [float(f"{i * step:.12g}") for i in range(first, last + 1)]
 
 
 def legend(names: Iterable[tuple[str, str]]) -> str:

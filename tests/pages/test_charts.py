@@ -12,7 +12,7 @@ from paris_ray.pages import blocks, charts
 
 
 def test_ticks_are_round_and_cover_the_range():
-    for low, high in [(0, 1), (0.13, 0.97), (-3, 12), (1e-4, 3e-4), (0, 0), (5, 5), (199, 10_001)]:
+    for low, high in [(0, 1), (0.13, 0.97), (-3, 12), (1e-4, 3e-4), (0, 0), (5, 5), (0.3, 0.1 + 0.2), (1e-15, 3e-15), (199, 10_001)]:
         values = charts.ticks(low, high)
         assert values[0] <= low
         assert values[-1] >= high
