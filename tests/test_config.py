@@ -203,9 +203,10 @@ def test_a_place_that_holds_a_key_is_refused_and_not_shown(key: str, uri: str) -
 
 
 def test_a_place_without_a_key_is_taken() -> None:
-    asked = "s3://b/run?region=eu-west-1&endpoint_override=h%3A9000"
-    for uri in ("s3://bucket/a:b@c", asked, "abfs://container@account.dfs.core.windows.net/run", "a:b@c"):
+    for uri in ("s3://bucket/a:b@c", "abfs://container@account.dfs.core.windows.net/run", "a:b@c"):
         assert config.load("tiny", [f"run_dir='{uri}'"]).run_dir == uri
+    asked = "s3://b/run?region=eu-west-1&endpoint_override=h%3A9000"  # not for a run directory
+    assert config.load("tiny", [f"data.source={{kind: folder, uri: '{asked}'}}"]).data.source.uri == asked
 
 
 def test_arguments_that_name_a_place_are_refused_and_not_shown() -> None:
