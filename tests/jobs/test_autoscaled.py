@@ -98,7 +98,7 @@ def write_config(path: Path, run: Path) -> Path:
 
 def event(run: Path, stage: str) -> dict[str, Any]:
     with contextlib.suppress(FileNotFoundError, ValueError):
-        return json.loads((run / "events" / f"{stage}.json").read_text())
+        return machines.event(Folder(str(run)) / "events", stage)
     return {"state": "", "done": 0, "message": ""}
 
 
