@@ -66,7 +66,7 @@ PARIS, DDM, HETEROGENEOUS = "Paris (2510.03434)", "DDM (2501.05450)", "Heterogen
 TOP2, TOP1, FULL, ORACLE = (f"{MAIN}/{routing}" for routing in ("top-2", "top-1", "full", "oracle"))
 
 PRIMARY = Pair("top-2 against a monolith", TOP2, "monolith", (Saying(PARIS, True, "22.60 against 29.64"), Saying(DDM, True, "10.31 against 12.81")))
-"""The one comparison that was named before any picture was drawn; all others are looked at beside it."""
+"""The one comparison that was named before any judged picture was drawn; all others are looked at beside it."""
 
 SAID = (
     PRIMARY,
