@@ -62,8 +62,8 @@ def protocol(results: Results, findings: Findings) -> list[tuple[str, str]]:
             "Errors",
             f"Named in advance is one comparison, {PRIMARY.text}, with the papers' router and with one that reads; the others are looked at beside "
             "it. Of differences that are none at most one in twenty is told (in simulation, 256 captions and three trainings, 1 to 5 %, the "
-            f"more the more trainings differ); nothing is corrected for {pairs} lines, of which many share their sides. With few trainings more is there than is "
-            "told: hence the half-width.",
+            f"more the more trainings differ); nothing is corrected for {pairs} lines, of which many share their sides. "
+            "With few trainings more is there than is told: hence the half-width.",
         ),
         (
             "Routers",
